@@ -1,0 +1,5 @@
+"""``python -m runlora_gen``."""
+
+from .cli import run
+
+run()

@@ -1,0 +1,195 @@
+"""Symbols and operations: the vocabulary in which the table of identities is written.
+
+An operation is written as the formula that it computes, in a small fixed grammar::
+
+    OUT  =  [ADDEND +] [s *] LEFT[.T] @ RIGHT[.T] [+ b]     a product, optionally scaled, added to, or biased
+    OUT +=  LEFT[.T] @ RIGHT[.T]                            a product accumulated into OUT
+    OUT  =  sum(LEFT)                                       a sum over tokens
+
+FLOPs, bytes, launches, lifetimes, the formula in a docstring and the line of code are all derived from this one object.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+#: Dimensions of one linear: T tokens, I in_features, O out_features, R rank.
+Dims = Mapping[str, int]
+
+
+@dataclass(frozen=True, order=True)
+class Symbol:
+    """A tensor of the derivation: its name, its shape in named dimensions, and which linear of a site it belongs to.
+
+    ``index`` is None for a lone linear and for what a group shares (X, dX); groups number their linears.
+    """
+
+    name: str
+    shape: tuple[str, ...]
+    index: int | None = None
+
+    def numel(self, dims: Dims) -> int:
+        """Number of elements for concrete dimensions."""
+        count = 1
+        for dim in self.shape:
+            count *= dims[dim]
+        return count
+
+    def __str__(self) -> str:
+        return self.name if self.index is None else f"{self.name}{self.index}"
+
+
+#: Every symbol that a formula may name. The scaling s is folded into S, P, D and M once, so no other product is scaled
+#: but those of the full-gradient ways.
+SYMBOLS: Mapping[str, Symbol] = {
+    symbol.name: symbol
+    for symbol in (
+        Symbol("X", ("T", "I")),  # input
+        Symbol("W", ("O", "I")),  # frozen base weight
+        Symbol("b", ("O",)),  # frozen bias
+        Symbol("A", ("R", "I")),  # lora_A
+        Symbol("B", ("O", "R")),  # lora_B
+        Symbol("Y", ("T", "O")),  # output
+        Symbol("S", ("T", "R")),  # s X Aᵀ
+        Symbol("M", ("O", "I")),  # W + s B A
+        Symbol("D", ("O", "I")),  # s B A
+        Symbol("dY", ("T", "O")),
+        Symbol("P", ("T", "R")),  # s dY B
+        Symbol("G", ("O", "I")),  # dYᵀ X
+        Symbol("dX", ("T", "I")),
+        Symbol("dA", ("R", "I")),
+        Symbol("dB", ("O", "R")),
+        Symbol("db", ("O",)),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A symbol as an operation reads it, possibly transposed (a view: it costs nothing)."""
+
+    symbol: Symbol
+    transposed: bool = False
+
+    @property
+    def shape(self) -> tuple[str, ...]:
+        """Shape in named dimensions, after the transposition."""
+        return self.symbol.shape[::-1] if self.transposed else self.symbol.shape
+
+    def __str__(self) -> str:
+        return f"{self.symbol}{'ᵀ' if self.transposed else ''}"
+
+
+@dataclass(frozen=True)
+class Matmul:
+    """``out = [addend +] [s] left @ right [+ bias]``, or ``out += left @ right`` when it accumulates."""
+
+    out: Symbol
+    left: Operand
+    right: Operand
+    scaled: bool = False
+    accumulate: bool = False
+    addend: Symbol | None = None
+    bias: Symbol | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.left.shape) != 2 or len(self.right.shape) != 2 or self.left.shape[1] != self.right.shape[0]:
+            raise ValueError(f"inner dimensions differ in {self.formula}")
+        if self.out.shape != (self.left.shape[0], self.right.shape[1]):
+            raise ValueError(f"{self.out} has the shape {self.out.shape}, not that of {self.formula}")
+        if self.addend is not None and self.addend.shape != self.out.shape:
+            raise ValueError(f"{self.addend} has not the shape of {self.out} in {self.formula}")
+
+    @property
+    def outputs(self) -> tuple[Symbol, ...]:
+        """What it writes."""
+        return (self.out,)
+
+    @property
+    def reads(self) -> tuple[Symbol, ...]:
+        """Symbols read, without the accumulator and without the bias, which is optional at run time."""
+        return (self.left.symbol, self.right.symbol) + (() if self.addend is None else (self.addend,))
+
+    @property
+    def formula(self) -> str:
+        """The formula as docstrings and documentation print it."""
+        product = f"{self.left} {self.right}"
+        if self.scaled:
+            product = f"s {product}"
+        if self.addend is not None:
+            product = f"{self.addend} + {product}"
+        if self.bias is not None:
+            product = f"{product} + {self.bias}"
+        return f"{self.out} {'+=' if self.accumulate else '='} {product}"
+
+    def mnk(self, dims: Dims) -> tuple[int, int, int]:
+        """Rows, columns and inner length of the product."""
+        return dims[self.out.shape[0]], dims[self.out.shape[1]], dims[self.left.shape[1]]
+
+
+@dataclass(frozen=True)
+class SumTokens:
+    """``out = sum of operand over its first dimension``."""
+
+    out: Symbol
+    operand: Symbol
+
+    @property
+    def outputs(self) -> tuple[Symbol, ...]:
+        """What it writes."""
+        return (self.out,)
+
+    @property
+    def reads(self) -> tuple[Symbol, ...]:
+        """What it reads."""
+        return (self.operand,)
+
+    @property
+    def accumulate(self) -> bool:
+        """Never adds to what its output held."""
+        return False
+
+    @property
+    def formula(self) -> str:
+        """The formula as docstrings and documentation print it."""
+        return f"{self.out} = Σₜ {self.operand}"
+
+
+Operation = Matmul | SumTokens
+
+_PRODUCT = re.compile(
+    r"(?P<out>\w+) (?P<assign>\+?=) (?:(?P<addend>\w+) \+ )?(?P<scaled>s \* )?"
+    r"(?P<left>\w+)(?P<lt>\.T)? @ (?P<right>\w+)(?P<rt>\.T)?(?: \+ (?P<bias>b))?"
+)
+_SUM = re.compile(r"(?P<out>\w+) = sum\((?P<operand>\w+)\)")
+
+
+def parse(formula: str) -> Operation:
+    """Read one formula of the grammar in the module's docstring.
+
+    Raises:
+        ValueError: the text is not of that grammar, names an unknown symbol, or its shapes do not fit.
+    """
+    if match := _SUM.fullmatch(formula):
+        return SumTokens(_symbol(match["out"], formula), _symbol(match["operand"], formula))
+    match = _PRODUCT.fullmatch(formula)
+    if match is None:
+        raise ValueError(f"not a formula of the table's grammar: {formula!r}")
+    return Matmul(
+        out=_symbol(match["out"], formula),
+        left=Operand(_symbol(match["left"], formula), match["lt"] is not None),
+        right=Operand(_symbol(match["right"], formula), match["rt"] is not None),
+        scaled=match["scaled"] is not None,
+        accumulate=match["assign"] == "+=",
+        addend=None if match["addend"] is None else _symbol(match["addend"], formula),
+        bias=None if match["bias"] is None else SYMBOLS["b"],
+    )
+
+
+def _symbol(name: str, formula: str) -> Symbol:
+    try:
+        return SYMBOLS[name]
+    except KeyError:
+        raise ValueError(f"unknown symbol {name!r} in {formula!r}") from None

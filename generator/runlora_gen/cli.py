@@ -1,0 +1,244 @@
+"""The command line: reads options, calls the rooms, prints. Nothing is decided here."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from . import __version__
+from .spec.architecture import Architecture, architecture_names, load_architecture
+from .spec.errors import SpecError
+from .spec.layers import layers
+from .spec.workload import MAX_TOKENS, Workload, check_ranks, parse_counts, parse_train
+
+EXIT_STALE = 1
+EXIT_BAD_INPUT = 2
+MAX_RANK = 2**20
+REPORT_WIDTH = 180  # columns of the explain table where no terminal says how many there are
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def _device_names() -> tuple[str, ...]:
+    from .cost.device import device_names
+
+    return device_names()
+
+
+_SPEC_OPTIONS = (
+    click.option("--arch", metavar="NAME|PATH", help="Architecture (see `archs`), or a config.json or its folder."),
+    click.option("--model-type", metavar="TYPE", help="Read the config as one of this model type."),
+    click.option(
+        "--target-modules", metavar="NAMES", multiple=True, help="Only these projections, such as q_proj,v_proj."
+    ),
+    click.option("--rank", "-r", metavar="R", multiple=True, help="LoRA rank; repeat it or give a comma list."),
+    click.option(
+        "--tokens", metavar="T", multiple=True, help="Tokens a step (batch × sequence); several allowed. [4096]"
+    ),
+    click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), default="bf16", show_default=True),
+    click.option("--train", metavar="a,b|a|b", default="a,b", show_default=True, help="Which factors train."),
+    click.option("--no-input-grad", is_flag=True, help="The input needs no gradient (a first layer)."),
+    click.option("--criterion", type=click.Choice(["time", "flops", "memory"]), default="time", show_default=True),
+    click.option("--max-saved-bytes", metavar="N", help="Most that one linear may keep for its backward."),
+    click.option(
+        "--allow-lossy-merge", is_flag=True, help="Allow merging into 16-bit weights, which drops small updates."
+    ),
+    click.option("--device", metavar="NAME", default="h100", show_default=True, help="Device profile for the time."),
+)
+
+
+def _spec_options(command: Command) -> Command:
+    for option in reversed(_SPEC_OPTIONS):
+        command = option(command)
+    return command
+
+
+def _read_spec(options: dict[str, Any]) -> tuple[Architecture, tuple[int, ...], Workload]:
+    if options["arch"] is None:
+        raise SpecError("--arch: missing; give a name (`runlora-gen archs` lists them) or the path of a config.json")
+    if not options["rank"]:
+        raise SpecError("--rank: missing; give a whole number such as 8")
+    architecture = load_architecture(options["arch"], model_type=options["model_type"])
+    targets = tuple(name.strip() for value in options["target_modules"] for name in value.split(","))
+    if targets:
+        architecture = architecture.restricted(targets)
+    ranks = parse_counts("--rank", options["rank"], maximum=MAX_RANK)
+    check_ranks(ranks, architecture)
+    limit = options["max_saved_bytes"]
+    workload = Workload(
+        tokens=parse_counts("--tokens", options["tokens"] or ("4096",), maximum=MAX_TOKENS),
+        dtype=options["dtype"],
+        train=parse_train(options["train"]),
+        input_grad=not options["no_input_grad"],
+        criterion=options["criterion"],
+        max_saved_bytes=None if limit is None else parse_counts("--max-saved-bytes", (limit,), maximum=2**50)[0],
+        allow_lossy_merge=options["allow_lossy_merge"],
+        device=options["device"],
+        target_modules=targets,
+        model_type=options["model_type"],
+    )
+    from .cost.device import load_device
+
+    load_device(workload.device)
+    return architecture, ranks, workload
+
+
+@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@_spec_options
+@click.option("-o", "--output", metavar="DIR", default="generated", show_default=True, help="Folder to write into.")
+@click.option("--check", is_flag=True, help="Write nothing; exit 1 and show a diff if the folder is stale.")
+@click.option("--dry-run", is_flag=True, help="Write nothing; say what would be written.")
+@click.option("--force", is_flag=True, help="Overwrite files that were not generated.")
+@click.option("--all-variants", is_flag=True, help="Every enumerated pair in each module, selectable by id.")
+@click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
+@click.option("-v", "--verbose", is_flag=True, help="Also print every file and every choice.")
+@click.version_option(__version__)
+@click.pass_context
+def main(context: click.Context, /, **options: Any) -> None:
+    r"""Generate the fastest LoRA linears for an architecture as standalone torch modules.
+
+    \b
+      runlora-gen --arch llama-13b --rank 8 -o generated/
+      runlora-gen explain --arch llama-13b --rank 8 --tokens 4096
+      runlora-gen verify generated/llama_13b_r8
+
+    Exit codes: 0 done, 1 stale (--check) or a failed verification, 2 bad input.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    if options["arch"] is None and not options["rank"]:
+        click.echo(context.get_help())
+        return
+    from .emit.package import build_package
+    from .emit.publish import plan_changes, publish
+
+    architecture, ranks, workload = _read_spec(options)
+    packages = [build_package(architecture, r, workload, all_variants=options["all_variants"]) for r in ranks]
+    out = Path(options["output"])
+    quiet, verbose = options["quiet"], options["verbose"]
+    if verbose:
+        for package in packages:
+            for layer, ranges in package.layers:
+                for part in ranges:
+                    upto = "" if part.last_tokens is None else f" up to {part.last_tokens} tokens"
+                    click.echo(f"{package.folder} {layer.name}{upto}: {part.decision.chosen.program.id}", err=True)
+    if options["check"] or options["dry_run"]:
+        changes = plan_changes(out, packages, force=True)
+    else:
+        changes = publish(out, packages, force=options["force"])
+    if options["check"]:
+        for change in changes:
+            click.echo(change.diff(), nl=False)
+        if changes and not quiet:
+            click.echo(f"stale: {len(changes)} files differ in {out}", err=True)
+        context.exit(EXIT_STALE if changes else 0)
+    if quiet:
+        return
+    verb, removed = ("would write", "would remove") if options["dry_run"] else ("wrote", "removed")
+    if verbose or options["dry_run"]:
+        for change in changes:
+            click.echo(f"{verb if change.text is not None else removed} {change.path}")
+    for package in packages:
+        count = sum(change.path.parent.name == package.folder for change in changes)
+        done = f"{verb} {count} files" if count else "up to date"
+        click.echo(f"{out / package.folder}: {len(package.layers)} modules, {done}")
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def archs(as_json: bool) -> None:
+    """List the architectures of the catalogue."""
+    known = [load_architecture(name) for name in architecture_names()]
+    if as_json:
+        data = [
+            {"name": a.name, "model_type": a.model_type, "projections": [asdict(p) for p in a.projections]}
+            for a in known
+        ]
+        click.echo(json.dumps(data, indent=1))
+        return
+    width = max(len(architecture.name) for architecture in known)
+    for architecture in known:
+        shapes = ", ".join(f"{'/'.join(layer.projections)} {layer.name}" for layer in layers(architecture))
+        click.echo(f"{architecture.name:<{width}}  {shapes}")
+
+
+@main.command()
+@_spec_options
+@click.option("--all", "show_all", is_flag=True, help="Every program, not only the Pareto front and the paper's.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def explain(show_all: bool, as_json: bool, **options: Any) -> None:
+    """Show the variants of each layer shape with their prices, the chosen one and why."""
+    from .choose import decide, setting_for
+    from .emit.report import SCHEMA_VERSION, explain_table, layer_data
+
+    architecture, ranks, workload = _read_spec(options)
+    if len(ranks) > 1 or len(workload.tokens) > 1:
+        raise SpecError("explain: several values of --rank or --tokens; give one of each")
+    rank, tokens = ranks[0], workload.tokens[0]
+    decided = [
+        (
+            layer,
+            decide(workload, setting_for(workload, layer.in_features, layer.out_features, rank, layer.bias, tokens)),
+        )
+        for layer in layers(architecture)
+    ]
+    if as_json:
+        data = {
+            "schema_version": SCHEMA_VERSION,
+            "arch": architecture.name,
+            "rank": rank,
+            "tokens": tokens,
+            "dtype": workload.dtype,
+            "device": workload.device,
+            "layers": [layer_data(layer, rank, decision) for layer, decision in decided],
+        }
+        click.echo(json.dumps(data, indent=1))
+        return
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=REPORT_WIDTH)
+    for layer, decision in decided:
+        for part in explain_table(layer, rank, decision, show_all=show_all):
+            console.print(part)
+
+
+@main.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--examples", type=click.IntRange(1, 100_000), default=50, show_default=True, help="Cases a property.")
+@click.option("-q", "--quiet", is_flag=True, help="Print failures only.")
+def verify(path: Path, examples: int, quiet: bool) -> None:
+    """Prove a generated folder: every variant against a plain autograd LoRA."""
+    try:
+        from .measure.verify import verify_folder
+    except ModuleNotFoundError as error:
+        raise SpecError(f"verify: needs {error.name}; install runlora-gen[verify]") from None
+    failed = verify_folder(path, examples=examples, quiet=quiet)
+    if failed:
+        sys.exit(EXIT_STALE)
+
+
+def run() -> None:
+    """Entry point: every error on one line, exit code 2."""
+    try:
+        code = main.main(standalone_mode=False)
+    except SpecError as error:
+        _fail(str(error))
+    except click.ClickException as error:
+        _fail(error.format_message())
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("runlora-gen: interrupted", err=True)
+        sys.exit(130)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str) -> None:
+    click.echo(f"runlora-gen: error: {' '.join(message.split())}", err=True)
+    sys.exit(EXIT_BAD_INPUT)

@@ -1,0 +1,230 @@
+"""The price of a program: a vector, derived from its operations and from nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import lru_cache
+
+from ..algebra.enumerate import Phase, Program
+from ..algebra.operations import SYMBOLS, Dims, Matmul, Operation, Symbol, parse
+from ..algebra.schedule import dependents, schedule
+from ..algebra.table import PARAMETERS
+from .device import DeviceProfile
+from .rounding import merge_error, rounding_error, update_std
+
+
+@dataclass(frozen=True)
+class DType:
+    """A floating dtype: its size and its precision."""
+
+    name: str
+    bytes: int
+    mantissa_bits: int
+
+    @property
+    def half(self) -> bool:
+        """Whether it has 16 bits, so that a merged weight drops small updates."""
+        return self.bytes == 2
+
+
+DTYPES = {dtype.name: dtype for dtype in (DType("bf16", 2, 7), DType("fp16", 2, 10), DType("fp32", 4, 23))}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The circumstances in which a program is priced.
+
+    Attributes:
+        tokens, in_features, out_features, rank: T, I, O and R.
+        dtype: of activations, weight and adapter alike.
+        bias: whether the linear has a bias (it is read, not trained).
+        gradients: names of the gradients that training needs, of dX, dA, dB, db.
+        device: the profile that gives the time.
+    """
+
+    tokens: int
+    in_features: int
+    out_features: int
+    rank: int
+    dtype: DType
+    bias: bool
+    gradients: frozenset[str]
+    device: DeviceProfile
+
+    @property
+    def dims(self) -> Dims:
+        """Concrete dimensions by the names that symbols use."""
+        return {"T": self.tokens, "I": self.in_features, "O": self.out_features, "R": self.rank}
+
+
+@dataclass(frozen=True)
+class PhaseCost:
+    """Price of a forward or of a backward: FLOPs, bytes read and written, launches, bytes of temporaries, seconds."""
+
+    flops: int
+    bytes_moved: int
+    launches: int
+    workspace_bytes: int
+    time_s: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Price of a program.
+
+    ``saved_bytes`` are kept from the forward to the backward, without the parameters, which live anyway.
+    ``update_error`` is the relative error of the adapter's contribution through rounding W-sized intermediates.
+    """
+
+    forward: PhaseCost
+    backward: PhaseCost
+    saved_bytes: int
+    update_error: float
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of forward and backward."""
+        return self.forward.flops + self.backward.flops
+
+    @property
+    def bytes_moved(self) -> int:
+        """Bytes read and written in forward and backward."""
+        return self.forward.bytes_moved + self.backward.bytes_moved
+
+    @property
+    def launches(self) -> int:
+        """Kernel launches of forward and backward."""
+        return self.forward.launches + self.backward.launches
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Peak of temporaries: the larger of both phases."""
+        return max(self.forward.workspace_bytes, self.backward.workspace_bytes)
+
+    @property
+    def memory_bytes(self) -> int:
+        """What the criterion ``memory`` minimises: saved bytes and workspace together."""
+        return self.saved_bytes + self.workspace_bytes
+
+    @property
+    def time_s(self) -> float:
+        """Seconds of forward and backward."""
+        return self.forward.time_s + self.backward.time_s
+
+    def as_dict(self) -> dict[str, object]:
+        """The vector as JSON shows it; times in microseconds."""
+        return {
+            "flops": {"forward": self.forward.flops, "backward": self.backward.flops},
+            "saved_bytes": self.saved_bytes,
+            "workspace_bytes": self.workspace_bytes,
+            "bytes_moved": self.bytes_moved,
+            "launches": self.launches,
+            "time_us": round(self.time_s * 1e6, 3),
+            "update_error": float(f"{self.update_error:.4g}"),
+        }
+
+
+@dataclass(frozen=True)
+class OperationCost:
+    """Price of one operation: FLOPs (2·m·n·k), bytes, launches, seconds by the roofline."""
+
+    flops: int
+    bytes_moved: int
+    launches: int
+    time_s: float
+
+
+def price_operation(operation: Operation, setting: Setting) -> OperationCost:
+    """Price one operation by the roofline: max(FLOPs / peak, bytes / bandwidth) + launches.
+
+    Every operand is read once and every result written once; an accumulation reads its target as well. A product added
+    to a matrix (M = W + s B A) is two kernels in torch, a copy of the addend and an accumulation into it.
+    """
+    dims, size = setting.dims, setting.dtype.bytes
+    elements = sum(symbol.numel(dims) for symbol in (*operation.reads, *operation.outputs))
+    launches, flops = 1, 0
+    if isinstance(operation, Matmul):
+        m, n, k = operation.mnk(dims)
+        flops = 2 * m * n * k
+        if operation.accumulate:
+            elements += operation.out.numel(dims)
+        if operation.bias is not None and setting.bias:
+            elements += operation.bias.numel(dims)
+        if operation.addend is not None:
+            elements += 2 * operation.out.numel(dims)
+            launches += 1
+    device = setting.device
+    busy = max(flops / device.flops_per_s[setting.dtype.name], elements * size / device.bytes_per_s)
+    return OperationCost(flops, elements * size, launches, busy + launches * device.launch_s)
+
+
+@lru_cache(maxsize=65536)
+def price_phase(phase: Phase, setting: Setting) -> PhaseCost:
+    """Price a forward, or the part of a backward that the wanted gradients need."""
+    costs = [price_operation(operation, setting) for operation in wanted_operations(phase, setting.gradients)]
+    return PhaseCost(
+        flops=sum(cost.flops for cost in costs),
+        bytes_moved=sum(cost.bytes_moved for cost in costs),
+        launches=sum(cost.launches for cost in costs),
+        workspace_bytes=_workspace(phase, setting.tokens, setting.in_features, setting.out_features, setting.rank)
+        * setting.dtype.bytes,
+        time_s=sum(cost.time_s for cost in costs),
+    )
+
+
+def price(program: Program, setting: Setting) -> Cost:
+    """Price a program in a setting."""
+    return Cost(
+        forward=price_phase(program.forward, setting),
+        backward=price_phase(program.backward, setting),
+        saved_bytes=sum(
+            symbol.numel(setting.dims) * setting.dtype.bytes
+            for symbol in saved_symbols(program, setting.gradients)
+            if symbol not in PARAMETERS
+        ),
+        update_error=_update_error(program, setting),
+    )
+
+
+def price_frozen(setting: Setting) -> float:
+    """Seconds of the frozen linear (Y = X Wᵀ + b and dX = dY W): the floor that a LoRA linear is held against."""
+    formulas = ["Y = X @ W.T + b"] + (["dX = dY @ W"] if "dX" in setting.gradients else [])
+    return sum(price_operation(parse(formula), setting).time_s for formula in formulas)
+
+
+def wanted_operations(phase: Phase, gradients: Collection[str]) -> tuple[Operation, ...]:
+    """The operations of a phase that run when only some of its gradients are wanted; a forward runs whole."""
+    if SYMBOLS["Y"] in phase.goals:
+        return phase.operations
+    needed_by = dependents(phase)
+    return tuple(
+        operation
+        for operation in phase.operations
+        if any(goal.name in gradients for out in operation.outputs for goal in needed_by[out])
+    )
+
+
+def saved_symbols(program: Program, gradients: Collection[str]) -> tuple[Symbol, ...]:
+    """What the forward hands to the backward when these gradients are wanted: inputs, then kept intermediates."""
+    needed_by = dependents(program.backward)
+    return tuple(
+        symbol
+        for symbol in (*program.saved_inputs, *program.kept)
+        if any(goal.name in gradients for goal in needed_by[symbol])
+    )
+
+
+@lru_cache(maxsize=65536)
+def _workspace(phase: Phase, tokens: int, in_features: int, out_features: int, rank: int) -> int:
+    return schedule(phase, {"T": tokens, "I": in_features, "O": out_features, "R": rank}).workspace
+
+
+def _update_error(program: Program, setting: Setting) -> float:
+    made = {symbol for phase in (program.forward, program.backward) for way in phase.ways for symbol in way.targets}
+    delta_std, bits = update_std(setting.in_features, setting.rank), setting.dtype.mantissa_bits
+    if SYMBOLS["M"] in made:
+        return merge_error(delta_std, bits)
+    if SYMBOLS["D"] in made:
+        return rounding_error(delta_std, bits)
+    return 0.0

@@ -1,0 +1,1 @@
+"""From decisions to text: nodes for the templates, black, atomic publication, the manifest."""

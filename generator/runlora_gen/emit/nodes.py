@@ -1,0 +1,272 @@
+"""Typed nodes for the templates: every decision is made here, the templates only ask."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from ..algebra.enumerate import Phase, Program
+from ..algebra.operations import Symbol
+from ..algebra.schedule import GRADIENTS, dependents, schedule
+from ..choose import Decision, Priced, Range, goals, show_bytes, show_count, show_time
+from ..cost.price import (
+    OperationCost,
+    PhaseCost,
+    Setting,
+    price_frozen,
+    price_operation,
+    saved_symbols,
+    wanted_operations,
+)
+from ..spec.layers import Layer
+from ..spec.workload import Workload
+from .code import line, uses_scaled_mm, uses_scaling
+
+#: Inputs of the emitted autograd functions, and the gradient that each may want.
+_INPUT_GRADIENTS = ("dX", None, "dA", "dB", "db", None)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Statements under one condition (None: always run)."""
+
+    guard: str | None
+    lines: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class FunctionNode:
+    """One ``torch.autograd.Function``."""
+
+    class_name: str
+    id: str
+    doc: tuple[str, ...]
+    forward_needs: str | None  # the left side that unpacks needs_input_grad, or None if nothing asks
+    forward: tuple[str, ...]
+    saves: tuple[tuple[str, str], ...]  # symbol, condition
+    backward_needs: str
+    backward: tuple[Block, ...]
+    gradients: tuple[str, ...]  # dX, dA, … that it can give
+    returns: tuple[str, ...]
+    keeps_scaling: bool
+
+
+@dataclass(frozen=True)
+class RangeNode:
+    """Up to ``last_tokens`` (None: no end) use ``variant``; on 16-bit weights ``fallback`` if that differs."""
+
+    last_tokens: int | None
+    variant: str
+    fallback: str | None
+
+
+@dataclass(frozen=True)
+class ModuleNode:
+    """One generated module."""
+
+    name: str
+    title: str
+    notes: tuple[str, ...]
+    in_features: int
+    out_features: int
+    rank: int
+    bias: bool
+    functions: tuple[FunctionNode, ...]
+    ranges: tuple[RangeNode, ...]
+    frozen: tuple[tuple[str, str], ...]  # argument and why it must not require a gradient
+    trains_A: bool
+    trains_B: bool
+    scaled_mm: bool
+    linear: bool  # whether F.linear is used
+
+    @property
+    def selectable(self) -> bool:
+        """Whether ``lora_linear`` takes a ``variant``."""
+        return len(self.functions) > 1
+
+    @property
+    def selects_by_dtype(self) -> bool:
+        """Whether 16-bit weights get another variant."""
+        return any(part.fallback is not None for part in self.ranges)
+
+    @property
+    def selects(self) -> bool:
+        """Whether there is anything to select at run time."""
+        return len(self.ranges) > 1 or self.selects_by_dtype
+
+    @property
+    def selection(self) -> str:
+        """The expression that selects a variant."""
+        if not self.selects:
+            return f'"{self.ranges[0].variant}"'
+        return "_select(X.shape[0], X.dtype)" if self.selects_by_dtype else "_select(X.shape[0])"
+
+
+def module_node(
+    layer: Layer, rank: int, workload: Workload, ranges: Sequence[Range], *, all_variants: bool = False
+) -> ModuleNode:
+    """The module of a layer: the chosen variants, or all that were enumerated."""
+    described: dict[str, tuple[Decision, Priced, str]] = {}
+    parts = []
+    for part in ranges:
+        decision = part.decision
+        described.setdefault(
+            decision.chosen.program.id, (decision, decision.chosen, f"The runner-up lost: {decision.reason}")
+        )
+        fallback = None
+        if decision.fallback.program != decision.chosen.program:
+            fallback = decision.fallback.program.id
+            note = "For 16-bit weights: it merges nothing, so no small update is lost"
+            described.setdefault(fallback, (decision, decision.fallback, note))
+        parts.append(RangeNode(part.last_tokens, decision.chosen.program.id, fallback))
+    if all_variants:
+        decision = ranges[-1].decision
+        for candidate in decision.candidates:
+            described.setdefault(candidate.program.id, (decision, candidate, ""))
+    single = len(described) == 1
+    functions = tuple(
+        _function(candidate, decision, reason, "_LoRALinearFunction" if single else _class_name(candidate.program))
+        for decision, candidate, reason in described.values()
+    )
+    operations = [
+        op for _, c, _ in described.values() for p in (c.program.forward, c.program.backward) for op in p.operations
+    ]
+    wanted = goals(workload)
+    frozen = (
+        ("x", "dX", "it was generated with --no-input-grad"),
+        ("lora_A", "dA", "it was generated with lora_A frozen (--train b)"),
+        ("lora_B", "dB", "it was generated with lora_B frozen (--train a)"),
+    )
+    return ModuleNode(
+        name=module_name(layer, rank),
+        title=f"LoRA linear, {layer.in_features} to {layer.out_features} features, rank {rank}",
+        notes=_notes(layer, workload),
+        in_features=layer.in_features,
+        out_features=layer.out_features,
+        rank=rank,
+        bias=layer.bias,
+        functions=functions,
+        ranges=tuple(parts),
+        frozen=tuple((argument, why) for argument, gradient, why in frozen if gradient not in wanted),
+        trains_A="dA" in wanted,
+        trains_B="dB" in wanted,
+        scaled_mm=any(map(uses_scaled_mm, operations)),
+        linear=any("F.linear" in line(operation) for operation in operations),
+    )
+
+
+def module_name(layer: Layer, rank: int) -> str:
+    """The module's file name without its ending; the shape is the name."""
+    return f"linear_{layer.name}_r{rank}"
+
+
+def _notes(layer: Layer, workload: Workload) -> tuple[str, ...]:
+    notes = [f"Serves {', '.join(layer.projections)} ({layer.count} linears in the model)."]
+    if layer.transposed_weight:
+        notes.append(
+            f"Checkpoints store the weight of {', '.join(layer.transposed_weight)} as in_features x out_features "
+            "(Conv1D): pass weight.t()."
+        )
+    return tuple(notes)
+
+
+def _class_name(program: Program) -> str:
+    words = program.id.replace("/", "_").replace("-", "_").split("_")
+    return "_" + "".join(word.capitalize() for word in words)
+
+
+def _function(candidate: Priced, decision: Decision, reason: str, class_name: str) -> FunctionNode:
+    program = candidate.program
+    setting = decision.setting
+    needed_by = dependents(program.backward)
+    backward = _backward_blocks(program.backward, setting, needed_by)
+    saves = tuple((str(symbol), _guard(needed_by[symbol])) for symbol in (*program.saved_inputs, *program.kept))
+    gradients = tuple(str(gradient) for gradient in GRADIENTS if gradient in program.backward.goals)
+    return FunctionNode(
+        class_name=class_name,
+        id=program.id,
+        doc=_derivation(candidate, setting, reason),
+        forward_needs=_unpack_needs({name for name in gradients if any(f"need_{name}" in guard for _, guard in saves)}),
+        forward=_forward_lines(program.forward, setting),
+        saves=saves,
+        backward_needs=_unpack_needs(set(gradients)) or "_",
+        backward=backward,
+        gradients=gradients,
+        returns=tuple(name if name in gradients else "None" for name in _INPUT_GRADIENTS),
+        keeps_scaling=any(map(uses_scaling, program.backward.operations)),
+    )
+
+
+def _unpack_needs(names: set[str]) -> str | None:
+    if not names:
+        return None
+    parts = [f"need_{name}" if name in names else "_" for name in _INPUT_GRADIENTS]
+    while parts[-2:] == ["_", "_"]:
+        parts.pop()
+    if len(parts) < len(_INPUT_GRADIENTS):
+        parts[-1] = "*_"
+    return ", ".join(parts)
+
+
+def _guard(gradients: Iterable[Symbol]) -> str:
+    return " or ".join(f"need_{gradient}" for gradient in GRADIENTS if gradient in gradients)
+
+
+def _forward_lines(phase: Phase, setting: Setting) -> tuple[str, ...]:
+    lines = []
+    for step in schedule(phase, setting.dims).steps:
+        lines.append(line(step.operation))
+        lines += [f"del {symbol}" for symbol in step.frees]
+    return tuple(lines)
+
+
+def _backward_blocks(phase: Phase, setting: Setting, needed_by: dict[Symbol, frozenset[Symbol]]) -> tuple[Block, ...]:
+    blocks: list[Block] = []
+
+    def add(symbol: Symbol, text: str) -> None:
+        guard = _guard(needed_by[symbol])
+        if blocks and blocks[-1].guard == guard:
+            blocks[-1] = Block(guard, (*blocks[-1].lines, text))
+        else:
+            blocks.append(Block(guard, (text,)))
+
+    for step in schedule(phase, setting.dims).steps:
+        add(step.operation.out, line(step.operation))
+        for symbol in step.frees:
+            add(symbol, f"del {symbol}")
+    return tuple(blocks)
+
+
+def _derivation(candidate: Priced, setting: Setting, reason: str) -> tuple[str, ...]:
+    """The docstring's body: the formulas with their FLOPs and bytes, the price, and why the runner-up lost."""
+    program, cost = candidate.program, candidate.cost
+    doc: list[str] = []
+    phases = (("Forward", program.forward, cost.forward), ("Backward", program.backward, cost.backward))
+    for title, phase, total in phases:
+        wanted = wanted_operations(phase, setting.gradients)
+        ordered = [step.operation for step in schedule(phase, setting.dims).steps if step.operation in wanted]
+        prices = [(operation.formula, price_operation(operation, setting)) for operation in ordered]
+        width = max(len(formula) for formula, _ in prices)
+        doc += ["", f"{title}::", ""]
+        doc += [_priced(formula, price, width) for formula, price in (*prices, ("in all", total))]
+    kept = ", ".join(str(s) for s in saved_symbols(program, setting.gradients) if str(s) not in "WAB") or "nothing"
+    frozen = price_frozen(setting)
+    doc += [
+        "",
+        f"Saved for the backward beside the parameters: {kept} ({show_bytes(cost.saved_bytes)}).",
+        f"Temporaries: at most {show_bytes(cost.workspace_bytes)}.",
+        f"Priced at {setting.tokens} tokens in {setting.dtype.name} by the roofline of {setting.device.title}:",
+        f"{cost.time_s / frozen:.3f} times the frozen linear ({show_time(frozen)}).",
+    ]
+    if cost.update_error:
+        doc.append(f"Relative rounding error of the update: {cost.update_error:.2g}.")
+    if reason:
+        doc.append(f"{reason}.")
+    return tuple(doc)
+
+
+def _priced(formula: str, price: OperationCost | PhaseCost, width: int) -> str:
+    return (
+        f"    {formula:<{width}}  {show_count(price.flops):>8}FLOP  {show_bytes(price.bytes_moved):>10}  "
+        f"{show_time(price.time_s):>12}"
+    )

@@ -1,0 +1,148 @@
+"""A package of generated files for one architecture and one rank: names and texts, nothing written yet."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .. import __version__
+from ..choose import Range, decide_ranges, setting_for
+from ..spec.architecture import Architecture
+from ..spec.layers import Layer, layers
+from ..spec.workload import Workload
+from .nodes import module_name, module_node
+from .render import Header, format_python, render, render_test, template_digest
+from .report import SCHEMA_VERSION, variant_data
+
+MANIFEST = "manifest.json"
+#: Where the manifest's JSON Schema is published, beside this file.
+MANIFEST_SCHEMA = "manifest.schema.json"
+#: By which a manifest is known as ours.
+GENERATOR = "runlora-gen"
+
+
+@dataclass(frozen=True)
+class Package:
+    """Files of one generated folder by name."""
+
+    folder: str
+    files: Mapping[str, str]
+    layers: tuple[tuple[Layer, tuple[Range, ...]], ...]
+
+
+def build_package(architecture: Architecture, rank: int, workload: Workload, *, all_variants: bool = False) -> Package:
+    """Choose and render everything for one rank.
+
+    Raises:
+        SpecError: a constraint that no variant meets.
+    """
+    folder = f"{architecture.slug}_r{rank}"
+    header = Header(
+        command=_command(architecture, rank, workload, all_variants),
+        digest=_digest(architecture, rank, workload, all_variants),
+    )
+    decided = []
+    nodes = []
+    for layer in layers(architecture):
+        setting = setting_for(workload, layer.in_features, layer.out_features, rank, layer.bias, workload.tokens[0])
+        ranges = decide_ranges(workload, setting)
+        decided.append((layer, ranges))
+        nodes.append(module_node(layer, rank, workload, ranges, all_variants=all_variants))
+    files = {f"{node.name}.py": render("linear.py.jinja", {"header": header, "module": node}) for node in nodes}
+    names = [node.name for node in nodes]
+    files["__init__.py"] = render("init.py.jinja", {"header": header, "title": architecture.slug, "modules": nodes})
+    test = render_test(names, train=workload.train, input_grad=workload.input_grad, header=header)
+    files["test_equivalence.py"] = format_python(test)
+    files["py.typed"] = ""
+    files[MANIFEST] = _manifest(architecture, rank, workload, header, decided, files)
+    return Package(folder, files, tuple(decided))
+
+
+def _command(architecture: Architecture, rank: int, workload: Workload, all_variants: bool) -> str:
+    """The command that makes this package when run in the folder above it; only what is not a default."""
+    default = Workload()
+    source = architecture.name if architecture.source == "catalogue" else architecture.source
+    if not re.fullmatch(r"[A-Za-z0-9._/-]+", source):
+        source = "CONFIG"  # a folder's name may hold anything, even a line break: it never reaches a file
+    words = ["runlora-gen", "--arch", source, "--rank", str(rank)]
+    if workload.target_modules:
+        words += ["--target-modules", ",".join(workload.target_modules)]
+    if workload.model_type is not None:
+        words += ["--model-type", workload.model_type]
+    if workload.tokens != default.tokens:
+        words += ["--tokens", ",".join(map(str, workload.tokens))]
+    for name in ("dtype", "criterion", "device"):
+        if getattr(workload, name) != getattr(default, name):
+            words += [f"--{name}", getattr(workload, name)]
+    if workload.train != default.train:
+        words += ["--train", ",".join(workload.train)]
+    if not workload.input_grad:
+        words.append("--no-input-grad")
+    if workload.max_saved_bytes is not None:
+        words += ["--max-saved-bytes", str(workload.max_saved_bytes)]
+    if workload.allow_lossy_merge:
+        words.append("--allow-lossy-merge")
+    if all_variants:
+        words.append("--all-variants")
+    return shlex.join([*words, "-o", "."])
+
+
+def _digest(architecture: Architecture, rank: int, workload: Workload, all_variants: bool) -> str:
+    spec = {
+        "projections": [asdict(projection) for projection in architecture.projections],
+        "rank": rank,
+        "workload": asdict(workload),
+        "all_variants": all_variants,
+        "templates": template_digest(),
+    }
+    return "sha256:" + hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
+
+
+def _manifest(
+    architecture: Architecture,
+    rank: int,
+    workload: Workload,
+    header: Header,
+    decided: list[tuple[Layer, tuple[Range, ...]]],
+    files: Mapping[str, str],
+) -> str:
+    manifest = {
+        "schema_version": SCHEMA_VERSION,
+        "generator": GENERATOR,
+        "generator_version": __version__,
+        "licence": header.licence,
+        "command": header.command,
+        "digest": header.digest,
+        "arch": architecture.slug,
+        "model_type": architecture.model_type,
+        "rank": rank,
+        "workload": {**asdict(workload), "tokens": list(workload.tokens), "train": list(workload.train)},
+        "layers": [_layer_manifest(layer, rank, ranges) for layer, ranges in decided],
+        "files": {name: "sha256:" + hashlib.sha256(text.encode()).hexdigest() for name, text in sorted(files.items())},
+    }
+    return json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
+
+
+def _layer_manifest(layer: Layer, rank: int, ranges: tuple[Range, ...]) -> dict[str, Any]:
+    return {
+        "module": module_name(layer, rank),
+        **asdict(layer),
+        "projections": list(layer.projections),
+        "rank": rank,
+        "ranges": [
+            {
+                "last_tokens": part.last_tokens,
+                "tokens": part.decision.setting.tokens,
+                "chosen": part.decision.chosen.program.id,
+                "on_16_bit_weights": part.decision.fallback.program.id,
+                "reason": part.decision.reason,
+                "variants": [variant_data(candidate, part.decision) for candidate in part.decision.candidates],
+            }
+            for part in ranges
+        ],
+    }

@@ -1,0 +1,99 @@
+"""What the choice saw, as plain data (for ``--json`` and the manifest) and as a table for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from ..choose import Decision, Priced, show_bytes, show_count
+from ..cost.price import price_frozen
+from ..spec.layers import Layer
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+#: Version of the layout of ``explain --json`` and of the manifest.
+SCHEMA_VERSION = 1
+
+
+def variant_data(candidate: Priced, decision: Decision) -> dict[str, Any]:
+    """One candidate: what it is, its whole cost vector, and whether it is on the Pareto front."""
+    program = candidate.program
+    return {
+        "id": program.id,
+        "forward": program.forward.name(),
+        "backward": program.backward.name(),
+        "keeps": [str(symbol) for symbol in program.kept],
+        "paper": program.paper[0] if program.paper else None,
+        "paper_labels": list(program.paper),
+        **candidate.cost.as_dict(),
+        "pareto": program.id in decision.front,
+    }
+
+
+def layer_data(layer: Layer, rank: int, decision: Decision) -> dict[str, Any]:
+    """One layer shape with all candidates in one setting."""
+    return {
+        "name": layer.name,
+        "in_features": layer.in_features,
+        "out_features": layer.out_features,
+        "rank": rank,
+        "count": layer.count,
+        "projections": list(layer.projections),
+        "chosen": decision.chosen.program.id,
+        "variants": [variant_data(candidate, decision) for candidate in decision.candidates],
+    }
+
+
+def explain_table(layer: Layer, rank: int, decision: Decision, *, show_all: bool) -> Iterable[RenderableType]:
+    """The readable form: the Pareto variants, the paper's, the chosen one and why; ``show_all``: every program."""
+    from rich.table import Table
+    from rich.text import Text
+
+    setting = decision.setting
+    frozen = price_frozen(setting)
+    yield Text(
+        f"{layer.name}  rank {rank}  ({', '.join(layer.projections)}; {layer.count} in the model)  "
+        f"{setting.tokens} tokens, {setting.dtype.name}, {setting.device.title}",
+        style="bold",
+    )
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("")
+    table.add_column("variant (forward/backward: dX-dA-dB/kept)", overflow="fold", min_width=24)
+    table.add_column("paper", overflow="fold")
+    for title in ("FLOPs", "saved", "workspace", "moved", "launches", "time µs", "× frozen", "update error"):
+        table.add_column(title, justify="right", no_wrap=True)
+    ranked = sorted(decision.candidates, key=lambda c: (c.cost.time_s, c.program.id))
+    for candidate in ranked:
+        program, cost = candidate.program, candidate.cost
+        on_front, is_chosen = program.id in decision.front, program == decision.chosen.program
+        if not (show_all or on_front or program.paper or is_chosen):
+            continue
+        table.add_row(
+            ("→" if is_chosen else " ") + ("*" if on_front else " "),
+            program.id,
+            _paper(program.paper),
+            show_count(cost.flops),
+            show_bytes(cost.saved_bytes),
+            show_bytes(cost.workspace_bytes),
+            show_bytes(cost.bytes_moved),
+            str(cost.launches),
+            f"{cost.time_s * 1e6:,.1f}",
+            f"{cost.time_s / frozen:.3f}",
+            f"{cost.update_error:.2g}" if cost.update_error else "-",
+            style="green" if is_chosen else None,
+        )
+    yield table
+    yield Text(f"→ chosen: {decision.chosen.program.id}   * on the Pareto front")
+    yield Text(f"  the runner-up lost: {decision.reason}")
+    if decision.fallback.program != decision.chosen.program:
+        yield Text(f"  on 16-bit weights: {decision.fallback.program.id}")
+    yield Text("")
+
+
+def _paper(labels: tuple[str, ...]) -> str:
+    """``forward2/backward5`` and ``forward4/backward5`` as ``forward2|4/backward5``."""
+    if not labels:
+        return ""
+    forwards, backward = [label.split("/")[0] for label in labels], labels[0].split("/")[1]
+    return "|".join([forwards[0], *(name.removeprefix("forward") for name in forwards[1:])]) + f"/{backward}"

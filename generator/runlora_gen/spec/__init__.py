@@ -1,0 +1,1 @@
+"""What to generate for: architectures and workloads, validated once at this door."""

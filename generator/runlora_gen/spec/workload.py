@@ -1,0 +1,85 @@
+"""The workload: what to generate for beside the architecture. Validated once, here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from .architecture import Architecture
+from .errors import SpecError, shorten
+
+#: Above this, byte counts of a layer leave 64 bits; no training step is near it.
+MAX_TOKENS = 2**31
+
+
+@dataclass(frozen=True)
+class Workload:
+    """How the layers are trained.
+
+    Attributes:
+        tokens: token counts (batch × sequence) for which the choice is made, ascending.
+        dtype: ``bf16``, ``fp16`` or ``fp32``: informs the choice; generated modules run in any floating dtype.
+        train: which factors train, of ``a`` and ``b``.
+        input_grad: whether the input needs a gradient (not in a first layer).
+        criterion: ``time``, ``flops`` or ``memory``.
+        max_saved_bytes: limit on what one linear keeps from forward to backward, or None.
+        allow_lossy_merge: allow merging into 16-bit weights, which drops small updates.
+        device: name of the device profile.
+        target_modules: the projections that were asked for; empty for all.
+        model_type: the model type that the config was read as by request, or None.
+    """
+
+    tokens: tuple[int, ...] = (4096,)
+    dtype: str = "bf16"
+    train: tuple[str, ...] = ("a", "b")
+    input_grad: bool = True
+    criterion: str = "time"
+    max_saved_bytes: int | None = None
+    allow_lossy_merge: bool = False
+    device: str = "h100"
+    target_modules: tuple[str, ...] = ()
+    model_type: str | None = None
+
+
+def parse_counts(option: str, values: Iterable[str], *, maximum: int) -> tuple[int, ...]:
+    """Whole numbers from repeated options and comma lists, ascending and without repeats.
+
+    Raises:
+        SpecError: an element is no whole number from 1 to ``maximum``, or there is none.
+    """
+    counts = set()
+    for text in (part.strip() for value in values for part in value.split(",")):
+        if not text.isascii() or not text.isdigit() or len(text) > 18 or not 1 <= int(text) <= maximum:
+            raise SpecError(f"{option}: {shorten(text)} is not allowed; give whole numbers from 1 to {maximum}")
+        counts.add(int(text))
+    if not counts:
+        raise SpecError(f"{option}: no value given; give whole numbers from 1 to {maximum}")
+    return tuple(sorted(counts))
+
+
+def parse_train(value: str) -> tuple[str, ...]:
+    """The trained factors from ``a,b``, ``a`` or ``b``.
+
+    Raises:
+        SpecError: anything else.
+    """
+    factors = tuple(sorted({part.strip().lower() for part in value.split(",")}))
+    if not factors or not set(factors) <= {"a", "b"}:
+        raise SpecError(f"--train: {shorten(value)} is not allowed; give a,b or a or b")
+    return factors
+
+
+def check_ranks(ranks: Sequence[int], architecture: Architecture) -> None:
+    """Refuse ranks above the smaller side of a linear.
+
+    Raises:
+        SpecError: naming the rank, the projection and the largest rank allowed.
+    """
+    smallest = min(architecture.projections, key=lambda p: min(p.in_features, p.out_features))
+    limit = min(smallest.in_features, smallest.out_features)
+    for rank in ranks:
+        if rank > limit:
+            raise SpecError(
+                f"--rank: {rank} is above min(in, out) of {smallest.name} "
+                f"({smallest.in_features}x{smallest.out_features}); the largest rank allowed is {limit}"
+            )
