@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from .algebra.enumerate import Program, enumerate_programs
 from .cost.device import load_device
 from .cost.price import DTYPES, Cost, Setting, price
+from .spec.architecture import Architecture
 from .spec.errors import SpecError
+from .spec.layers import layers
 from .spec.workload import Workload
 
 
@@ -53,7 +56,8 @@ def show_time(seconds: float) -> str:
 
 
 QUANTITIES: Mapping[str, Quantity] = {
-    "time": Quantity("time", lambda cost: cost.time_s, show_time),
+    # The same operations summed in another order differ in the last bits: that is a tie.
+    "time": Quantity("time", lambda cost: float(f"{cost.time_s:.12g}"), show_time),
     "memory": Quantity("saved + workspace", lambda cost: cost.memory_bytes, show_bytes),
     "saved": Quantity("saved", lambda cost: cost.saved_bytes, show_bytes),
     "flops": Quantity("FLOPs", lambda cost: cost.flops, show_count),
@@ -145,20 +149,24 @@ def pareto_front(candidates: Iterable[Priced]) -> frozenset[str]:
 
     Programs of equal price dominate one another by the tie-break, so that each price appears once.
     """
-    ordered = sorted(candidates, key=lambda candidate: _key(candidate, PARETO))
+    ordered = sorted(candidates, key=lambda candidate: _key(candidate, (*PARETO, *TIE_BREAK)))
     front: list[tuple[float, ...]] = []
     ids = []
     for candidate in ordered:
-        vector = _key(candidate, PARETO)[:-1]
+        vector = _values(candidate, PARETO)
         # Sorted lexicographically, nothing that comes later can dominate what is on the front already.
         if not any(all(a <= b for a, b in zip(kept, vector, strict=True)) for kept in front):
-            front.append(vector)  # type: ignore[arg-type]
+            front.append(vector)
             ids.append(candidate.program.id)
     return frozenset(ids)
 
 
+def _values(candidate: Priced, quantities: Sequence[str]) -> tuple[float, ...]:
+    return tuple(QUANTITIES[name].of(candidate.cost) for name in quantities)
+
+
 def _key(candidate: Priced, quantities: Sequence[str]) -> tuple[float | str, ...]:
-    return (*(QUANTITIES[name].of(candidate.cost) for name in quantities), candidate.program.id)
+    return (*_values(candidate, quantities), candidate.program.id)
 
 
 def _rank(candidates: Iterable[Priced], criterion: str) -> list[Priced]:
@@ -171,12 +179,37 @@ def _within(candidates: Sequence[Priced], workload: Workload, setting: Setting) 
         return list(candidates)
     fitting = [c for c in candidates if c.cost.saved_bytes <= limit]
     if not fitting:
-        least = min(c.cost.saved_bytes for c in candidates)
-        raise SpecError(
-            f"--max-saved-bytes: no variant of the {setting.in_features}x{setting.out_features} linear saves at most "
-            f"{limit} bytes at {setting.tokens} tokens; the smallest feasible value is {least}"
-        )
+        raise _infeasible(limit, min(c.cost.saved_bytes for c in candidates), setting)
     return fitting
+
+
+def check_saved_limit(architecture: Architecture, ranks: Sequence[int], workload: Workload) -> None:
+    """Refuse a ``max_saved_bytes`` that some layer can't meet at some rank and token count.
+
+    Raises:
+        SpecError: naming the smallest value that all of them can meet.
+    """
+    if workload.max_saved_bytes is None:
+        return
+    # Only what merges nothing: there is always such a variant that keeps as little as any other.
+    programs = [p for p in enumerate_programs(goals(workload)) if not p.lossy_in_16_bit]
+    least, setting = max(
+        (
+            (min(price(program, setting).saved_bytes for program in programs), setting)
+            for layer, rank, tokens in itertools.product(layers(architecture), ranks, workload.tokens)
+            for setting in [setting_for(workload, layer.in_features, layer.out_features, rank, layer.bias, tokens)]
+        ),
+        key=lambda need: need[0],
+    )
+    if least > workload.max_saved_bytes:
+        raise _infeasible(workload.max_saved_bytes, least, setting)
+
+
+def _infeasible(limit: int, least: int, setting: Setting) -> SpecError:
+    return SpecError(
+        f"--max-saved-bytes: no variant of the {setting.in_features}x{setting.out_features} linear saves at most "
+        f"{limit} bytes at {setting.tokens} tokens; the smallest feasible value is {least}"
+    )
 
 
 def _why(chosen: Priced, runner_up: Priced | None, criterion: str) -> str:
@@ -187,10 +220,10 @@ def _why(chosen: Priced, runner_up: Priced | None, criterion: str) -> str:
         best, other = quantity.of(chosen.cost), quantity.of(runner_up.cost)
         if best != other:
             equal = f"equal in {QUANTITIES[criterion].title}, but " if position else ""
-            return (
-                f"{runner_up.program.id} is {equal}worse in {quantity.title}: "
-                f"{quantity.show(other)} against {quantity.show(best)}"
-            )
+            shown = f"{quantity.show(other)} against {quantity.show(best)}"
+            if quantity.show(other) == quantity.show(best):
+                shown = f"{quantity.show(best)}, by {other / best - 1:.1g} of it"
+            return f"{runner_up.program.id} is {equal}worse in {quantity.title}: {shown}"
     return f"{runner_up.program.id} has the same price; the name decides"
 
 
@@ -223,7 +256,10 @@ def _winners(decision: Decision) -> tuple[str, str]:
 
 
 def _crossover(workload: Workload, low: Decision, high: Decision) -> int:
-    """The last token count, from low's on and below high's, at which low's winner still ranks before high's."""
+    """The last token count, from low's on and below high's, at which low's winner still ranks before high's.
+
+    Where a limit on saved bytes is given: and at which it still keeps to that limit.
+    """
     criterion = workload.criterion
     first, last = low.setting.tokens, high.setting.tokens
     pair = (low.chosen.program, high.chosen.program)
@@ -232,6 +268,7 @@ def _crossover(workload: Workload, low: Decision, high: Decision) -> int:
     while last - first > 1:
         middle = (first + last) // 2
         setting = replace(low.setting, tokens=middle)
-        ranked = _rank([Priced(program, price(program, setting)) for program in pair], criterion)
-        first, last = (middle, last) if ranked[0].program == pair[0] else (first, middle)
+        priced = [Priced(program, price(program, setting)) for program in pair]
+        best = _rank(_within(priced, workload, setting), criterion)[0]  # high's fits: fewer tokens save fewer bytes
+        first, last = (middle, last) if best.program == pair[0] else (first, middle)
     return first

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from . import __version__
 from .spec.architecture import Architecture, architecture_names, load_architecture
@@ -86,6 +88,10 @@ def _read_spec(options: dict[str, Any]) -> tuple[Architecture, tuple[int, ...], 
     from .cost.device import load_device
 
     load_device(workload.device)
+    if limit is not None:
+        from .choose import check_saved_limit
+
+        check_saved_limit(architecture, ranks, workload)
     return architecture, ranks, workload
 
 
@@ -101,7 +107,7 @@ def _read_spec(options: dict[str, Any]) -> tuple[Architecture, tuple[int, ...], 
 @click.version_option(__version__)
 @click.pass_context
 def main(context: click.Context, /, **options: Any) -> None:
-    r"""Generate the fastest LoRA linears for an architecture as standalone torch modules.
+    """Generate the fastest LoRA linears for an architecture as standalone torch modules.
 
     \b
       runlora-gen --arch llama-13b --rank 8 -o generated/
@@ -109,10 +115,14 @@ def main(context: click.Context, /, **options: Any) -> None:
       runlora-gen verify generated/llama_13b_r8
 
     Exit codes: 0 done, 1 stale (--check) or a failed verification, 2 bad input.
-    """
+    """  # noqa: D301  # \b is click's mark for lines to leave as they are
+    given = [name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
     if context.invoked_subcommand is not None:
+        if given:
+            option = f"--{given[0].replace('_', '-')}"
+            raise SpecError(f"{option}: stands before the command {context.invoked_subcommand}; give it after it")
         return
-    if options["arch"] is None and not options["rank"]:
+    if not given:
         click.echo(context.get_help())
         return
     from .emit.package import build_package
@@ -133,10 +143,10 @@ def main(context: click.Context, /, **options: Any) -> None:
     else:
         changes = publish(out, packages, force=options["force"])
     if options["check"]:
-        for change in changes:
-            click.echo(change.diff(), nl=False)
         if changes and not quiet:
-            click.echo(f"stale: {len(changes)} files differ in {out}", err=True)
+            for change in changes:
+                click.echo(change.diff(), nl=False)
+            click.echo(f"stale: {_files(len(changes))} to write or remove in {out}", err=True)
         context.exit(EXIT_STALE if changes else 0)
     if quiet:
         return
@@ -146,8 +156,12 @@ def main(context: click.Context, /, **options: Any) -> None:
             click.echo(f"{verb if change.text is not None else removed} {change.path}")
     for package in packages:
         count = sum(change.path.parent.name == package.folder for change in changes)
-        done = f"{verb} {count} files" if count else "up to date"
+        done = f"{verb} {_files(count)}" if count else "up to date"
         click.echo(f"{out / package.folder}: {len(package.layers)} modules, {done}")
+
+
+def _files(count: int) -> str:
+    return "1 file" if count == 1 else f"{count} files"
 
 
 @main.command()
@@ -227,12 +241,17 @@ def verify(path: Path, examples: int, quiet: bool) -> None:
 
 def run() -> None:
     """Entry point: every error on one line, exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a folder's name, or µ where the terminal knows ASCII only
     try:
         code = main.main(standalone_mode=False)
     except SpecError as error:
         _fail(str(error))
     except click.ClickException as error:
         _fail(error.format_message())
+    except OSError as error:
+        _fail(f"cannot write the output: {error.strerror or error}")
     except (click.Abort, KeyboardInterrupt):
         click.echo("runlora-gen: interrupted", err=True)
         sys.exit(130)

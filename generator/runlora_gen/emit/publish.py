@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import io
 import json
 import os
 import shutil
@@ -31,14 +32,18 @@ class Change:
 
     def diff(self) -> str:
         """A unified diff from what is on disk."""
-        old = _read(self.path) or ""
-        lines = difflib.unified_diff(
-            old.splitlines(keepends=True),
-            (self.text or "").splitlines(keepends=True),
-            f"{self.path} (on disk)",
-            f"{self.path} ({'obsolete' if self.text is None else 'generated now'})",
-        )
-        return "".join(lines)
+        old = _read(self.path)
+        before = f"{self.path} ({'missing' if old is None else 'on disk'})"
+        after = f"{self.path} ({'obsolete' if self.text is None else 'generated now'})"
+        lines = list(difflib.unified_diff(_lines(old), _lines(self.text), before, after))
+        if not lines:  # an empty file that is missing
+            lines = [f"--- {before}\n", f"+++ {after}\n"]
+        return "".join(line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n" for line in lines)
+
+
+def _lines(text: str | None) -> list[str]:
+    """Lines with their ends; only a line feed ends one, so that every line of a diff is one."""
+    return io.StringIO(text or "", newline="\n").readlines()
 
 
 def plan_changes(out: Path, packages: Sequence[Package], *, force: bool = False) -> list[Change]:
@@ -173,7 +178,7 @@ def _apply(out: Path, changes: Sequence[Change]) -> None:
     new_folders: list[Path] = []
     undo: list[tuple[Path, Path | None]] = []  # destination, where its old content waits
     try:
-        staged = []
+        staged: list[tuple[Path, Path | None, Path]] = []
         for number, change in enumerate(changes):
             if change.text is not None:
                 place = stage / f"new-{number}"
@@ -185,7 +190,7 @@ def _apply(out: Path, changes: Sequence[Change]) -> None:
             else:
                 staged.append((change.path, None, stage / f"old-{number}"))
         try:
-            for path, place, backup in staged:
+            for path, new, backup in staged:
                 if not path.parent.exists():
                     path.parent.mkdir()
                     new_folders.append(path.parent)
@@ -194,8 +199,8 @@ def _apply(out: Path, changes: Sequence[Change]) -> None:
                     undo.append((path, backup))
                 else:
                     undo.append((path, None))
-                if place is not None:
-                    os.rename(place, path)
+                if new is not None:
+                    os.rename(new, path)
         except BaseException:
             for path, old in reversed(undo):
                 with contextlib.suppress(OSError):

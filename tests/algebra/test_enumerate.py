@@ -1,0 +1,218 @@
+"""The enumeration: exact counts, the paper's graphs, and completeness against an independent brute force."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+from runlora_gen.algebra.enumerate import Phase, Program, enumerate_programs
+from runlora_gen.algebra.operations import SYMBOLS, Matmul, parse
+from runlora_gen.algebra.table import TABLE, way
+
+ALL = ("dX", "dA", "dB")
+
+
+@pytest.mark.parametrize(
+    ("goals", "count"),
+    [
+        # 4 forwards × 2 ways of dA × 3 of dB (S kept or not) × 6 of dX (M or D kept or not).
+        (ALL, 144),
+        ((*ALL, "db"), 144),
+        (("dX", "dA"), 4 * 2 * 6),
+        (("dX", "dB"), 4 * 3 * 6),
+        (("dA", "dB"), 4 * 2 * 3),
+        (("dA",), 4 * 2),
+        (("dB",), 4 * 3),
+        (("dX",), 4 * 6),
+    ],
+)
+def test_exact_counts(goals: tuple[str, ...], count: int) -> None:
+    programs = enumerate_programs(goals)
+    assert len(programs) == count
+    assert len({program.id for program in programs}) == count
+
+
+def test_the_paper_s_pairs_are_all_found_once() -> None:
+    labels = [label for program in enumerate_programs(ALL) for label in program.paper]
+    expected = [f"forward{i}/backward{j}" for i in range(1, 5) for j in range(1, 9)]
+    assert sorted(labels) == sorted(expected)
+
+
+def test_nothing_kept_goes_unused_and_x_is_dropped_when_a_is_frozen() -> None:
+    for program in enumerate_programs(ALL):
+        assert set(program.kept) <= program.backward.reads
+        assert SYMBOLS["X"] in program.saved_inputs
+    frozen_a = enumerate_programs(("dX", "dB"))
+    without_x = [program for program in frozen_a if SYMBOLS["X"] not in program.saved_inputs]
+    assert without_x and all(SYMBOLS["S"] in program.kept for program in without_x)
+
+
+def test_a_row_with_several_targets_is_taken_only_where_all_are_wanted() -> None:
+    fused = way("P dB", "fused", "P = s * dY @ B", "dB = dY.T @ S")
+    table = (*TABLE, fused)
+    with_both = enumerate_programs(ALL, table=table)
+    used = [program for program in with_both if fused in program.backward.ways]
+    assert len(with_both) > 144 and used
+    # P is wanted by every split dX, so that only those graphs which need neither P may not use the row.
+    assert all(program.backward.way_of(SYMBOLS["dB"]) is fused for program in used)
+    assert not any(fused in program.backward.ways for program in enumerate_programs(("dB",), table=table))
+
+
+def test_cyclic_choices_are_discarded() -> None:
+    table = (*TABLE, way("P", "from_dx", "P = s * dY @ B", "P += dX @ A.T"))
+    for program in enumerate_programs(ALL, table=table):
+        if program.backward.way_of(SYMBOLS["dX"]).name in ("base_first", "lowrank_first"):
+            assert all(chosen.name != "from_dx" for chosen in program.backward.ways)
+
+
+@pytest.mark.parametrize("formula", ["Y = X @ W", "Y += Q @ W.T", "Y = X * W", "Y = X @ W.T + c", "M = A + s * B @ A"])
+def test_the_grammar_refuses_what_does_not_fit(formula: str) -> None:
+    with pytest.raises(ValueError, match=r"formula|inner|shape|grammar|symbol"):
+        parse(formula)
+
+
+# An independent brute force. It knows the four results as sums of words over the inputs, and finds every way to bracket
+# them and to factor a common beginning or end out of a sum. A tree is ("*", left, right), ("+", terms) or a name with
+# an optional "'" for a transposition; a tree and its transpose are one.
+
+WORDS = {
+    "Y": [("X", "W'"), ("X", "A'", "B'")],
+    "dX": [("dY", "W"), ("dY", "B", "A")],
+    "dA": [("B'", "dY'", "X")],
+    "dB": [("dY'", "X", "A'")],
+}
+FORWARD_NAMES = {"X", "W", "A", "B"}
+
+
+def _transposed(tree):
+    if isinstance(tree, str):
+        return tree[:-1] if tree.endswith("'") else tree + "'"
+    if tree[0] == "*":
+        return ("*", _transposed(tree[2]), _transposed(tree[1]))
+    return ("+", frozenset(map(_transposed, tree[1])))
+
+
+def _text(tree) -> str:
+    if isinstance(tree, str):
+        return tree
+    if tree[0] == "*":
+        return f"({_text(tree[1])} {_text(tree[2])})"
+    return "{" + "+".join(sorted(map(_text, tree[1]))) + "}"
+
+
+def _canonical(tree) -> str:
+    return min(_text(tree), _text(_transposed(tree)))
+
+
+def _brackets(word) -> Iterator:
+    if len(word) == 1:
+        yield word[0]
+    for cut in range(1, len(word)):
+        for left, right in itertools.product(_brackets(word[:cut]), _brackets(word[cut:])):
+            yield ("*", left, right)
+
+
+def _trees(words) -> Iterator:
+    """Every way to compute a sum of words."""
+    if len(words) == 1:
+        yield from _brackets(words[0])
+        return
+    for terms in itertools.product(*map(_brackets, words)):
+        yield ("+", frozenset(terms))
+    shortest = min(map(len, words))
+    for length in range(1, shortest):
+        if len({word[:length] for word in words}) == 1:
+            for rest, head in itertools.product(_trees([w[length:] for w in words]), _brackets(words[0][:length])):
+                yield ("*", head, rest)
+        if len({word[-length:] for word in words}) == 1:
+            for rest, tail in itertools.product(_trees([w[:-length] for w in words]), _brackets(words[0][-length:])):
+                yield ("*", rest, tail)
+
+
+def _nodes(tree) -> set[str]:
+    if isinstance(tree, str):
+        return set()
+    children = tree[1:] if tree[0] == "*" else tree[1]
+    return {_canonical(tree)}.union(*map(_nodes, children))
+
+
+def _names(tree) -> set[str]:
+    if isinstance(tree, str):
+        return {tree.removesuffix("'")}
+    return set().union(*map(_names, tree[1:] if tree[0] == "*" else tree[1]))
+
+
+def _stored(tree) -> list:
+    """Intermediates that a forward could keep: inner nodes of inputs only; a term of a sum is never alone in memory."""
+    if isinstance(tree, str):
+        return []
+    children = list(tree[1:]) if tree[0] == "*" else []
+    inside = (
+        [n for term in tree[1] for child in (term[1:] if term[0] == "*" else ()) for n in _stored(child)]
+        if tree[0] == "+"
+        else []
+    )
+    found = [tree] if _names(tree) <= FORWARD_NAMES else []
+    return found + [node for child in children for node in _stored(child)] + inside
+
+
+def _brute_force() -> set[tuple]:
+    found = set()
+    for forward in _trees(WORDS["Y"]):
+        backwards = itertools.product(*(_trees(WORDS[name]) for name in ALL))
+        for trees in backwards:
+            keepable = {_canonical(node) for tree in trees for node in _stored(tree)}
+            for size in range(len(keepable) + 1):
+                for kept in itertools.combinations(sorted(keepable), size):
+                    found.add((_canonical(forward), tuple(map(_canonical, trees)), kept))
+    return found
+
+
+def _structure(program: Program) -> tuple:
+    """What a program of the table computes, as the brute force writes it."""
+    kept = {}
+
+    def expand(phase: Phase, given: dict) -> dict:
+        trees = dict(given)
+        pending = list(phase.operations)
+        while pending:
+            for operation in list(pending):
+                assert isinstance(operation, Matmul)
+                earlier = pending[: pending.index(operation)]
+                waits = any(operation.out in other.outputs for other in earlier)
+                if waits or any(symbol.name not in trees for symbol in operation.reads):
+                    continue
+                if any(o.out in operation.reads for o in pending if o is not operation):
+                    continue
+                left, right = (
+                    _transposed(trees[o.symbol.name]) if o.transposed else trees[o.symbol.name]
+                    for o in (operation.left, operation.right)
+                )
+                tree = ("*", left, right)
+                if operation.accumulate:
+                    tree = ("+", frozenset({trees[operation.out.name], tree}))
+                if operation.addend is not None:
+                    tree = ("+", frozenset({trees[operation.addend.name], tree}))
+                trees[operation.out.name] = tree
+                pending.remove(operation)
+        return trees
+
+    inputs = {name: name for name in ("X", "W", "A", "B")}
+    forward = expand(program.forward, inputs)
+    for symbol in program.kept:
+        kept[symbol.name] = forward[symbol.name]
+    backward = expand(program.backward, {**inputs, "dY": "dY", **kept})
+    return (
+        _canonical(forward["Y"]),
+        tuple(_canonical(backward[name]) for name in ALL),
+        tuple(sorted(map(_canonical, kept.values()))),
+    )
+
+
+def test_complete_against_brute_force() -> None:
+    expected = _brute_force()
+    found = {_structure(program) for program in enumerate_programs(ALL)}
+    assert found == expected
+    # The table also knows two orders of the split sum, in Y and in dX, which are one tree here.
+    assert len(expected) == 3 * (2 * 3 * 5)

@@ -1,0 +1,209 @@
+"""What the options do, from the command line to the files."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runlora_gen.cost.device import device_names
+
+
+@pytest.fixture
+def generate(run, tmp_path: Path):
+    """Generate one shape of llama-9m and return its manifest and its module's text."""
+
+    def call(*options: str, rank: int = 8) -> tuple[dict[str, Any], str]:
+        arguments = ("--arch", "llama-9m", "--target-modules", "q_proj", "--rank", str(rank))
+        run(*arguments, *options, "-o", tmp_path / "out").ok()
+        folder = tmp_path / "out" / f"llama_9m_r{rank}"
+        module = folder / f"linear_128x128_r{rank}.py"
+        return json.loads((folder / "manifest.json").read_text()), module.read_text()
+
+    return call
+
+
+def ranges(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    return manifest["layers"][0]["ranges"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--rank", "2,4", "--rank", "8"), ("-r", "8", "-r", " 4 , 2 "), ("-r", "8,8,4", "-r", "2")],
+    ids=["mixed", "spaces", "repeats"],
+)
+def test_ranks_each_get_a_folder(run, tmp_path: Path, options: tuple[str, ...]) -> None:
+    run("--arch", "llama-9m", "--target-modules", "q_proj", *options, "-o", tmp_path).ok()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["llama_9m_r2", "llama_9m_r4", "llama_9m_r8"]
+    assert (tmp_path / "llama_9m_r2" / "linear_128x128_r2.py").is_file()
+
+
+def test_target_modules_choose_the_shapes(run, tmp_path: Path) -> None:
+    base = ("--arch", "llama-9m", "--rank", "4", "--dry-run", "-o", tmp_path)
+    shapes = {
+        (): {"128x128", "128x352", "352x128"},
+        ("--target-modules", "q_proj,v_proj"): {"128x128"},
+        ("--target-modules", "q_proj", "--target-modules", "down_proj"): {"128x128", "352x128"},
+    }
+    for options, expected in shapes.items():
+        assert set(re.findall(r"linear_(\w+)_r4\.py", run(*base, *options).ok().out)) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "frozen", "gradients"),
+    [
+        ((), [], {"dX", "dA", "dB", "db"}),
+        (("--train", "a"), ["lora_B"], {"dX", "dA", "db"}),
+        (("--train", "b"), ["lora_A"], {"dX", "dB", "db"}),
+        (("--train", "B, a"), [], {"dX", "dA", "dB", "db"}),
+        (("--no-input-grad",), ["x"], {"dA", "dB", "db"}),
+        (("--no-input-grad", "--train", "b"), ["x", "lora_A"], {"dB", "db"}),
+    ],
+    ids=["all", "a", "b", "spelled", "first layer", "first layer, b"],
+)
+def test_what_trains_shapes_the_module(generate, options, frozen: list[str], gradients: set[str]) -> None:
+    manifest, text = generate(*options)
+    assert set(re.findall(r"^        (d\w+): Tensor \| None = None$", text, re.M)) == gradients
+    assert re.findall(r'"(\w+) must not require a gradient', text) == frozen
+    part = ranges(manifest)[0]
+    chosen = next(v for v in part["variants"] if v["id"] == part["chosen"])
+    if "b" in options and "a" not in options:
+        # Only S is kept: X is not needed where A is frozen (LoRA-FA).
+        assert chosen["saved_bytes"] == 4096 * 8 * 2
+
+
+def test_devices_price_differently(generate) -> None:
+    times = set()
+    for device in device_names():
+        manifest, text = generate("--device", device)
+        assert manifest["workload"]["device"] == device
+        times.add(ranges(manifest)[0]["variants"][0]["time_us"])
+        assert f"--device {device} " in text or device == "h100"
+    assert len(times) == len(device_names()) == 5
+
+
+@pytest.mark.parametrize("criterion", ["time", "flops", "memory"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_criterion_is_minimised(generate, criterion: str, dtype: str) -> None:
+    manifest, _ = generate("--criterion", criterion, "--dtype", dtype, "--tokens", "512")
+    (part,) = ranges(manifest)
+    measure = {
+        "time": lambda v: v["time_us"],
+        "flops": lambda v: sum(v["flops"].values()),
+        "memory": lambda v: v["saved_bytes"] + v["workspace_bytes"],
+    }[criterion]
+    allowed = [v for v in part["variants"] if dtype == "fp32" or not merges(v["id"])]
+    chosen = next(v for v in part["variants"] if v["id"] == part["chosen"])
+    assert measure(chosen) == min(map(measure, allowed))
+
+
+def merges(variant: str) -> bool:
+    """Whether an id names a merged weight, computed or kept."""
+    forward, backward, kept = variant.split("/")
+    return forward == "merged" or backward.startswith("merged") or "m" in kept.removeprefix("keep-").split("-")
+
+
+class TestLossyMerge:
+    CPU = ("--device", "cpu", "--tokens", "65536")
+
+    @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+    @pytest.mark.parametrize("criterion", ["time", "flops", "memory"])
+    def test_is_never_chosen_unasked(self, generate, dtype: str, criterion: str) -> None:
+        manifest, text = generate(*self.CPU, "--dtype", dtype, "--criterion", criterion)
+        (part,) = ranges(manifest)
+        assert not merges(part["chosen"]) and part["chosen"] == part["on_16_bit_weights"]
+        assert "M = " not in text
+
+    def test_is_chosen_when_allowed(self, generate) -> None:
+        manifest, text = generate(*self.CPU, "--allow-lossy-merge")
+        (part,) = ranges(manifest)
+        assert merges(part["chosen"]) and part["on_16_bit_weights"] == part["chosen"]
+        assert "M = " in text and "torch.bfloat16" not in text
+        assert "--allow-lossy-merge" in manifest["command"]
+
+    def test_fp32_module_runs_split_on_16_bit_weights(self, generate) -> None:
+        torch = pytest.importorskip("torch")
+        manifest, text = generate(*self.CPU, "--dtype", "fp32")
+        (part,) = ranges(manifest)
+        assert merges(part["chosen"]) and not merges(part["on_16_bit_weights"])
+        module: dict[str, Any] = {"__name__": "generated"}
+        exec(compile(text, "generated", "exec"), module)
+        assert set(module["VARIANTS"]) == {part["chosen"], part["on_16_bit_weights"]}
+        for dtype, expected in (
+            (torch.float32, part["chosen"]),
+            (torch.float64, part["chosen"]),
+            (torch.bfloat16, part["on_16_bit_weights"]),
+            (torch.float16, part["on_16_bit_weights"]),
+        ):
+            assert module["_select"](4096, dtype) == expected
+
+
+def test_tokens_make_ranges_and_the_module_obeys_them(generate) -> None:
+    torch = pytest.importorskip("torch")
+    options = ("--dtype", "fp32", "--criterion", "memory", "--train", "b", "--tokens")
+    manifest, text = generate(*options, "65536,16", "--tokens", "1024,16", rank=128)
+    parts = ranges(manifest)
+    assert manifest["workload"]["tokens"] == [16, 1024, 65536]
+    assert len(parts) == 3 and parts[-1]["last_tokens"] is None
+    ends = [part["last_tokens"] for part in parts[:-1]]
+    assert ends == sorted(ends) and 16 <= ends[0] < 1024 <= ends[1] < 65536
+    module: dict[str, Any] = {"__name__": "generated"}
+    exec(compile(text, "generated", "exec"), module)
+    start = 0
+    for part in parts:
+        end = part["last_tokens"] or 10**9
+        for tokens in (start, end):
+            assert module["_select"](tokens, torch.float32) == part["chosen"]
+            assert module["_select"](tokens, torch.bfloat16) == part["on_16_bit_weights"]
+        start = end + 1
+
+
+class TestMaxSavedBytes:
+    BASE = ("--criterion", "flops", "--tokens", "4096")
+
+    def saved(self, manifest: dict[str, Any]) -> int:
+        (part,) = ranges(manifest)
+        return next(v["saved_bytes"] for v in part["variants"] if v["id"] == part["chosen"])
+
+    def test_is_met(self, generate) -> None:
+        free = self.saved(generate(*self.BASE)[0])
+        assert self.saved(generate(*self.BASE, "--max-saved-bytes", str(free))[0]) == free
+        assert self.saved(generate(*self.BASE, "--max-saved-bytes", str(free - 1))[0]) < free
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            ("--rank", "8"),
+            ("--rank", "8", "--train", "b"),
+            ("--rank", "4,64", "--train", "b"),
+            ("--rank", "8", "--tokens", "16,4096"),
+            ("--rank", "8", "--dtype", "fp32", "--device", "cpu", "--tokens", "65536"),
+        ],
+        ids=["plain", "b", "ranks", "tokens", "merged"],
+    )
+    def test_names_the_smallest_value_that_works(self, run, tmp_path: Path, options: tuple[str, ...]) -> None:
+        # Several shapes: the value must serve all of them.
+        base = ("--arch", "llama-9m", *options, "-o", tmp_path / "out")
+        message = run(*base, "--max-saved-bytes", "1").error()
+        least = int(re.search(r"the smallest feasible value is (\d+)$", message)[1])
+        assert not (tmp_path / "out").exists()
+        assert str(least) in run(*base, "--max-saved-bytes", str(least - 1)).error()
+        run(*base, "--max-saved-bytes", str(least)).ok()
+
+
+def test_all_variants_holds_every_pair_and_every_paper_label(generate) -> None:
+    manifest, text = generate("--all-variants")
+    (part,) = ranges(manifest)
+    module: dict[str, Any] = {"__name__": "generated"}
+    exec(compile(text, "generated", "exec"), module)
+    assert set(module["VARIANTS"]) == {v["id"] for v in part["variants"]}
+    assert len(module["VARIANTS"]) == len(set(module["VARIANTS"].values())) == 144
+    labels = [label for v in part["variants"] for label in v["paper_labels"]]
+    assert sorted(labels) == [f"forward{i}/backward{j}" for i in range(1, 5) for j in range(1, 9)]
+    assert "variant: str | None = None" in text
+
+
+def test_variant_is_no_argument_where_there_is_one_only(generate) -> None:
+    assert "variant:" not in generate()[1]

@@ -1,0 +1,115 @@
+"""What the tests of the command line and of the emission share."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from runlora_gen import cli as command_line
+
+#: One small shape, so that a run takes a tenth of a second.
+SMALL = ("--arch", "llama-9m", "--target-modules", "q_proj", "--rank", "4")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run of the command left on the terminal."""
+
+    code: int
+    out: str
+    err: str
+
+    def error(self) -> str:
+        """The message of a run on bad input, after the checks that hold for every one."""
+        assert self.code == 2, self
+        assert self.out == ""
+        assert self.err.startswith("runlora-gen: error: "), self.err
+        assert self.err.endswith("\n") and self.err.count("\n") == 1, self.err
+        message = self.err[:-1]
+        assert message.isprintable(), message
+        return message.removeprefix("runlora-gen: error: ")
+
+    def ok(self) -> Outcome:
+        assert self.code == 0 and not self.err, self
+        return self
+
+
+Run = Callable[..., Outcome]
+Tree = dict[str, bytes | None]
+
+
+def run_in_process(*arguments: str | os.PathLike[str]) -> Outcome:
+    """Call the real entry point, in this process."""
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding="utf-8", newline="") for _ in range(2)]
+    former, sys.argv = sys.argv, ["runlora-gen", *map(os.fspath, arguments)]
+    try:
+        with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
+            try:
+                command_line.run()
+            except SystemExit as end:
+                code = end.code
+    finally:
+        sys.argv = former
+    texts = []
+    for stream in streams:
+        stream.flush()
+        texts.append(stream.buffer.getvalue().decode())  # type: ignore[attr-defined]
+    assert isinstance(code, int)
+    return Outcome(code, *texts)
+
+
+def tree_of(folder: Path) -> Tree:
+    """Every path below a folder: a file's content, a link's target, None for a folder; hidden ones too."""
+    tree: Tree = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_symlink():
+            tree[name] = b"-> " + os.fsencode(os.readlink(path))
+        else:
+            tree[name] = path.read_bytes() if path.is_file() else None
+    return tree
+
+
+@pytest.fixture(scope="session")
+def run() -> Run:
+    return run_in_process
+
+
+@pytest.fixture(scope="session")
+def tree() -> Callable[[Path], Tree]:
+    return tree_of
+
+
+@pytest.fixture(scope="session")
+def small() -> tuple[str, ...]:
+    return SMALL
+
+
+@pytest.fixture(scope="session")
+def generated_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """OUT of one small package that tests only read: two ranges, a 16-bit fallback."""
+    out = tmp_path_factory.mktemp("generated")
+    options = ("--dtype", "fp32", "--device", "cpu", "--tokens", "16,65536")
+    run_in_process(*SMALL, *options, "-o", out).ok()
+    return out
+
+
+@pytest.fixture(scope="session")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """OUT as a plain run of the small spec leaves it; tests only read it."""
+    out = tmp_path_factory.mktemp("pristine")
+    run_in_process(*SMALL, "-o", out).ok()
+    return out
+
+
+@pytest.fixture
+def fresh(pristine: Path, tmp_path: Path) -> Path:
+    """OUT of a fresh small package that a test may change: OUT/llama_9m_r4."""
+    return Path(shutil.copytree(pristine, tmp_path / "fresh"))

@@ -1,0 +1,56 @@
+"""Generated modules to run: all variants of one layer shape, rendered once a session."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType
+
+import pytest
+from runlora_gen.choose import decide_ranges, setting_for
+from runlora_gen.emit.nodes import module_node
+from runlora_gen.emit.render import Header, render
+from runlora_gen.spec.layers import Layer
+from runlora_gen.spec.workload import Workload
+
+Render = Callable[..., ModuleType]
+
+
+@pytest.fixture(scope="session")
+def load() -> Iterator[Render]:
+    """Render and execute a module for a layer shape and a workload."""
+    loaded: list[str] = []
+
+    def load(
+        workload: Workload = Workload(),  # noqa: B008  # immutable
+        *,
+        in_features: int = 768,
+        out_features: int = 2560,
+        rank: int = 8,
+        all_variants: bool = False,
+    ) -> ModuleType:
+        layer = Layer(in_features, out_features, False, 1, ("up_proj",))
+        setting = setting_for(workload, in_features, out_features, rank, False, workload.tokens[0])
+        node = module_node(layer, rank, workload, decide_ranges(workload, setting), all_variants=all_variants)
+        source = render("linear.py.jinja", {"header": Header("command", "digest"), "module": node})
+        module = ModuleType(f"generated_{len(loaded)}")
+        sys.modules[module.__name__] = module
+        loaded.append(module.__name__)
+        exec(compile(source, f"{module.__name__}.py", "exec"), module.__dict__)
+        return module
+
+    yield load
+    for name in loaded:
+        del sys.modules[name]
+
+
+@pytest.fixture(scope="session")
+def everything(load: Render) -> ModuleType:
+    """A module with every variant."""
+    return load(all_variants=True)
+
+
+@pytest.fixture(scope="session")
+def module(load: Render) -> ModuleType:
+    """A module with one variant, as most are."""
+    return load()

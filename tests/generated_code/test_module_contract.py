@@ -1,0 +1,330 @@
+"""What a generated module promises beside its arithmetic: errors, autocast, compile, checkpoints, state."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import io
+import pickle
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from runlora_gen.spec.workload import Workload
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+T, I, O, R = 6, 5, 7, 3  # noqa: E741  # the notation of the whole project
+LORA = {"scaling": 0.5}
+SAMPLE = Path(__file__).parents[2] / "generated" / "llama_13b_r8"
+
+
+def inputs(dtype: torch.dtype = torch.float32, *leading: int, bias: bool = True, seed: int = 0) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int, trains: bool = True) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype).requires_grad_(trains)
+
+    return {
+        "x": draw(*(leading or (T,)), I),
+        "weight": draw(O, I, trains=False),
+        "lora_A": draw(R, I),
+        "lora_B": draw(O, R),
+        "bias": draw(O) if bias else None,
+    }
+
+
+def plain(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, *, scaling: float) -> Tensor:
+    return F.linear(x, weight, bias) + scaling * F.linear(F.linear(x, lora_A), lora_B)
+
+
+def gradients(output: Tensor, tensors: dict[str, Any]) -> list[Tensor]:
+    wanted = [t for t in tensors.values() if t is not None and t.requires_grad]
+    return list(torch.autograd.grad(output.float().square().sum(), wanted))
+
+
+def assert_same(function: Any, tensors: dict[str, Any], **tolerance: float) -> None:
+    reference = plain(**tensors, **LORA)
+    output = function(**tensors, **LORA)
+    torch.testing.assert_close(output, reference, **tolerance)
+    for ours, theirs in zip(gradients(output, tensors), gradients(reference, tensors), strict=True):
+        torch.testing.assert_close(ours, theirs, **tolerance)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": torch.tensor(1.0)}, ValueError, r"^x must have the shape \(\.\.\., in_features\)"),
+        ({"x": torch.ones(T, I, dtype=torch.int64)}, TypeError, "^x must have a floating dtype"),
+        ({"x": torch.ones(T, I, dtype=torch.complex64)}, TypeError, "^x must have a floating dtype"),
+        ({"x": torch.ones(T, I + 1)}, ValueError, rf"^weight must have the shape \(out_features, {I + 1}\)"),
+        (
+            {"x": torch.ones(T, I, dtype=torch.bfloat16)},
+            TypeError,
+            r"^weight must have the dtype of x, torch\.bfloat16",
+        ),
+        ({"x": torch.ones(T, I, device="meta")}, ValueError, "^weight must be on the device of x, meta, got cpu"),
+        ({"weight": torch.ones(O, I, 1)}, ValueError, "^weight must have the shape"),
+        ({"weight": torch.ones(O, I, requires_grad=True)}, ValueError, "^weight must be frozen"),
+        (
+            {"lora_A": torch.ones(R, I + 1)},
+            ValueError,
+            rf"^lora_A must have the shape \(r, {I}\), got \({R}, {I + 1}\)",
+        ),
+        ({"lora_A": torch.ones(R, I, dtype=torch.int8)}, TypeError, "^lora_A must have a floating dtype"),
+        ({"lora_B": torch.ones(R, O)}, ValueError, rf"^lora_B must have the shape \({O}, {R}\), got \({R}, {O}\)"),
+        ({"lora_B": torch.ones(O, R, device="meta")}, ValueError, "^lora_B must be on the device of x"),
+        ({"bias": torch.ones(O + 1)}, ValueError, rf"^bias must have the shape \({O},\)"),
+        ({"bias": torch.ones(O, dtype=torch.float64)}, TypeError, "^bias must have the dtype of x"),
+    ],
+)
+def test_wrong_arguments_are_named(
+    module: ModuleType, change: dict[str, Tensor], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        module.lora_linear(**{**inputs(), **change}, **LORA)
+
+
+def test_second_derivatives_are_refused(module: ModuleType) -> None:
+    tensors = inputs()
+    output = module.lora_linear(**tensors, **LORA)
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        torch.autograd.grad(output.sum(), tensors["x"], create_graph=True)
+
+
+@pytest.mark.parametrize(
+    ("workload", "argument"),
+    [
+        (Workload(train=("b",)), "lora_A"),
+        (Workload(train=("a",)), "lora_B"),
+        (Workload(input_grad=False), "x"),
+    ],
+)
+def test_a_gradient_that_was_generated_away_is_refused(load: Any, workload: Workload, argument: str) -> None:
+    module = load(workload)
+    tensors = inputs()
+    with pytest.raises(ValueError, match=f"^{argument} must not require a gradient"):
+        module.lora_linear(**tensors, **LORA)
+    tensors[argument].requires_grad_(False)
+    assert_same(module.lora_linear, tensors)
+    layer = module.LoRALinear(I, O, R)
+    assert layer.lora_A.requires_grad == ("a" in workload.train)
+    assert layer.lora_B.requires_grad == ("b" in workload.train)
+
+
+def test_frozen_a_saves_no_input(load: Any) -> None:
+    """LoRA-FA: with lora_A frozen the input need not be kept."""
+    module = load(Workload(train=("b",)))
+    tensors = inputs()
+    tensors["lora_A"].requires_grad_(False)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        module.lora_linear(**tensors, **LORA)
+    assert not any(t.untyped_storage().data_ptr() == tensors["x"].untyped_storage().data_ptr() for t in saved)
+
+
+def test_without_gradients_nothing_is_saved(module: ModuleType) -> None:
+    tensors = {name: None if t is None else t.detach() for name, t in inputs().items()}
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        output = module.lora_linear(**tensors, **LORA)
+    assert not saved and not output.requires_grad
+
+
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+def test_autocast(module: ModuleType, adapter_dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
+    """As the original crashed: fp32 adapters over any base under autocast."""
+    tensors = inputs(bias=False)
+    tensors["weight"] = tensors["weight"].to(weight_dtype)
+    for name in ("lora_A", "lora_B"):
+        tensors[name] = tensors[name].detach().to(adapter_dtype).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = module.lora_linear(**tensors, **LORA)
+        reference = plain(**tensors, **LORA)
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output, reference, rtol=0.05, atol=0.05)
+    for ours, theirs in zip(gradients(output, tensors), gradients(reference, tensors), strict=True):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, rtol=0.1, atol=0.5)
+
+
+def test_adapters_in_another_dtype_are_cast(module: ModuleType) -> None:
+    tensors = inputs(torch.bfloat16)
+    tensors["lora_A"] = tensors["lora_A"].detach().float().requires_grad_()
+    output = module.lora_linear(**tensors, **LORA)
+    gradient = torch.autograd.grad(output.sum(), tensors["lora_A"])[0]
+    assert output.dtype == torch.bfloat16 and gradient.dtype == torch.float32
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_compile_without_graph_breaks(module: ModuleType, bias: bool) -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(module.lora_linear, fullgraph=True, backend="aot_eager")
+    assert_same(compiled, inputs(bias=bias))
+
+
+def test_compile_every_range(load: Any) -> None:
+    """Thresholds and the choice by dtype trace as well; so do dynamic token counts."""
+    torch.compiler.reset()
+    module = load(Workload(tokens=(64, 65536), dtype="fp32", device="cpu"), in_features=768, out_features=768)
+    assert len(module.VARIANTS) > 1
+    compiled = torch.compile(module.lora_linear, fullgraph=True, backend="aot_eager", dynamic=True)
+    for tokens in (3, 5):
+        assert_same(compiled, inputs(torch.float32, tokens))
+
+
+def test_compile_under_autocast(module: ModuleType) -> None:
+    torch.compiler.reset()
+
+    def run(**tensors: Any) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            output: Tensor = module.lora_linear(**tensors, **LORA)
+            return output
+
+    tensors = inputs(bias=False)
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")(**tensors)
+    eager = run(**tensors)
+    torch.testing.assert_close(compiled, eager)
+    for ours, theirs in zip(gradients(compiled, tensors), gradients(eager, tensors), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_activation_checkpointing(module: ModuleType, use_reentrant: bool) -> None:
+    tensors = inputs()
+    expected = plain(**tensors, **LORA)
+    others = {name: t for name, t in tensors.items() if name != "x"}
+    call = partial(module.lora_linear, **others, **LORA)
+    output = checkpoint(call, tensors["x"], use_reentrant=use_reentrant)
+    output.sum().backward()
+    ours = {name: t.grad.clone() for name, t in tensors.items() if t is not None and t.grad is not None}
+    for t in tensors.values():
+        t.grad = None
+    expected.sum().backward()
+    torch.testing.assert_close(output, expected)
+    assert set(ours) == {"x", "lora_A", "lora_B", "bias"}
+    for name, gradient in ours.items():
+        torch.testing.assert_close(gradient, tensors[name].grad)
+
+
+def test_the_output_may_be_changed_in_place(module: ModuleType) -> None:
+    tensors = inputs()
+    output = module.lora_linear(**tensors, **LORA)
+    output.mul_(2)
+    reference = plain(**tensors, **LORA) * 2
+    for ours, theirs in zip(gradients(output, tensors), gradients(reference, tensors), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_changing_the_input_in_place_before_the_backward_is_noticed(module: ModuleType) -> None:
+    tensors = inputs()
+    x = tensors["x"].clone()
+    output = module.lora_linear(**{**tensors, "x": x}, **LORA)
+    with torch.no_grad():
+        x.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
+def test_gradients_accumulate_over_two_uses(module: ModuleType) -> None:
+    tensors = inputs()
+    twice = lambda f: f(**tensors, **LORA) + f(**{**tensors, "x": tensors["x"] * 2}, **LORA)  # noqa: E731
+    for ours, theirs in zip(
+        gradients(twice(module.lora_linear), tensors), gradients(twice(plain), tensors), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@settings(deadline=None, max_examples=30)
+@given(tokens=st.integers(1, 100_000), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+def test_the_selection_follows_thresholds_and_never_merges_16_bits(load: Any, tokens: int, dtype: torch.dtype) -> None:
+    module = _two_ranges(load)
+    chosen = module._select(tokens, dtype)
+    assert chosen in module.VARIANTS
+    if dtype != torch.float32:
+        assert "merged" not in chosen
+    elif tokens >= 65536:
+        assert "merged" in chosen
+
+
+_CACHE: dict[str, ModuleType] = {}
+
+
+def _two_ranges(load: Any) -> ModuleType:
+    if "module" not in _CACHE:
+        workload = Workload(tokens=(64, 65536), dtype="fp32", device="cpu")
+        _CACHE["module"] = load(workload, in_features=768, out_features=768)
+    return _CACHE["module"]
+
+
+def test_a_merge_chosen_for_fp32_keeps_small_updates_of_16_bit_weights(load: Any) -> None:
+    """The update is far below half an ulp of the weight: a merged bf16 weight would not move at all."""
+    module = load(Workload(tokens=(65536,), dtype="fp32", device="cpu"), in_features=768, out_features=768)
+    merged = next(name for name in module.VARIANTS if name.startswith("merged"))
+    # The base cancels (1 - 1), so that the output is the update alone: 2⁻¹⁰, an eighth of an ulp of 1 in bf16.
+    weight = torch.tensor([[1.0, -1.0]]).bfloat16()
+    lora_A, lora_B = torch.tensor([[2.0**-5, 0.0]]).bfloat16(), torch.tensor([[2.0**-5]]).bfloat16()
+    x = torch.ones(1, 2, dtype=torch.bfloat16)
+    assert float(module.lora_linear(x, weight, lora_A, lora_B, scaling=1.0)) == 2.0**-10
+    assert float(module.lora_linear(x, weight, lora_A, lora_B, scaling=1.0, variant=merged)) == 0
+
+
+def test_layer_state(module: ModuleType) -> None:
+    layer = module.LoRALinear(I, O, R, lora_alpha=6, bias=True, dtype=torch.float64)
+    assert list(layer.state_dict()) == ["weight", "bias", "lora_A", "lora_B"]
+    assert [tuple(p.shape) for p in layer.parameters()] == [(O, I), (O,), (R, I), (O, R)]
+    assert layer.scaling == 2 and not layer.lora_B.any() and layer.lora_A.any()
+    torch.nn.init.normal_(layer.lora_B)
+    buffer = io.BytesIO()
+    torch.save(layer.state_dict(), buffer)
+    buffer.seek(0)
+    other = module.LoRALinear(I, O, R, lora_alpha=6, bias=True, dtype=torch.float64)
+    other.load_state_dict(torch.load(buffer))
+    x = torch.randn(2, 3, I, dtype=torch.float64)
+    torch.testing.assert_close(other(x), layer(x))
+    torch.testing.assert_close(copy.deepcopy(layer)(x), layer(x))
+    torch.testing.assert_close(pickle.loads(pickle.dumps(layer))(x), layer(x))
+    assert "in_features=5, out_features=7, r=3, scaling=2.0, bias=True" in repr(layer)
+
+
+def test_layer_defaults_are_the_generated_shape(module: ModuleType) -> None:
+    layer = module.LoRALinear(device="meta")
+    assert layer.weight.shape == (module.OUT_FEATURES, module.IN_FEATURES)
+    assert layer.lora_A.shape == (module.RANK, module.IN_FEATURES)
+
+
+def test_from_linear_draws_the_adapter_where_the_linear_is(module: ModuleType) -> None:
+    linear = torch.nn.Linear(I, O, bias=False, dtype=torch.bfloat16)
+    layer = module.LoRALinear.from_linear(linear, r=R)
+    assert layer.weight is linear.weight and layer.bias is None and not linear.weight.requires_grad
+    assert layer.lora_A.device.type == "cpu" and layer.lora_A.dtype == torch.bfloat16 and layer.lora_A.any()
+    optimizer = torch.optim.SGD([p for p in layer.parameters() if p.requires_grad], lr=0.1)
+    before = layer.lora_B.detach().clone()
+    layer(torch.randn(4, I, dtype=torch.bfloat16)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(before, layer.lora_B)
+
+
+@pytest.mark.parametrize("path", sorted(SAMPLE.glob("*.py")), ids=lambda path: path.name)
+def test_the_sample_is_python_3_10(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 10))
+    assert tree.body
+
+
+def test_importing_has_no_side_effects() -> None:
+    """A module's top level holds imports, constants, classes and functions only."""
+    for path in SAMPLE.glob("linear_*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            assert isinstance(
+                node,
+                ast.Import | ast.ImportFrom | ast.Assign | ast.AnnAssign | ast.ClassDef | ast.FunctionDef | ast.Expr,
+            )
+            if isinstance(node, ast.Expr):
+                assert isinstance(node.value, ast.Constant)
