@@ -158,8 +158,9 @@ def generate_from(run, folder: Path, out: Path) -> tuple[str, dict[str, str]]:
             r" --arch [A-Za-z0-9._-]*/config\.json --rank ", " --arch CONFIG --rank ", path.read_text()
         )
         assert path.suffix == ".typed" or sources == 1
-        if path.name in ("__init__.py", "manifest.json"):
-            text = text.replace(package.name.removesuffix("_r4"), "NAME")
+        slug = package.name.removesuffix("_r4")
+        text = text.replace(f"LoRA linears for {slug}, rank", "LoRA linears for NAME, rank")
+        text = text.replace(f'"arch": "{slug}"', '"arch": "NAME"')
         files[path.name] = re.sub(r'"sha256:\w+"', '"sha256"', text)
     return package.name, files
 

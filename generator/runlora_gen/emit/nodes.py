@@ -245,10 +245,13 @@ def _derivation(candidate: Priced, setting: Setting, reason: str) -> tuple[str, 
     for title, phase, total in phases:
         wanted = wanted_operations(phase, setting.gradients)
         ordered = [step.operation for step in schedule(phase, setting.dims).steps if step.operation in wanted]
-        prices = [(operation.formula, price_operation(operation, setting)) for operation in ordered]
+        prices: list[tuple[str, OperationCost | PhaseCost]] = [
+            (operation.formula, price_operation(operation, setting)) for operation in ordered
+        ]
         width = max(len(formula) for formula, _ in prices)
+        prices.append(("in all", total))
         doc += ["", f"{title}::", ""]
-        doc += [_priced(formula, price, width) for formula, price in (*prices, ("in all", total))]
+        doc += [_priced(formula, price, width) for formula, price in prices]
     kept = ", ".join(str(s) for s in saved_symbols(program, setting.gradients) if str(s) not in "WAB") or "nothing"
     frozen = price_frozen(setting)
     doc += [

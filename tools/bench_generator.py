@@ -1,0 +1,64 @@
+"""Wall time of whole generator processes: cold, warm and unchanged, and the largest explanation.
+
+    python tools/bench_generator.py --json OUT.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+GENERATE = ["--arch", "llama-13b", "--rank", "8", "-o"]
+EXPLAIN = ["explain", "--all", "--arch", "llama-3.1-405b", "--rank", "8"]
+#: Seconds of wall time that each may take.
+TARGETS = {"cold": 1.5, "unchanged": 0.7, "explain": 2.0}
+
+
+def run(arguments: list[str]) -> float:
+    """Seconds of one process."""
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "runlora_gen", *arguments], check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    """Measure, print a table, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--json", type=Path, help="where to write the results")
+    options = parser.parse_args()
+    times: dict[str, list[float]] = {name: [] for name in TARGETS}
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(options.rounds):
+            out = Path(folder) / "out"
+            shutil.rmtree(out, ignore_errors=True)
+            times["cold"].append(run([*GENERATE, str(out)]))
+            times["unchanged"].append(run([*GENERATE, str(out)]))
+            times["explain"].append(run(EXPLAIN))
+    results: dict[str, Any] = {}
+    for name, target in TARGETS.items():
+        values = times[name]
+        results[name] = {
+            "median_s": round(statistics.median(values), 3),
+            "min_s": round(min(values), 3),
+            "max_s": round(max(values), 3),
+            "target_s": target,
+        }
+        print(f"{name:<10} {results[name]}")
+    if options.json:
+        report = {"date": datetime.date.today().isoformat(), "python": platform.python_version(), "results": results}
+        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
