@@ -235,7 +235,7 @@ class TestFailure:
         [
             ("fsync", True, 5),  # a, b, c, d and the manifest
             ("fsync", False, 5),
-            ("rename", True, 8),  # a, b and the manifest away, five into place; without the obsolete file
+            ("rename", True, 9),  # a, b, the manifest and the obsolete file away, five into place
             ("rename", False, 5),
             ("mkdir", False, 5),  # OUT in vain, its parent, OUT, the stage, the package
         ],
