@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from .algebra.enumerate import Program, enumerate_programs
+from .algebra.table import TABLE, TORCH_TABLE
 from .cost.device import load_device
 from .cost.price import DTYPES, Cost, Setting, price
 from .spec.architecture import Architecture
@@ -115,6 +116,7 @@ def setting_for(workload: Workload, in_features: int, out_features: int, rank: i
         bias=bias,
         gradients=frozenset(goals(workload)) - {"db"},
         device=load_device(workload.device),
+        launch=workload.launch,
     )
 
 
@@ -124,7 +126,8 @@ def decide(workload: Workload, setting: Setting) -> Decision:
     Raises:
         SpecError: no program meets ``max_saved_bytes``; the message names the closest feasible value.
     """
-    candidates = tuple(Priced(p, price(p, setting)) for p in enumerate_programs(goals(workload)))
+    table = TABLE if workload.kernels and setting.device.kernels else TORCH_TABLE
+    candidates = tuple(Priced(p, price(p, setting)) for p in enumerate_programs(goals(workload), table=table))
     front = pareto_front(candidates)
     lossless = [c for c in candidates if not c.program.lossy_in_16_bit]
     allowed = lossless if setting.dtype.half and not workload.allow_lossy_merge else candidates

@@ -51,6 +51,10 @@ _SPEC_OPTIONS = (
     click.option(
         "--allow-lossy-merge", is_flag=True, help="Allow merging into 16-bit weights, which drops small updates."
     ),
+    click.option(
+        "--launch", type=click.Choice(["eager", "graph"]), default="eager", show_default=True, help="How steps are launched: graph for CUDA graphs."
+    ),
+    click.option("--no-kernels", is_flag=True, help="Plain torch only: no fused Triton kernels."),
     click.option("--device", metavar="NAME", default="h100", show_default=True, help="Device profile for the time."),
 )
 
@@ -82,6 +86,8 @@ def _read_spec(options: dict[str, Any]) -> tuple[Architecture, tuple[int, ...], 
         max_saved_bytes=None if limit is None else parse_counts("--max-saved-bytes", (limit,), maximum=2**50)[0],
         allow_lossy_merge=options["allow_lossy_merge"],
         device=options["device"],
+        launch=options["launch"],
+        kernels=not options["no_kernels"],
         target_modules=targets,
         model_type=options["model_type"],
     )

@@ -51,7 +51,7 @@ class Phase:
         """The ways of the goals, and of every other symbol where the table leaves a choice beside saving it."""
         names = [self.way_of(goal).name for goal in self.goals if goal.name != "db"]
         for chosen in self.ways:
-            rivals = [w for w in table if set(w.targets) & set(chosen.targets) and not w.saved]
+            rivals = [way for way in table if way.targets == chosen.targets and not way.saved]
             if not chosen.saved and len(rivals) > 1 and not set(chosen.targets) & set(self.goals):
                 names.append(chosen.name)
         return "-".join(names)

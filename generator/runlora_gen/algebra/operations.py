@@ -5,6 +5,7 @@ An operation is written as the formula that it computes, in a small fixed gramma
     OUT  =  [ADDEND +] [s *] LEFT[.T] @ RIGHT[.T] [+ b]     a product, optionally scaled, added to, or biased
     OUT +=  LEFT[.T] @ RIGHT[.T]                            a product accumulated into OUT
     OUT  =  sum(LEFT)                                       a sum over tokens
+    KERNEL: FORMULA; FORMULA; …                             several products in one pass of a fused kernel
 
 FLOPs, bytes, launches, lifetimes, the formula in a docstring and the line of code are all derived from this one object.
 """
@@ -157,12 +158,53 @@ class SumTokens:
         return f"{self.out} = Σₜ {self.operand}"
 
 
-Operation = Matmul | SumTokens
+@dataclass(frozen=True)
+class Fused:
+    """Several products computed together by one kernel: what it reads, it reads once; what it writes, it writes once.
+
+    ``parts`` are also what the torch path runs where the kernel does not apply.
+    """
+
+    kernel: str
+    parts: tuple[Matmul, ...]
+
+    @property
+    def outputs(self) -> tuple[Symbol, ...]:
+        """What it writes, each once."""
+        return tuple(dict.fromkeys(part.out for part in self.parts))
+
+    @property
+    def reads(self) -> tuple[Symbol, ...]:
+        """What it reads, each once."""
+        return tuple(dict.fromkeys(symbol for part in self.parts for symbol in part.reads))
+
+    @property
+    def accumulate(self) -> bool:
+        """Never adds to what its outputs held before it."""
+        return False
+
+    @property
+    def bias(self) -> Symbol | None:
+        """The bias that one of its parts adds."""
+        return next((part.bias for part in self.parts if part.bias is not None), None)
+
+    @property
+    def formula(self) -> str:
+        """The formulas of its parts, accumulations written as one sum."""
+        texts: dict[Symbol, str] = {}
+        for part in self.parts:
+            product = part.formula.split("= ", 1)[1]
+            texts[part.out] = f"{texts[part.out]} + {product}" if part.accumulate else f"{part.out} = {product}"
+        return ", ".join(texts.values())
+
+
+Operation = Matmul | SumTokens | Fused
 
 _PRODUCT = re.compile(
     r"(?P<out>\w+) (?P<assign>\+?=) (?:(?P<addend>\w+) \+ )?(?P<scaled>s \* )?"
     r"(?P<left>\w+)(?P<lt>\.T)? @ (?P<right>\w+)(?P<rt>\.T)?(?: \+ (?P<bias>b))?"
 )
+_FUSED = re.compile(r"(?P<kernel>\w+): (?P<parts>.+)")
 _SUM = re.compile(r"(?P<out>\w+) = sum\((?P<operand>\w+)\)")
 
 
@@ -172,6 +214,11 @@ def parse(formula: str) -> Operation:
     Raises:
         ValueError: the text is not of that grammar, names an unknown symbol, or its shapes do not fit.
     """
+    if match := _FUSED.fullmatch(formula):
+        parts = tuple(parse(part) for part in match["parts"].split("; "))
+        if not all(isinstance(part, Matmul) for part in parts):
+            raise ValueError(f"a fused kernel computes products only: {formula!r}")
+        return Fused(match["kernel"], tuple(part for part in parts if isinstance(part, Matmul)))
     if match := _SUM.fullmatch(formula):
         return SumTokens(_symbol(match["out"], formula), _symbol(match["operand"], formula))
     match = _PRODUCT.fullmatch(formula)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .operations import SYMBOLS, Operation, Symbol, parse
+from .operations import SYMBOLS, Fused, Operation, Symbol, parse
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,11 @@ class Way:
     def saved(self) -> bool:
         """Whether the forward keeps the target for the backward instead of computing it again."""
         return not self.operations
+
+    @property
+    def kernels(self) -> frozenset[str]:
+        """The fused kernels that this row needs; without them it can't be chosen."""
+        return frozenset(operation.kernel for operation in self.operations if isinstance(operation, Fused))
 
     @property
     def reads(self) -> frozenset[Symbol]:
@@ -54,6 +59,7 @@ TABLE: tuple[Way, ...] = (
     way("Y", "lowrank_first", "Y = S @ B.T + b", "Y += X @ W.T", paper=("forward3",)),
     # forward4 is forward2 with another reshaping of X: the same products.
     way("Y", "merged", "Y = X @ M.T + b", paper=("forward2", "forward4")),
+    way("Y", "fused", "fused_gemm: Y = S @ B.T + b; Y += X @ W.T"),
     way("Y", "delta", "Y = X @ W.T + b", "Y += X @ D.T"),  # left out by the paper
     # The backward.
     way("P", "dy_b", "P = s * dY @ B"),
@@ -61,13 +67,20 @@ TABLE: tuple[Way, ...] = (
     way("dX", "base_first", "dX = dY @ W", "dX += P @ A"),
     way("dX", "lowrank_first", "dX = P @ A", "dX += dY @ W"),
     way("dX", "merged", "dX = dY @ M"),
+    # One persistent kernel for the large product, with the low-rank product as the tail of its inner loop.
+    way("dX", "fused", "fused_gemm: dX = P @ A; dX += dY @ W"),
     way("dX", "delta", "dX = dY @ W", "dX += dY @ D"),  # left out by the paper
     way("dA", "pt_x", "dA = P.T @ X"),
     way("dA", "bt_g", "dA = s * B.T @ G"),
     way("dB", "dyt_s", "dB = dY.T @ S"),
     way("dB", "g_at", "dB = s * G @ A.T"),
+    # One pass over dY yields both.
+    way("P dB", "one_pass", "p_db: P = s * dY @ B; dB = dY.T @ S"),
     way("db", "sum", "db = sum(dY)"),
 )
+
+#: The rows that need nothing but torch.
+TORCH_TABLE = tuple(row for row in TABLE if not row.kernels)
 
 #: The paper's backward graphs: its names for the ways of dX, dA and dB. It recomputes S and M, and never saves them.
 PAPER_BACKWARDS: Mapping[tuple[str, str, str], str] = {

@@ -24,7 +24,9 @@ class DeviceProfile:
         source: where the figures come from.
         flops_per_s: peak dense matrix rate by dtype (fp32, bf16, fp16).
         bytes_per_s: memory bandwidth.
-        launch_s: time of one kernel launch (on a CPU: of one operator call).
+        launch_s: time that one launch adds on the device (on a CPU: one operator call).
+        host_s: time that the host needs for one operator call from Python; bounds eager mode.
+        kernel_host_s: the same for one Triton kernel, descriptors included; None where there are no Triton kernels.
     """
 
     name: str
@@ -33,6 +35,13 @@ class DeviceProfile:
     flops_per_s: Mapping[str, float]
     bytes_per_s: float
     launch_s: float
+    host_s: float
+    kernel_host_s: float | None
+
+    @property
+    def kernels(self) -> bool:
+        """Whether fused Triton kernels run on it."""
+        return self.kernel_host_s is not None
 
 
 def device_names() -> tuple[str, ...]:
@@ -57,4 +66,6 @@ def load_device(name: str) -> DeviceProfile:
         flops_per_s={dtype: float(rate) * 1e12 for dtype, rate in data["tflops"].items()},
         bytes_per_s=float(data["memory_gb_per_s"]) * 1e9,
         launch_s=float(data["launch_us"]) * 1e-6,
+        host_s=float(data["host_us"]) * 1e-6,
+        kernel_host_s=float(data["kernel_host_us"]) * 1e-6 if "kernel_host_us" in data else None,
     )

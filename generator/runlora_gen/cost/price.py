@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ..algebra.enumerate import Phase, Program
-from ..algebra.operations import SYMBOLS, Dims, Matmul, Operation, Symbol, parse
+from ..algebra.operations import SYMBOLS, Dims, Fused, Matmul, Operation, Symbol, parse
 from ..algebra.schedule import dependents, schedule
 from ..algebra.table import PARAMETERS
 from .device import DeviceProfile
@@ -41,6 +41,7 @@ class Setting:
         bias: whether the linear has a bias (it is read, not trained).
         gradients: names of the gradients that training needs, of dX, dA, dB, db.
         device: the profile that gives the time.
+        launch: ``eager`` (the host may be what takes longest) or ``graph`` (captured once, replayed by the device).
     """
 
     tokens: int
@@ -51,6 +52,7 @@ class Setting:
     bias: bool
     gradients: frozenset[str]
     device: DeviceProfile
+    launch: str = "eager"
 
     @property
     def dims(self) -> Dims:
@@ -127,23 +129,38 @@ class Cost:
 
 @dataclass(frozen=True)
 class OperationCost:
-    """Price of one operation: FLOPs (2·m·n·k), bytes, launches, seconds by the roofline."""
+    """Price of one operation: FLOPs (2·m·n·k), bytes, launches, seconds on the device and on the host."""
 
     flops: int
     bytes_moved: int
     launches: int
     time_s: float
+    host_s: float
+
+
+#: Launches of a fused kernel. The second one of p_db adds up the partial sums of the first.
+KERNEL_LAUNCHES = {"fused_gemm": 1, "p_db": 2}
 
 
 def price_operation(operation: Operation, setting: Setting) -> OperationCost:
     """Price one operation by the roofline: max(FLOPs / peak, bytes / bandwidth) + launches.
 
     Every operand is read once and every result written once; an accumulation reads its target as well. A product added
-    to a matrix (M = W + s B A) is two kernels in torch, a copy of the addend and an accumulation into it.
+    to a matrix (M = W + s B A) is two kernels in torch, a copy of the addend and an accumulation into it. A fused
+    kernel reads and writes each of its tensors once, and needs a profile that has kernels.
     """
-    dims, size = setting.dims, setting.dtype.bytes
+    dims, size, device = setting.dims, setting.dtype.bytes, setting.device
     elements = sum(symbol.numel(dims) for symbol in (*operation.reads, *operation.outputs))
-    launches, flops = 1, 0
+    launches, flops, host_s = 1, 0, device.host_s
+    if isinstance(operation, Fused):
+        if device.kernel_host_s is None:
+            raise ValueError(f"{device.name} has no fused kernels, so {operation.formula} has no price there")
+        for part in operation.parts:
+            m, n, k = part.mnk(dims)
+            flops += 2 * m * n * k
+        if operation.bias is not None and setting.bias:
+            elements += operation.bias.numel(dims)
+        launches, host_s = KERNEL_LAUNCHES[operation.kernel], device.kernel_host_s
     if isinstance(operation, Matmul):
         m, n, k = operation.mnk(dims)
         flops = 2 * m * n * k
@@ -154,22 +171,24 @@ def price_operation(operation: Operation, setting: Setting) -> OperationCost:
         if operation.addend is not None:
             elements += 2 * operation.out.numel(dims)
             launches += 1
-    device = setting.device
     busy = max(flops / device.flops_per_s[setting.dtype.name], elements * size / device.bytes_per_s)
-    return OperationCost(flops, elements * size, launches, busy + launches * device.launch_s)
+    return OperationCost(flops, elements * size, launches, busy + launches * device.launch_s, launches * host_s)
 
 
 @lru_cache(maxsize=65536)
 def price_phase(phase: Phase, setting: Setting) -> PhaseCost:
     """Price a forward, or the part of a backward that the wanted gradients need."""
     costs = [price_operation(operation, setting) for operation in wanted_operations(phase, setting.gradients)]
+    time_s = sum(cost.time_s for cost in costs)
+    if setting.launch == "eager":
+        time_s = max(time_s, sum(cost.host_s for cost in costs))
     return PhaseCost(
         flops=sum(cost.flops for cost in costs),
         bytes_moved=sum(cost.bytes_moved for cost in costs),
         launches=sum(cost.launches for cost in costs),
         workspace_bytes=_workspace(phase, setting.tokens, setting.in_features, setting.out_features, setting.rank)
         * setting.dtype.bytes,
-        time_s=sum(cost.time_s for cost in costs),
+        time_s=time_s,
     )
 
 
@@ -190,7 +209,9 @@ def price(program: Program, setting: Setting) -> Cost:
 def price_frozen(setting: Setting) -> float:
     """Seconds of the frozen linear (Y = X Wᵀ + b and dX = dY W): the floor that a LoRA linear is held against."""
     formulas = ["Y = X @ W.T + b"] + (["dX = dY @ W"] if "dX" in setting.gradients else [])
-    return sum(price_operation(parse(formula), setting).time_s for formula in formulas)
+    costs = [price_operation(parse(formula), setting) for formula in formulas]
+    eager = setting.launch == "eager"
+    return sum(max(cost.time_s, cost.host_s) if eager else cost.time_s for cost in costs)
 
 
 def wanted_operations(phase: Phase, gradients: Collection[str]) -> tuple[Operation, ...]:

@@ -76,7 +76,7 @@ def _command(architecture: Architecture, rank: int, workload: Workload, all_vari
         words += ["--model-type", workload.model_type]
     if workload.tokens != default.tokens:
         words += ["--tokens", ",".join(map(str, workload.tokens))]
-    for name in ("dtype", "criterion", "device"):
+    for name in ("dtype", "criterion", "device", "launch"):
         if getattr(workload, name) != getattr(default, name):
             words += [f"--{name}", getattr(workload, name)]
     if workload.train != default.train:
@@ -85,6 +85,8 @@ def _command(architecture: Architecture, rank: int, workload: Workload, all_vari
         words.append("--no-input-grad")
     if workload.max_saved_bytes is not None:
         words += ["--max-saved-bytes", str(workload.max_saved_bytes)]
+    if not workload.kernels:
+        words.append("--no-kernels")
     if workload.allow_lossy_merge:
         words.append("--allow-lossy-merge")
     if all_variants:

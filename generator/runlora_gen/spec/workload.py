@@ -25,6 +25,8 @@ class Workload:
         max_saved_bytes: limit on what one linear keeps from forward to backward, or None.
         allow_lossy_merge: allow merging into 16-bit weights, which drops small updates.
         device: name of the device profile.
+        launch: ``eager``, or ``graph`` for training under CUDA graphs, where the host costs nothing.
+        kernels: allow fused Triton kernels where the device has them.
         target_modules: the projections that were asked for; empty for all.
         model_type: the model type that the config was read as by request, or None.
     """
@@ -37,6 +39,8 @@ class Workload:
     max_saved_bytes: int | None = None
     allow_lossy_merge: bool = False
     device: str = "h100"
+    launch: str = "eager"
+    kernels: bool = True
     target_modules: tuple[str, ...] = ()
     model_type: str | None = None
 
