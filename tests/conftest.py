@@ -7,10 +7,11 @@ import io
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import black
 import pytest
 from runlora_gen import cli as command_line
 
@@ -75,6 +76,22 @@ def tree_of(folder: Path) -> Tree:
         else:
             tree[name] = path.read_bytes() if path.is_file() else None
     return tree
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _black_once_a_text() -> Iterator[None]:
+    """Most runs here format the same texts, and black is a function of text and mode: most of a run's time is saved."""
+    real, known = black.format_str, dict[tuple[str, str], str]()
+
+    def format_str(source: str, *, mode: black.Mode) -> str:
+        key = (source, mode.get_cache_key())
+        if key not in known:
+            known[key] = real(source, mode=mode)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(black, "format_str", format_str)
+        yield
 
 
 @pytest.fixture(scope="session")

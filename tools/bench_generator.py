@@ -1,6 +1,6 @@
 """Wall time of whole generator processes: cold, warm and unchanged, and the largest explanation.
 
-    python tools/bench_generator.py --json OUT.json
+python tools/bench_generator.py --json OUT.json
 """
 
 from __future__ import annotations

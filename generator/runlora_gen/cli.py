@@ -74,6 +74,8 @@ def _read_spec(options: dict[str, Any]) -> tuple[Architecture, tuple[int, ...], 
     targets = tuple(name.strip() for value in options["target_modules"] for name in value.split(","))
     if targets:
         architecture = architecture.restricted(targets)
+        # The architecture's order, each name once: the same modules are the same command and digest.
+        targets = tuple(dict.fromkeys(projection.name for projection in architecture.projections))
     ranks = parse_counts("--rank", options["rank"], maximum=MAX_RANK)
     check_ranks(ranks, architecture)
     limit = options["max_saved_bytes"]
