@@ -66,7 +66,12 @@ def test_holds_every_file(wheel: Path) -> None:
     files = [path for path in SOURCE.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     assert {path.suffix for path in files} >= {".py", ".toml", ".json"}
     expected = {f"runlora_gen/{path.relative_to(SOURCE).as_posix()}": path.read_bytes() for path in files}
-    templates = {f"runlora_gen/templates/{path.name}": path.read_bytes() for path in (ROOT / "templates").iterdir()}
+    folder = ROOT / "templates"
+    templates = {
+        f"runlora_gen/templates/{path.relative_to(folder).as_posix()}": path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
     assert len(templates) >= 4
     assert package == {**expected, **templates}
     for name in ("emit/manifest.schema.json", "emit/explain.schema.json", "spec/architectures/llama-13b.toml"):

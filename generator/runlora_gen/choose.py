@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from .algebra.enumerate import Program, enumerate_programs
-from .algebra.table import TABLE, TORCH_TABLE
+from .algebra.table import rows
 from .cost.device import load_device
 from .cost.price import DTYPES, Cost, Setting, price
 from .spec.architecture import Architecture
@@ -126,7 +126,9 @@ def decide(workload: Workload, setting: Setting) -> Decision:
     Raises:
         SpecError: no program meets ``max_saved_bytes``; the message names the closest feasible value.
     """
-    table = TABLE if workload.kernels and setting.device.kernels else TORCH_TABLE
+    # Kernels were measured with 16-bit operands only; in fp32 torch's products stand.
+    kernels = workload.kernels and setting.device.kernels and setting.dtype.half
+    table = rows(kernels=kernels, rank=setting.rank)
     candidates = tuple(Priced(p, price(p, setting)) for p in enumerate_programs(goals(workload), table=table))
     front = pareto_front(candidates)
     lossless = [c for c in candidates if not c.program.lossy_in_16_bit]

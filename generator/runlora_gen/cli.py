@@ -52,7 +52,11 @@ _SPEC_OPTIONS = (
         "--allow-lossy-merge", is_flag=True, help="Allow merging into 16-bit weights, which drops small updates."
     ),
     click.option(
-        "--launch", type=click.Choice(["eager", "graph"]), default="eager", show_default=True, help="How steps are launched: graph for CUDA graphs."
+        "--launch",
+        type=click.Choice(["eager", "graph"]),
+        default="eager",
+        show_default=True,
+        help="How steps are launched: graph for CUDA graphs.",
     ),
     click.option("--no-kernels", is_flag=True, help="Plain torch only: no fused Triton kernels."),
     click.option("--device", metavar="NAME", default="h100", show_default=True, help="Device profile for the time."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -17,7 +18,7 @@ Render = Callable[..., ModuleType]
 
 
 @pytest.fixture(scope="session")
-def load() -> Iterator[Render]:
+def load(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Render]:
     """Render and execute a module for a layer shape and a workload."""
     loaded: list[str] = []
 
@@ -33,10 +34,15 @@ def load() -> Iterator[Render]:
         setting = setting_for(workload, in_features, out_features, rank, False, workload.tokens[0])
         node = module_node(layer, rank, workload, decide_ranges(workload, setting), all_variants=all_variants)
         source = render("linear.py.jinja", {"header": Header("command", "digest"), "module": node})
-        module = ModuleType(f"generated_{len(loaded)}")
-        sys.modules[module.__name__] = module
-        loaded.append(module.__name__)
-        exec(compile(source, f"{module.__name__}.py", "exec"), module.__dict__)
+        # Triton reads the source of its kernels: the module must be a file.
+        path = tmp_path_factory.mktemp("generated") / f"generated_{len(loaded)}.py"
+        path.write_text(source, encoding="utf-8")
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[path.stem] = module
+        loaded.append(path.stem)
+        spec.loader.exec_module(module)
         return module
 
     yield load

@@ -58,7 +58,7 @@ def cases(draw: st.DrawFn, dtypes: tuple[str, ...] = ("fp32", "bf16"), smallest:
         dtype=DTYPES[draw(st.sampled_from(dtypes))],
         bias=bias,
         gradients=gradients,
-        device=load_device("cpu"),
+        device=load_device("h100"),
     )
     return Case(setting, draw(st.integers(0, 2**31)))
 
@@ -144,7 +144,7 @@ def test_workspace_bounds_the_measured_peak(everything: ModuleType, program: Pro
 def test_workspace_is_no_idle_bound(everything: ModuleType) -> None:
     """With G the largest tensor of all, the measured peak comes close to what is predicted."""
     program = next(p for p in PROGRAMS if p.id == "base_first/merged-bt_g-g_at/keep-nothing")
-    setting = Setting(8, 512, 512, 4, DTYPES["fp32"], False, frozenset({"dX", "dA", "dB"}), load_device("cpu"))
+    setting = Setting(8, 512, 512, 4, DTYPES["fp32"], False, frozenset({"dX", "dA", "dB"}), load_device("h100"))
     tensors = Case(setting, 0).tensors()
     output = everything.lora_linear(**tensors, scaling=0.5, variant=program.id)
     wanted = [tensors["x"], tensors["lora_A"], tensors["lora_B"]]

@@ -316,15 +316,3 @@ def test_from_linear_draws_the_adapter_where_the_linear_is(module: ModuleType) -
 def test_the_sample_is_python_3_10(path: Path) -> None:
     tree = ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 10))
     assert tree.body
-
-
-def test_importing_has_no_side_effects() -> None:
-    """A module's top level holds imports, constants, classes and functions only."""
-    for path in SAMPLE.glob("linear_*.py"):
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            assert isinstance(
-                node,
-                ast.Import | ast.ImportFrom | ast.Assign | ast.AnnAssign | ast.ClassDef | ast.FunctionDef | ast.Expr,
-            )
-            if isinstance(node, ast.Expr):
-                assert isinstance(node.value, ast.Constant)

@@ -200,6 +200,12 @@ class Fused:
 
 Operation = Matmul | SumTokens | Fused
 
+
+def products(operation: Operation) -> tuple[Matmul | SumTokens, ...]:
+    """The single steps of an operation: the parts of a fused one, else itself."""
+    return operation.parts if isinstance(operation, Fused) else (operation,)
+
+
 _PRODUCT = re.compile(
     r"(?P<out>\w+) (?P<assign>\+?=) (?:(?P<addend>\w+) \+ )?(?P<scaled>s \* )?"
     r"(?P<left>\w+)(?P<lt>\.T)? @ (?P<right>\w+)(?P<rt>\.T)?(?: \+ (?P<bias>b))?"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .enumerate import Phase
-from .operations import SYMBOLS, Dims, Operation, Symbol
+from .operations import SYMBOLS, Dims, Operation, Symbol, products
 
 
 @dataclass(frozen=True)
@@ -117,12 +117,14 @@ def dependents(phase: Phase) -> dict[Symbol, frozenset[Symbol]]:
     The emitted code computes and saves a symbol only if one of these gradients is wanted.
     """
     needed: dict[Symbol, set[Symbol]] = {goal: {goal} for goal in phase.goals}
+    # By single products: where only one result of a fused kernel is wanted, its product runs alone.
+    steps = [product for operation in phase.operations for product in products(operation)]
     changed = True
     while changed:
         changed = False
-        for way in phase.ways:
-            goals = set().union(*(needed.get(target, set()) for target in way.targets))
-            for symbol in way.reads:
+        for step in steps:
+            goals = set().union(*(needed.get(out, set()) for out in step.outputs))
+            for symbol in step.reads:
                 known = needed.setdefault(symbol, set())
                 if not goals <= known:
                     known |= goals

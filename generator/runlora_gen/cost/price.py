@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ..algebra.enumerate import Phase, Program
-from ..algebra.operations import SYMBOLS, Dims, Fused, Matmul, Operation, Symbol, parse
+from ..algebra.operations import SYMBOLS, Dims, Fused, Matmul, Operation, Symbol, parse, products
 from ..algebra.schedule import dependents, schedule
 from ..algebra.table import PARAMETERS
 from .device import DeviceProfile
@@ -215,15 +215,21 @@ def price_frozen(setting: Setting) -> float:
 
 
 def wanted_operations(phase: Phase, gradients: Collection[str]) -> tuple[Operation, ...]:
-    """The operations of a phase that run when only some of its gradients are wanted; a forward runs whole."""
+    """The operations of a phase that run when only some of its gradients are wanted; a forward runs whole.
+
+    Of a fused operation with an unwanted result the wanted products run alone.
+    """
     if SYMBOLS["Y"] in phase.goals:
         return phase.operations
     needed_by = dependents(phase)
-    return tuple(
-        operation
-        for operation in phase.operations
-        if any(goal.name in gradients for out in operation.outputs for goal in needed_by[out])
-    )
+
+    def wanted(operation: Operation) -> bool:
+        return all(any(goal.name in gradients for goal in needed_by[out]) for out in operation.outputs)
+
+    running: list[Operation] = []
+    for operation in phase.operations:
+        running += [operation] if wanted(operation) else filter(wanted, products(operation))
+    return tuple(running)
 
 
 def saved_symbols(program: Program, gradients: Collection[str]) -> tuple[Symbol, ...]:

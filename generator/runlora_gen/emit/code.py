@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from ..algebra.operations import Matmul, Operand, Operation
+from collections.abc import Callable, Mapping
+
+from ..algebra.operations import Fused, Matmul, Operand, Operation
 
 
 def uses_scaling(operation: Operation) -> bool:
     """Whether the line reads the scaling."""
-    return isinstance(operation, Matmul) and operation.scaled
+    parts = operation.parts if isinstance(operation, Fused) else (operation,)
+    return any(isinstance(part, Matmul) and part.scaled for part in parts)
 
 
 def uses_scaled_mm(operation: Operation) -> bool:
-    """Whether the line calls the module's helper ``_scaled_mm``."""
+    """Whether the line, or the torch path of its kernel, calls the module's helper ``_scaled_mm``."""
+    if isinstance(operation, Fused):
+        return any(map(uses_scaled_mm, operation.parts))
     return isinstance(operation, Matmul) and operation.scaled and operation.addend is None
 
 
@@ -21,6 +26,8 @@ def line(operation: Operation) -> str:
     Accumulations are written with ``out=``: in place, a single launch, counted by torch's FlopCounterMode (which does
     not see ``addmm_``) and traceable by torch.compile.
     """
+    if isinstance(operation, Fused):
+        return _KERNEL_LINES[operation.kernel](operation)
     if not isinstance(operation, Matmul):
         return f"{operation.out} = {operation.operand}.sum(0)"
     out, left, right = str(operation.out), _operand(operation.left), _operand(operation.right)
@@ -33,6 +40,27 @@ def line(operation: Operation) -> str:
     if operation.bias is not None and operation.right.transposed:
         return f"{out} = F.linear({left}, {operation.right.symbol}, {operation.bias})"
     return f"{out} = {left} @ {right}"
+
+
+def _fused_gemm(operation: Fused) -> str:
+    """A call with right operands in the layout that F.linear takes: N×K."""
+    low, base = operation.parts
+    rights = [str(p.right.symbol) if p.right.transposed else f"{p.right.symbol}.t()" for p in (base, low)]
+    arguments = [_operand(base.left), rights[0], _operand(low.left), rights[1]]
+    if operation.bias is not None:
+        arguments.append(str(operation.bias))
+    return f"{base.out} = _fused_gemm({', '.join(arguments)})"
+
+
+def _p_db(operation: Fused) -> str:
+    """A call with two results."""
+    first, second = operation.parts
+    names = (first.left.symbol, first.right.symbol, second.right.symbol)
+    return f"{first.out}, {second.out} = _p_db({', '.join(map(str, names))}, scaling)"
+
+
+#: How a fused kernel is called. Its template is ``templates/kernels/NAME.jinja``.
+_KERNEL_LINES: Mapping[str, Callable[[Fused], str]] = {"fused_gemm": _fused_gemm, "p_db": _p_db}
 
 
 def _operand(operand: Operand) -> str:

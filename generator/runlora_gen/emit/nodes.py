@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ..algebra.enumerate import Phase, Program
-from ..algebra.operations import Symbol
+from ..algebra.operations import Fused, Symbol, products
 from ..algebra.schedule import GRADIENTS, dependents, schedule
 from ..choose import Decision, Priced, Range, goals, show_bytes, show_count, show_time
 from ..cost.price import (
@@ -28,10 +28,11 @@ _INPUT_GRADIENTS = ("dX", None, "dA", "dB", "db", None)
 
 @dataclass(frozen=True)
 class Block:
-    """Statements under one condition (None: always run)."""
+    """Statements under one condition, or under it where the condition before it did not hold (``elif``)."""
 
-    guard: str | None
+    guard: str
     lines: tuple[str, ...]
+    keyword: str = "if"
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class ModuleNode:
     trains_B: bool
     scaled_mm: bool
     linear: bool  # whether F.linear is used
+    kernels: tuple[str, ...]  # fused kernels that it brings
 
     @property
     def selectable(self) -> bool:
@@ -131,6 +133,7 @@ def module_node(
     operations = [
         op for _, c, _ in described.values() for p in (c.program.forward, c.program.backward) for op in p.operations
     ]
+    kernels = tuple(sorted({op.kernel for op in operations if isinstance(op, Fused)}))
     wanted = goals(workload)
     frozen = (
         ("x", "dX", "it was generated with --no-input-grad"),
@@ -151,7 +154,8 @@ def module_node(
         trains_A="dA" in wanted,
         trains_B="dB" in wanted,
         scaled_mm=any(map(uses_scaled_mm, operations)),
-        linear=any("F.linear" in line(operation) for operation in operations),
+        linear="fused_gemm" in kernels or any("F.linear" in line(operation) for operation in operations),
+        kernels=kernels,
     )
 
 
@@ -223,17 +227,28 @@ def _forward_lines(phase: Phase, setting: Setting) -> tuple[str, ...]:
 def _backward_blocks(phase: Phase, setting: Setting, needed_by: dict[Symbol, frozenset[Symbol]]) -> tuple[Block, ...]:
     blocks: list[Block] = []
 
-    def add(symbol: Symbol, text: str) -> None:
-        guard = _guard(needed_by[symbol])
-        if blocks and blocks[-1].guard == guard:
+    def add(guard: str, text: str) -> None:
+        if blocks and (blocks[-1].guard, blocks[-1].keyword) == (guard, "if"):
             blocks[-1] = Block(guard, (*blocks[-1].lines, text))
         else:
             blocks.append(Block(guard, (text,)))
 
     for step in schedule(phase, setting.dims).steps:
-        add(step.operation.out, line(step.operation))
+        guards = {symbol: _guard(needed_by[symbol]) for symbol in step.operation.outputs}
+        if len(set(guards.values())) == 1:
+            add(guards[step.operation.outputs[0]], line(step.operation))
+        else:
+            # Each result is wanted for other gradients: the kernel where all are, else the one product.
+            blocks.append(
+                Block(
+                    " and ".join(f"({guard})" if " or " in guard else guard for guard in guards.values()),
+                    (line(step.operation),),
+                )
+            )
+            for product in products(step.operation):
+                blocks.append(Block(guards[product.outputs[0]], (line(product),), "elif"))
         for symbol in step.frees:
-            add(symbol, f"del {symbol}")
+            add(_guard(needed_by[symbol]), f"del {symbol}")
     return tuple(blocks)
 
 
