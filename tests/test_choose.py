@@ -133,21 +133,21 @@ def test_order_of_the_candidates_is_of_no_matter(workload: Workload, size: tuple
     shuffled = [candidate.program for candidate in decision.candidates]
     shuffler.shuffle(shuffled)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(choose, "enumerate_programs", lambda goals, table: tuple(shuffled))
+        patch.setattr(choose, "programs_for", lambda *_: tuple(shuffled))
         again = decided(workload, size)
     assert (again.chosen, again.fallback, again.runner_up) == (decision.chosen, decision.fallback, decision.runner_up)
     assert (again.front, again.reason) == (decision.front, decision.reason)
 
 
 def test_tie_break_is_pinned() -> None:
-    assert TIE_BREAK == ("time", "saved", "memory", "flops", "bytes", "launches", "error")
+    assert TIE_BREAK == ("time", "device", "saved", "memory", "flops", "bytes", "launches", "error")
     assert PARETO == ("time", "saved", "memory", "flops", "error")
     programs = choose.enumerate_programs(("dX", "dA", "dB"))
 
     def priced(
         program, time: float = 1e-3, saved: int = 10, flops: int = 5, moved: int = 7, launches: int = 3
     ) -> Priced:
-        half = PhaseCost(flops, moved, launches, 0, time / 2)
+        half = PhaseCost(flops, moved, launches, 0, time / 2, time / 2)
         return Priced(program, Cost(half, half, saved, 0.0))
 
     def first(*candidates: Priced, criterion: str = "time") -> Priced:
@@ -184,7 +184,7 @@ RANGES = [
     ("llama-13b", 8, Workload()),
     ("llama-13b", 128, Workload(dtype="fp32")),
     ("llama-13b", 8, Workload(dtype="fp32", criterion="flops", train=("b",))),
-    ("llama-250m", 8, Workload(input_grad=False)),
+    ("llama-250m", 8, Workload(input_grad=False, kernels=False, launch="graph")),
     ("llama-9m", 128, Workload(criterion="memory", train=("b",))),
     ("llama-13b", 8, Workload(dtype="fp32", device="cpu", train=("b",))),
 ]
@@ -219,7 +219,7 @@ def test_thresholds_stand_at_the_crossover(name: str, rank: int, workload: Workl
 
 
 def test_one_winner_is_one_range() -> None:
-    workload = Workload(tokens=(4096, 8192, 4096), kernels=False)
+    workload = Workload(tokens=(4096, 8192, 4096), kernels=False, launch="graph")
     setting = setting_for(workload, 5120, 5120, 8, False, 4096)
     (part,) = decide_ranges(workload, setting)
     assert part.last_tokens is None and part.decision.setting.tokens == 4096
@@ -227,7 +227,7 @@ def test_one_winner_is_one_range() -> None:
 
 def test_limit_on_saved_bytes_holds_up_to_the_threshold() -> None:
     """What wins at few tokens may not run on to where it would save more than the limit."""
-    free = Workload(tokens=(4096, 8192))
+    free = Workload(tokens=(4096, 8192), kernels=False, launch="graph")
     size = (5120, 5120, 8)
     low = decided(free, size, 4096).chosen
     limit = min(candidate.cost.saved_bytes for candidate in decided(free, size, 8192).candidates)

@@ -1,30 +1,39 @@
 """Time and memory of one LoRA linear, forward and backward: generated modules against their rivals.
 
-All contenders run interleaved, round-robin, in one process on the same inputs; what is reported is the ratio to the
-frozen linear and to PEFT in the same round (median, least, most), because clocks drift. Run:
+All contenders run interleaved, round-robin, in one process on the same random inputs; what is reported is the ratio to
+the frozen linear and to PEFT in the same round (median, least, most), because clocks drift. On a GPU each contender is
+timed eagerly and as the replay of a CUDA graph. Run:
 
     python tools/bench_linear.py --arch llama-250m --rank 8,128 --tokens 2048 --dtype fp32 --json OUT.json
+    python tools/bench_linear.py --shapes 4096:5120x5120,8192:5120x13824 --rank 16 --dtype bf16 --profile h200
+
+A rival that is no package is given as ``--rival NAME=FILE.py``: a file with ``make(linear, rank) -> torch.nn.Module``.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import importlib.metadata
+import importlib.util
 import json
 import platform
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from runlora_gen.emit.nodes import module_name
-from runlora_gen.emit.package import build_package
+from runlora_gen.choose import Range, decide_ranges, setting_for
+from runlora_gen.emit.nodes import module_name, module_node
+from runlora_gen.emit.render import Header, render
 from runlora_gen.spec.architecture import load_architecture
 from runlora_gen.spec.layers import Layer, layers
 from runlora_gen.spec.workload import Workload
@@ -50,18 +59,59 @@ class PlainLoRA(nn.Module):
         return base + F.linear(F.linear(x, self.lora_A), self.lora_B) * 1.0
 
 
-def contenders(linear: nn.Linear, rank: int, generated: ModuleType) -> dict[str, nn.Module]:
-    """Everything that is compared, over one shared frozen linear."""
+class Autocast(nn.Module):
+    """A module under autocast, as PEFT is trained by default: its adapters in fp32."""
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.module, self.dtype = module, dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., in_features) to (..., out_features)."""
+        with torch.autocast(x.device.type, self.dtype):
+            output: Tensor = self.module(x)
+            return output
+
+
+def peft_linear(linear: nn.Linear, rank: int, dtype: torch.dtype) -> nn.Module:
+    """PEFT's own layer over a linear, its adapters in a dtype and not zero."""
     from peft.tuners.lora import LoraConfig
     from peft.tuners.lora.layer import Linear as PeftLinear
 
-    ours = generated.LoRALinear.from_linear(linear, r=rank, lora_alpha=rank)
     config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0)
-    peft = PeftLinear(linear, adapter_name="default", config=config, r=rank, lora_alpha=rank)
-    peft.to(linear.weight.dtype)
-    for parameter in (ours.lora_B, *(layer.weight for layer in peft.lora_B.values())):
-        nn.init.normal_(parameter, std=0.01)  # zeros would be timed otherwise
-    return {FLOOR: linear, "plain": PlainLoRA(linear, rank), REFERENCE: peft, "generated": ours}
+    peft: nn.Module = PeftLinear(linear, adapter_name="default", config=config, r=rank, lora_alpha=rank)
+    for name, parameter in peft.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn_like(parameter, dtype=dtype, device=linear.weight.device) * 0.01
+    return peft
+
+
+def contenders(
+    linear: nn.Linear, rank: int, generated: dict[str, ModuleType], rivals: dict[str, Path]
+) -> dict[str, Callable[[], nn.Module]]:
+    """How to make everything that is compared, over one shared frozen linear."""
+    dtype = linear.weight.dtype
+
+    def ours(module: ModuleType) -> nn.Module:
+        layer: Any = module.LoRALinear.from_linear(linear, r=rank, lora_alpha=rank)
+        nn.init.normal_(layer.lora_B, std=0.01)  # zeros would be timed otherwise
+        assert isinstance(layer, nn.Module)
+        return layer
+
+    makers: dict[str, Callable[[], nn.Module]] = {
+        FLOOR: lambda: linear,
+        "plain": lambda: PlainLoRA(linear, rank),
+        REFERENCE: lambda: peft_linear(linear, rank, dtype),
+    }
+    if linear.weight.is_cuda:
+        makers["peft fp32 adapters, autocast"] = lambda: Autocast(peft_linear(linear, rank, torch.float32), dtype)
+        compiled: Any = torch.compile
+        makers["peft compiled"] = lambda: compiled(peft_linear(linear, rank, dtype))
+    for name, path in rivals.items():
+        makers[name] = functools.partial(load(path, f"rival_{name}").make, linear, rank)
+    for name, module in generated.items():
+        makers[name] = functools.partial(ours, module)
+    return makers
 
 
 def step(module: nn.Module, x: Tensor, grad_output: Tensor) -> None:
@@ -97,9 +147,15 @@ def saved_bytes(module: nn.Module, x: Tensor) -> int:
 
 
 def peak_bytes(module: nn.Module, x: Tensor, grad_output: Tensor) -> int:
-    """Peak of bytes that torch's CPU allocator hands out during one step, above its start, gradients included."""
+    """Peak of bytes that torch's allocator hands out during one step, above its start, gradients included."""
     x.grad = None
     module.zero_grad(set_to_none=True)
+    if x.is_cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        start = torch.cuda.memory_allocated()
+        step(module, x, grad_output)
+        return torch.cuda.max_memory_allocated() - start
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         step(module, x, grad_output)
     assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
@@ -111,42 +167,136 @@ def peak_bytes(module: nn.Module, x: Tensor, grad_output: Tensor) -> int:
     return peak
 
 
-def generate(arch: str, layer: Layer, rank: int, workload: Workload) -> tuple[ModuleType, str]:
-    """Generate and import the module of one layer shape; also the id of the chosen variant."""
-    package = build_package(load_architecture(arch).restricted(layer.projections), rank, workload)
-    name = module_name(layer, rank)
-    module = ModuleType(name)
+def kernels(run: Callable[[], None]) -> int:
+    """GPU kernels that one call launches."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        run()
+        torch.cuda.synchronize()
+    return sum(event.count for event in profiler.key_averages() if event.device_type.name == "CUDA")
+
+
+def load(path: Path, name: str) -> ModuleType:
+    """Import a file under a name."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    exec(compile(package.files[f"{name}.py"], f"{name}.py", "exec"), module.__dict__)
-    ranges = next(ranges for found, ranges in package.layers if found.name == layer.name)
-    return module, ranges[-1].decision.chosen.program.id
+    spec.loader.exec_module(module)
+    return module
+
+
+def generate(
+    layer: Layer, rank: int, workload: Workload, folder: Path, *, paper: bool = False
+) -> tuple[ModuleType, str]:
+    """Generate and import the module of one layer shape; also the id of the chosen variant.
+
+    ``paper``: the cheapest of the paper's own pairs that merges nothing, instead of the choice.
+    """
+    setting = setting_for(workload, layer.in_features, layer.out_features, rank, layer.bias, workload.tokens[0])
+    ranges = decide_ranges(workload, setting)
+    if paper:
+        decision = ranges[0].decision
+        labelled = [c for c in decision.candidates if c.program.paper and not c.program.lossy_in_16_bit]
+        best = min(labelled, key=lambda candidate: (candidate.cost.time_s, candidate.program.id))
+        ranges = (Range(replace(decision, chosen=best, fallback=best), None),)
+    node = module_node(layer, rank, workload, ranges)
+    folder.mkdir(parents=True)
+    path = folder / f"{module_name(layer, rank)}.py"
+    path.write_text(render("linear.py.jinja", {"header": Header("", ""), "module": node}), encoding="utf-8")
+    return load(path, f"{folder.name}_{path.stem}"), ranges[-1].decision.chosen.program.id
+
+
+def captured(module: nn.Module, x: Tensor, grad_output: Tensor) -> Callable[[], None]:
+    """One step as a CUDA graph."""
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step(module, x, grad_output)
+    torch.cuda.current_stream().wait_stream(stream)
+    x.grad = None
+    module.zero_grad(set_to_none=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        module(x).backward(grad_output)
+    return graph.replay
+
+
+#: Steps that a GPU runs back to back for one timing: as in training, the host may run ahead of the device.
+STEPS = 4
+
+
+def timed(run: Callable[[], None], device: torch.device) -> float:
+    """Seconds of one call; on a GPU the mean of some calls, from the first launch to the end of the last kernel."""
+    if device.type == "cpu":
+        return seconds(run)
+    torch.cuda.synchronize()
+    event: Any = functools.partial(torch.cuda.Event, enable_timing=True)
+    start, end = event(), event()
+    start.record()
+    for _ in range(STEPS):
+        run()
+    end.record()
+    torch.cuda.synchronize()
+    return float(start.elapsed_time(end)) / 1e3 / STEPS
+
+
+def rounds_of(runs: dict[str, Callable[[], None]], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Times by contender: round-robin, each round starting with another contender, two rounds of warming up."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds + 2):
+        names = list(runs)[number % len(runs) :] + list(runs)[: number % len(runs)]
+        for name in names:
+            elapsed = timed(runs[name], device)
+            if number >= 2:
+                times[name].append(elapsed)
+    return times
 
 
 def measure(
-    layer: Layer, rank: int, tokens: int, dtype: torch.dtype, generated: ModuleType, rounds: int
+    layer: Layer,
+    rank: int,
+    tokens: int,
+    dtype: torch.dtype,
+    generated: dict[str, ModuleType],
+    rivals: dict[str, Path],
+    rounds: int,
 ) -> dict[str, Any]:
-    """All contenders on one shape."""
+    """All contenders on one shape. One that fails is reported with its error."""
     torch.manual_seed(0)
-    linear = nn.Linear(layer.in_features, layer.out_features, bias=False, dtype=dtype).requires_grad_(False)
-    modules = contenders(linear, rank, generated)
-    x = torch.randn(1, tokens, layer.in_features, dtype=dtype, requires_grad=True)
-    grad_output = torch.randn(1, tokens, layer.out_features, dtype=dtype)
-    times: dict[str, list[float]] = {name: [] for name in modules}
-    for number in range(rounds + 2):
-        # Each round starts with another contender: nobody always runs after the same one.
-        names = list(modules)[number % len(modules) :] + list(modules)[: number % len(modules)]
-        for name in names:
-            elapsed = seconds(lambda module=modules[name]: step(module, x, grad_output))  # type: ignore[misc]
-            if number >= 2:
-                times[name].append(elapsed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    size = (layer.in_features, layer.out_features)
+    linear = nn.Linear(*size, bias=False, dtype=dtype, device=device).requires_grad_(False)
+    x = torch.randn(1, tokens, layer.in_features, dtype=dtype, device=device, requires_grad=True)
+    grad_output = torch.randn(1, tokens, layer.out_features, dtype=dtype, device=device)
+    modules: dict[str, nn.Module] = {}
     results: dict[str, Any] = {}
+    replays: dict[str, Callable[[], None]] = {}
+    for name, make in contenders(linear, rank, generated, rivals).items():
+        try:
+            module = make()
+            step(module, x, grad_output)
+            if device.type == "cuda":
+                replays[name] = captured(module, x, grad_output)
+            modules[name] = module
+            results[name] = {}
+        except Exception as error:
+            results[name] = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+            replays.pop(name, None)
+    eager = {name: functools.partial(step, module, x, grad_output) for name, module in modules.items()}
+    modes: dict[str, dict[str, Callable[[], None]]] = {"eager": {**eager}, "graph": replays}
+    for mode, runs in modes.items():
+        times = rounds_of(runs, rounds, device) if runs else {}
+        for name, values in times.items():
+            results[name][mode] = {
+                "median_us": round(statistics.median(values) * 1e6, 1),
+                **{f"over_{other}": spread(values, times[other]) for other in (FLOOR, REFERENCE)},
+            }
     for name, module in modules.items():
-        results[name] = {
-            "median_ms": round(statistics.median(times[name]) * 1e3, 3),
-            **{f"over_{other}": spread(times[name], times[other]) for other in (FLOOR, REFERENCE)},
-            "saved_bytes": saved_bytes(module, x),
-            "peak_bytes": peak_bytes(module, x, grad_output),
-        }
+        results[name]["saved_bytes"] = saved_bytes(module, x)
+        results[name]["peak_bytes"] = peak_bytes(module, x, grad_output)
+        if device.type == "cuda":
+            results[name]["kernels"] = kernels(eager[name])
     return results
 
 
@@ -162,57 +312,102 @@ def spread(times: list[float], others: list[float]) -> dict[str, float]:
 
 def environment() -> dict[str, Any]:
     """What the figures depend on beside the code."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    for name in ("peft", "triton"):
+        versions[name] = importlib.metadata.version(name)
+    if torch.cuda.is_available():
+        return {"machine": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "versions": versions}
     cpu = platform.processor() or platform.machine()
     if (info := Path("/proc/cpuinfo")).exists():
         models = [
             line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
         ]
         cpu = f"{len(models)} x {models[0]}" if models else cpu
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "peft", "runlora-gen")}
-    return {"cpu": cpu, "threads": torch.get_num_threads(), "python": platform.python_version(), "versions": versions}
+    return {"machine": cpu, "threads": torch.get_num_threads(), "versions": versions}
 
 
 def print_row(row: dict[str, Any]) -> None:
     """One shape for people."""
-    print(f"{row['shape']} rank {row['rank']}  chosen {row['chosen']}")
+    print(f"{row['tokens']} tokens, {row['shape']}, rank {row['rank']}  chosen {row['chosen']}")
     for name, result in row["results"].items():
-        floor, peft = result[f"over_{FLOOR}"], result[f"over_{REFERENCE}"]
-        print(
-            f"  {name:<10} {result['median_ms']:8.2f} ms  x frozen {floor['median']:.3f} [{floor['min']:.3f}, "
-            f"{floor['max']:.3f}]  x {REFERENCE} {peft['median']:.3f} [{peft['min']:.3f}, {peft['max']:.3f}]  "
-            f"saved {result['saved_bytes'] / 2**20:.2f} MiB  peak {result['peak_bytes'] / 2**20:.2f} MiB"
-        )
+        if "error" in result:
+            print(f"  {name:<28} {result['error']}")
+            continue
+        parts = [f"  {name:<28}"]
+        for mode in ("graph", "eager"):
+            if mode in result:
+                over = [result[mode][f"over_{other}"] for other in (FLOOR, REFERENCE)]
+                ratios = "  ".join(
+                    f"x {other} {o['median']:.3f} [{o['min']:.3f}, {o['max']:.3f}]"
+                    for other, o in zip((FLOOR, REFERENCE), over, strict=True)
+                )
+                parts.append(f"{mode} {result[mode]['median_us']:9.1f} us  {ratios}")
+        parts.append(f"saved {result['saved_bytes'] / 2**20:.2f} MiB  peak {result['peak_bytes'] / 2**20:.2f} MiB")
+        if "kernels" in result:
+            parts.append(f"{result['kernels']} kernels")
+        print("  ".join(parts), flush=True)
+
+
+def wanted(options: argparse.Namespace) -> Iterator[tuple[int, Layer, int]]:
+    """Token counts, layer shapes and ranks to measure."""
+    for rank in map(int, options.rank.split(",")):
+        if options.shapes:
+            for text in options.shapes.split(","):
+                tokens, _, shape = text.partition(":")
+                in_features, _, out_features = shape.partition("x")
+                yield int(tokens), Layer(int(in_features), int(out_features), False, 1, ("linear",)), rank
+        else:
+            for layer in layers(load_architecture(options.arch)):
+                yield options.tokens, layer, rank
 
 
 def main() -> None:
     """Measure, print a table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", default="llama-250m")
+    parser.add_argument("--shapes", help="comma list of TOKENS:INxOUT, instead of --arch and --tokens")
     parser.add_argument("--rank", default="8,128", help="comma list")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--profile", default="cpu", help="device profile that the choice is made for")
+    parser.add_argument("--rival", action="append", default=[], metavar="NAME=FILE", help="another contender")
     parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument("--json", type=Path, help="where to write the results")
+    parser.add_argument("--json", type=Path, help="where to write the results, after every row")
     options = parser.parse_args()
+    rivals = {name: Path(path) for name, _, path in (text.partition("=") for text in options.rival)}
     rows: list[dict[str, Any]] = []
-    for rank in map(int, options.rank.split(",")):
-        for layer in layers(load_architecture(options.arch)):
+    with tempfile.TemporaryDirectory() as folder:
+        for tokens, layer, rank in wanted(options):
             # Never keep more than PEFT: the input and x lora_Aᵀ.
-            limit = options.tokens * (layer.in_features + rank) * DTYPES[options.dtype].itemsize
-            workload = Workload(
-                tokens=(options.tokens,), dtype=options.dtype, device=options.profile, max_saved_bytes=limit
-            )
-            module, chosen = generate(options.arch, layer, rank, workload)
-            result = measure(layer, rank, options.tokens, DTYPES[options.dtype], module, options.rounds)
-            rows.append({"shape": layer.name, "rank": rank, "count": layer.count, "chosen": chosen, "results": result})
+            limit = tokens * (layer.in_features + rank) * DTYPES[options.dtype].itemsize
+            workload = Workload(tokens=(tokens,), dtype=options.dtype, device=options.profile, max_saved_bytes=limit)
+            place = Path(folder) / str(len(rows))
+            torch_only = replace(workload, kernels=False)
+            generated, chosen = {}, {}
+            variants = {"generated": (workload, False)}
+            if torch.cuda.is_available():
+                variants = {
+                    "paper's best": (replace(torch_only, launch="graph"), True),
+                    "generated, torch only": (torch_only, False),
+                    "generated for eager": (workload, False),
+                    "generated": (replace(workload, launch="graph"), False),
+                }
+            for number, (name, (load_, paper)) in enumerate(variants.items()):
+                generated[name], chosen[name] = generate(
+                    layer, rank, load_, place / f"v{number}_{len(rows)}", paper=paper
+                )
+            result = measure(layer, rank, tokens, DTYPES[options.dtype], generated, rivals, options.rounds)
+            rows.append({"tokens": tokens, "shape": layer.name, "rank": rank, "chosen": chosen, "results": result})
             print_row(rows[-1])
-    ratios = [row["results"]["generated"][f"over_{REFERENCE}"]["median"] for row in rows]
+            if options.json:
+                settings = {k: v for k, v in vars(options).items() if k not in ("json", "rival")} | {
+                    "rivals": list(rivals)
+                }
+                report = {"date": datetime.date.today().isoformat(), **settings, **environment(), "rows": rows}
+                options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    mode = "graph" if torch.cuda.is_available() else "eager"
+    ratios = [row["results"]["generated"][mode][f"over_{REFERENCE}"]["median"] for row in rows]
     print(f"mean over {REFERENCE}: {statistics.mean(ratios):.3f}, worst {max(ratios):.3f}")
-    if options.json:
-        report = {"date": datetime.date.today().isoformat(), **vars(options), **environment(), "rows": rows}
-        report["json"] = None
-        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -59,6 +59,7 @@ def show_time(seconds: float) -> str:
 QUANTITIES: Mapping[str, Quantity] = {
     # The same operations summed in another order differ in the last bits: that is a tie.
     "time": Quantity("time", lambda cost: float(f"{cost.time_s:.12g}"), show_time),
+    "device": Quantity("time on the device", lambda cost: float(f"{cost.device_s:.12g}"), show_time),
     "memory": Quantity("saved + workspace", lambda cost: cost.memory_bytes, show_bytes),
     "saved": Quantity("saved", lambda cost: cost.saved_bytes, show_bytes),
     "flops": Quantity("FLOPs", lambda cost: cost.flops, show_count),
@@ -70,7 +71,7 @@ QUANTITIES: Mapping[str, Quantity] = {
 #: What may be traded against each other. Bytes and launches are not here: they matter through the time.
 PARETO = ("time", "saved", "memory", "flops", "error")
 #: After the criterion, ties are broken by these in order, and at last by the program's id.
-TIE_BREAK = ("time", "saved", "memory", "flops", "bytes", "launches", "error")
+TIE_BREAK = ("time", "device", "saved", "memory", "flops", "bytes", "launches", "error")
 
 CRITERIA = ("time", "flops", "memory")
 
@@ -120,16 +121,22 @@ def setting_for(workload: Workload, in_features: int, out_features: int, rank: i
     )
 
 
+def programs_for(workload: Workload, setting: Setting) -> tuple[Program, ...]:
+    """Every program that can serve: with fused kernels where the device has them and the workload allows them.
+
+    Kernels were measured with 16-bit operands only; in fp32 torch's products stand.
+    """
+    kernels = workload.kernels and setting.device.kernels and setting.dtype.half
+    return enumerate_programs(goals(workload), table=rows(kernels=kernels, rank=setting.rank))
+
+
 def decide(workload: Workload, setting: Setting) -> Decision:
     """Price every program and choose.
 
     Raises:
         SpecError: no program meets ``max_saved_bytes``; the message names the closest feasible value.
     """
-    # Kernels were measured with 16-bit operands only; in fp32 torch's products stand.
-    kernels = workload.kernels and setting.device.kernels and setting.dtype.half
-    table = rows(kernels=kernels, rank=setting.rank)
-    candidates = tuple(Priced(p, price(p, setting)) for p in enumerate_programs(goals(workload), table=table))
+    candidates = tuple(Priced(p, price(p, setting)) for p in programs_for(workload, setting))
     front = pareto_front(candidates)
     lossless = [c for c in candidates if not c.program.lossy_in_16_bit]
     allowed = lossless if setting.dtype.half and not workload.allow_lossy_merge else candidates
@@ -196,11 +203,15 @@ def check_saved_limit(architecture: Architecture, ranks: Sequence[int], workload
     """
     if workload.max_saved_bytes is None:
         return
-    # Only what merges nothing: there is always such a variant that keeps as little as any other.
-    programs = [p for p in enumerate_programs(goals(workload)) if not p.lossy_in_16_bit]
+
+    def least_saved(setting: Setting) -> int:
+        # Only what merges nothing: there is always such a variant that keeps as little as any other.
+        programs = [p for p in programs_for(workload, setting) if not p.lossy_in_16_bit]
+        return min(price(program, setting).saved_bytes for program in programs)
+
     least, setting = max(
         (
-            (min(price(program, setting).saved_bytes for program in programs), setting)
+            (least_saved(setting), setting)
             for layer, rank, tokens in itertools.product(layers(architecture), ranks, workload.tokens)
             for setting in [setting_for(workload, layer.in_features, layer.out_features, rank, layer.bias, tokens)]
         ),

@@ -62,10 +62,11 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 sizes = st.integers(1, 300)
-ranks = st.integers(1, 70)
+# On a GPU every rank is compiled anew: a few stand for all.
+ranks = st.integers(1, 70) if DEVICE == "cpu" else st.sampled_from([1, 5, 16, 33, 64])
 layouts = st.sampled_from(LAYOUTS)
 seeds = st.integers(0, 2**20)
-property_test = settings(max_examples=40 if DEVICE == "cpu" else 200, deadline=None)
+property_test = settings(max_examples=40, deadline=None)
 
 
 @pytest.mark.usefixtures("poison")
@@ -98,7 +99,13 @@ def test_fused_gemm(fused: ModuleType, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_one_pass_for_p_and_db(fused: ModuleType, dtype: torch.dtype) -> None:
     @property_test
-    @given(T=st.integers(1, 700), O=sizes, R=st.integers(1, 32), layout=st.tuples(*[layouts] * 3), seed=seeds)
+    @given(
+        T=st.integers(1, 700),
+        O=sizes,
+        R=ranks.filter(lambda rank: rank <= 32),
+        layout=st.tuples(*[layouts] * 3),
+        seed=seeds,
+    )
     def run(T: int, O: int, R: int, layout: tuple[str, ...], seed: int) -> None:  # noqa: E741
         shapes = ((T, O), (O, R), (T, R))
         dY, B, S = (

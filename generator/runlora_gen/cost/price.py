@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -62,13 +62,17 @@ class Setting:
 
 @dataclass(frozen=True)
 class PhaseCost:
-    """Price of a forward or of a backward: FLOPs, bytes read and written, launches, bytes of temporaries, seconds."""
+    """Price of a forward or of a backward: FLOPs, bytes read and written, launches, bytes of temporaries, seconds.
+
+    ``time_s`` is the larger of what host and device need, ``device_s`` the device's alone.
+    """
 
     flops: int
     bytes_moved: int
     launches: int
     workspace_bytes: int
     time_s: float
+    device_s: float
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,11 @@ class Cost:
     def time_s(self) -> float:
         """Seconds of forward and backward."""
         return self.forward.time_s + self.backward.time_s
+
+    @property
+    def device_s(self) -> float:
+        """Seconds of forward and backward on the device alone."""
+        return self.forward.device_s + self.backward.device_s
 
     def as_dict(self) -> dict[str, object]:
         """The vector as JSON shows it; times in microseconds."""
@@ -179,17 +188,21 @@ def price_operation(operation: Operation, setting: Setting) -> OperationCost:
 def price_phase(phase: Phase, setting: Setting) -> PhaseCost:
     """Price a forward, or the part of a backward that the wanted gradients need."""
     costs = [price_operation(operation, setting) for operation in wanted_operations(phase, setting.gradients)]
-    time_s = sum(cost.time_s for cost in costs)
-    if setting.launch == "eager":
-        time_s = max(time_s, sum(cost.host_s for cost in costs))
     return PhaseCost(
         flops=sum(cost.flops for cost in costs),
         bytes_moved=sum(cost.bytes_moved for cost in costs),
         launches=sum(cost.launches for cost in costs),
         workspace_bytes=_workspace(phase, setting.tokens, setting.in_features, setting.out_features, setting.rank)
         * setting.dtype.bytes,
-        time_s=time_s,
+        time_s=_elapsed(costs, setting),
+        device_s=sum(cost.time_s for cost in costs),
     )
+
+
+def _elapsed(costs: Sequence[OperationCost], setting: Setting) -> float:
+    """Seconds of a phase within a longer run: eager, host and device work side by side, and the slower counts."""
+    device_s, host_s = sum(cost.time_s for cost in costs), sum(cost.host_s for cost in costs)
+    return max(device_s, host_s) if setting.launch == "eager" else device_s
 
 
 def price(program: Program, setting: Setting) -> Cost:
@@ -209,9 +222,7 @@ def price(program: Program, setting: Setting) -> Cost:
 def price_frozen(setting: Setting) -> float:
     """Seconds of the frozen linear (Y = X Wᵀ + b and dX = dY W): the floor that a LoRA linear is held against."""
     formulas = ["Y = X @ W.T + b"] + (["dX = dY @ W"] if "dX" in setting.gradients else [])
-    costs = [price_operation(parse(formula), setting) for formula in formulas]
-    eager = setting.launch == "eager"
-    return sum(max(cost.time_s, cost.host_s) if eager else cost.time_s for cost in costs)
+    return sum(_elapsed([price_operation(parse(formula), setting)], setting) for formula in formulas)
 
 
 def wanted_operations(phase: Phase, gradients: Collection[str]) -> tuple[Operation, ...]:

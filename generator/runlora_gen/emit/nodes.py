@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -279,7 +280,7 @@ def _derivation(candidate: Priced, setting: Setting, reason: str) -> tuple[str, 
     if cost.update_error:
         doc.append(f"Relative rounding error of the update: {cost.update_error:.2g}.")
     if reason:
-        doc.append(f"{reason}.")
+        doc += textwrap.wrap(f"{reason}.", 112, break_on_hyphens=False)
     return tuple(doc)
 
 
