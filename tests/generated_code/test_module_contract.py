@@ -170,6 +170,15 @@ def test_compile_without_graph_breaks(module: ModuleType, bias: bool) -> None:
     assert_same(compiled, inputs(bias=bias))
 
 
+def test_compile_keeps_what_the_backward_accumulates(everything: ModuleType) -> None:
+    """Torch 2.11 drops in-place writes in a compiled backward: every order of accumulation must survive."""
+    for variant in everything.VARIANTS:
+        if variant.startswith("base_first/") and variant.endswith("-pt_x-dyt_s/keep-s"):
+            torch.compiler.reset()
+            run = partial(everything.lora_linear, variant=variant)
+            assert_same(torch.compile(run, fullgraph=True, backend="aot_eager"), inputs(bias=False))
+
+
 def test_compile_every_range(load: Any) -> None:
     """Thresholds and the choice by dtype trace as well; so do dynamic token counts."""
     torch.compiler.reset()

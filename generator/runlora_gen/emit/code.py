@@ -4,35 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from ..algebra.operations import Fused, Matmul, Operand, Operation
+from ..algebra.operations import Fused, Matmul, Operand, Operation, products
 
 
 def uses_scaling(operation: Operation) -> bool:
     """Whether the line reads the scaling."""
-    parts = operation.parts if isinstance(operation, Fused) else (operation,)
-    return any(isinstance(part, Matmul) and part.scaled for part in parts)
+    return any(isinstance(product, Matmul) and product.scaled for product in products(operation))
 
 
 def uses_scaled_mm(operation: Operation) -> bool:
     """Whether the line, or the torch path of its kernel, calls the module's helper ``_scaled_mm``."""
-    if isinstance(operation, Fused):
-        return any(map(uses_scaled_mm, operation.parts))
-    return isinstance(operation, Matmul) and operation.scaled and operation.addend is None
+    return any(isinstance(p, Matmul) and p.scaled and p.addend is None for p in products(operation))
+
+
+def uses_accumulate(operation: Operation) -> bool:
+    """Whether the line, or the torch path of its kernel, calls the module's helper ``_accumulate``."""
+    return any(isinstance(product, Matmul) and product.accumulate for product in products(operation))
 
 
 def line(operation: Operation) -> str:
-    """The statement that computes an operation.
-
-    Accumulations are written with ``out=``: in place, a single launch, counted by torch's FlopCounterMode (which does
-    not see ``addmm_``) and traceable by torch.compile.
-    """
+    """The statement that computes an operation."""
     if isinstance(operation, Fused):
         return _KERNEL_LINES[operation.kernel](operation)
     if not isinstance(operation, Matmul):
         return f"{operation.out} = {operation.operand}.sum(0)"
     out, left, right = str(operation.out), _operand(operation.left), _operand(operation.right)
     if operation.accumulate:
-        return f"torch.addmm({out}, {left}, {right}, out={out})"
+        return f"{out} = _accumulate({out}, {left}, {right})"
     if operation.addend is not None:
         return f"{out} = torch.addmm({operation.addend}, {left}, {right}, alpha=scaling)"
     if operation.scaled:

@@ -21,7 +21,7 @@ from ..cost.price import (
 )
 from ..spec.layers import Layer
 from ..spec.workload import Workload
-from .code import line, uses_scaled_mm, uses_scaling
+from .code import line, uses_accumulate, uses_scaled_mm, uses_scaling
 
 #: Inputs of the emitted autograd functions, and the gradient that each may want.
 _INPUT_GRADIENTS = ("dX", None, "dA", "dB", "db", None)
@@ -79,6 +79,7 @@ class ModuleNode:
     trains_A: bool
     trains_B: bool
     scaled_mm: bool
+    accumulates: bool
     linear: bool  # whether F.linear is used
     kernels: tuple[str, ...]  # fused kernels that it brings
 
@@ -154,6 +155,7 @@ def module_node(
         frozen=tuple((argument, why) for argument, gradient, why in frozen if gradient not in wanted),
         trains_A="dA" in wanted,
         trains_B="dB" in wanted,
+        accumulates=any(map(uses_accumulate, operations)),
         scaled_mm=any(map(uses_scaled_mm, operations)),
         linear="fused_gemm" in kernels or any("F.linear" in line(operation) for operation in operations),
         kernels=kernels,
