@@ -140,7 +140,7 @@ def test_order_of_the_candidates_is_of_no_matter(workload: Workload, size: tuple
 
 
 def test_tie_break_is_pinned() -> None:
-    assert TIE_BREAK == ("time", "device", "saved", "memory", "flops", "bytes", "launches", "error")
+    assert TIE_BREAK == ("time", "saved", "memory", "flops", "error", "device", "bytes", "launches")
     assert PARETO == ("time", "saved", "memory", "flops", "error")
     programs = choose.enumerate_programs(("dX", "dA", "dB"))
 

@@ -71,7 +71,7 @@ QUANTITIES: Mapping[str, Quantity] = {
 #: What may be traded against each other. Bytes and launches are not here: they matter through the time.
 PARETO = ("time", "saved", "memory", "flops", "error")
 #: After the criterion, ties are broken by these in order, and at last by the program's id.
-TIE_BREAK = ("time", "device", "saved", "memory", "flops", "bytes", "launches", "error")
+TIE_BREAK = (*PARETO, "device", "bytes", "launches")
 
 CRITERIA = ("time", "flops", "memory")
 

@@ -141,8 +141,12 @@ def main(context: click.Context, /, **options: Any) -> None:
     from .emit.publish import plan_changes, publish
 
     architecture, ranks, workload = _read_spec(options)
-    packages = [build_package(architecture, r, workload, all_variants=options["all_variants"]) for r in ranks]
     out = Path(options["output"])
+    # A check formats everything anew, so that it also finds what another version of black would write.
+    former = None if options["check"] else out
+    packages = [
+        build_package(architecture, r, workload, all_variants=options["all_variants"], former=former) for r in ranks
+    ]
     quiet, verbose = options["quiet"], options["verbose"]
     if verbose:
         for package in packages:

@@ -8,6 +8,7 @@ import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from .. import __version__
@@ -35,8 +36,51 @@ class Package:
     layers: tuple[tuple[Layer, tuple[Range, ...]], ...]
 
 
-def build_package(architecture: Architecture, rank: int, workload: Workload, *, all_variants: bool = False) -> Package:
+class _Former:
+    """The files of a former run: where the same text was rendered then, its formatted form is on disk already."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+        self._rendered: dict[str, str] = {}
+        self._files: dict[str, str] = {}
+        try:
+            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8")) if folder else {}
+            if manifest["generator"] == GENERATOR:
+                self._rendered, self._files = dict(manifest["rendered"]), dict(manifest["files"])
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            pass  # nothing to reuse: everything is formatted anew
+
+    def format(self, name: str, source: str) -> str:
+        """Format a rendered text, or read it formatted from a file that nobody has touched since."""
+        if self._folder is not None and self._rendered.get(name) == _sha256(source):
+            try:
+                text = (self._folder / name).read_bytes().decode()
+            except (OSError, ValueError):
+                return format_python(source)
+            if self._files.get(name) == _sha256(text):
+                return text
+        return format_python(source)
+
+
+def _sha256(text: str) -> str:
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+def build_package(
+    architecture: Architecture,
+    rank: int,
+    workload: Workload,
+    *,
+    all_variants: bool = False,
+    former: Path | None = None,
+) -> Package:
     """Choose and render everything for one rank.
+
+    Args:
+        architecture, rank, workload: what to generate for.
+        all_variants: every enumerated program in each module.
+        former: the folder that holds an earlier package of this name, if its files may be reused where they would be
+            the same.
 
     Raises:
         SpecError: a constraint that no variant meets.
@@ -53,13 +97,16 @@ def build_package(architecture: Architecture, rank: int, workload: Workload, *, 
         ranges = decide_ranges(workload, setting)
         decided.append((layer, ranges))
         nodes.append(module_node(layer, rank, workload, ranges, all_variants=all_variants))
-    files = {f"{node.name}.py": render("linear.py.jinja", {"header": header, "module": node}) for node in nodes}
+    rendered = {f"{node.name}.py": render("linear.py.jinja", {"header": header, "module": node}) for node in nodes}
     names = [node.name for node in nodes]
-    files["__init__.py"] = render("init.py.jinja", {"header": header, "title": architecture.slug, "modules": nodes})
-    test = render_test(names, train=workload.train, input_grad=workload.input_grad, header=header)
-    files["test_equivalence.py"] = format_python(test)
+    rendered["__init__.py"] = render("init.py.jinja", {"header": header, "title": architecture.slug, "modules": nodes})
+    rendered["test_equivalence.py"] = render_test(
+        names, train=workload.train, input_grad=workload.input_grad, header=header
+    )
+    reuse = _Former(None if former is None else former / folder)
+    files = {name: reuse.format(name, source) for name, source in rendered.items()}
     files["py.typed"] = ""
-    files[MANIFEST] = _manifest(architecture, rank, workload, header, decided, files)
+    files[MANIFEST] = _manifest(architecture, rank, workload, header, decided, rendered, files)
     return Package(folder, files, tuple(decided))
 
 
@@ -102,7 +149,7 @@ def _digest(architecture: Architecture, rank: int, workload: Workload, all_varia
         "all_variants": all_variants,
         "templates": template_digest(),
     }
-    return "sha256:" + hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
+    return _sha256(json.dumps(spec, sort_keys=True))
 
 
 def _manifest(
@@ -111,6 +158,7 @@ def _manifest(
     workload: Workload,
     header: Header,
     decided: list[tuple[Layer, tuple[Range, ...]]],
+    rendered: Mapping[str, str],
     files: Mapping[str, str],
 ) -> str:
     manifest = {
@@ -125,7 +173,8 @@ def _manifest(
         "rank": rank,
         "workload": {**asdict(workload), "tokens": list(workload.tokens), "train": list(workload.train)},
         "layers": [_layer_manifest(layer, rank, ranges) for layer, ranges in decided],
-        "files": {name: "sha256:" + hashlib.sha256(text.encode()).hexdigest() for name, text in sorted(files.items())},
+        "files": {name: _sha256(text) for name, text in sorted(files.items())},
+        "rendered": {name: _sha256(text) for name, text in sorted(rendered.items())},
     }
     return json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
 
