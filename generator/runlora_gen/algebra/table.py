@@ -76,8 +76,8 @@ TABLE: tuple[Way, ...] = (
     way("dA", "bt_g", "dA = s * B.T @ G"),
     way("dB", "dyt_s", "dB = dY.T @ S"),
     way("dB", "g_at", "dB = s * G @ A.T"),
-    # One pass over dY yields both. On an H200 it takes 0.61 to 0.68 of two products' time at rank 16, and 1.8 to 2.8
-    # times as long at rank 128, where its accumulators leave the registers.
+    # One pass over dY yields both. Measured on an H200: faster than two products at ranks 8 and 16, slower at 128,
+    # where its accumulators leave the registers.
     way("P dB", "one_pass", "p_db: P = s * dY @ B; dB = dY.T @ S", largest_rank=32),
     way("db", "sum", "db = sum(dY)"),
 )

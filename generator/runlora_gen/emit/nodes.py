@@ -272,12 +272,13 @@ def _derivation(candidate: Priced, setting: Setting, reason: str) -> tuple[str, 
         doc += [_priced(formula, price, width) for formula, price in prices]
     kept = ", ".join(str(s) for s in saved_symbols(program, setting.gradients) if str(s) not in "WAB") or "nothing"
     frozen = price_frozen(setting)
+    launched = "replayed as a graph" if setting.launch == "graph" else "launched eagerly"
     doc += [
         "",
         f"Saved for the backward beside the parameters: {kept} ({show_bytes(cost.saved_bytes)}).",
         f"Temporaries: at most {show_bytes(cost.workspace_bytes)}.",
-        f"Priced at {setting.tokens} tokens in {setting.dtype.name} by the roofline of {setting.device.title}:",
-        f"{cost.time_s / frozen:.3f} times the frozen linear ({show_time(frozen)}).",
+        f"Priced at {setting.tokens} tokens in {setting.dtype.name} by the roofline of {setting.device.title},",
+        f"{launched}: {cost.time_s / frozen:.3f} times the frozen linear ({show_time(frozen)}).",
     ]
     if cost.update_error:
         doc.append(f"Relative rounding error of the update: {cost.update_error:.2g}.")
