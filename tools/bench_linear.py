@@ -1,8 +1,8 @@
 """Time and memory of one LoRA linear, forward and backward: generated modules against their rivals.
 
-All contenders run interleaved, round-robin, in one process on the same random inputs; what is reported is the ratio to
-the frozen linear and to PEFT in the same round (median, least, most), because clocks drift. On a GPU each contender is
-timed eagerly and as the replay of a CUDA graph. Run:
+All contenders run interleaved, in random order, in one process on the same random inputs; what is reported is the
+ratio to the frozen linear and to PEFT in the same round (median, least, most), because clocks drift. On a GPU each
+contender is timed eagerly and as the replay of a CUDA graph. Run:
 
     python tools/bench_linear.py --arch llama-250m --rank 8,128 --tokens 2048 --dtype fp32 --json OUT.json
     python tools/bench_linear.py --shapes 4096:5120x5120,8192:5120x13824 --rank 16 --dtype bf16 --profile h200
@@ -19,6 +19,7 @@ import importlib.metadata
 import importlib.util
 import json
 import platform
+import random
 import statistics
 import sys
 import tempfile
@@ -242,11 +243,14 @@ def timed(run: Callable[[], None], device: torch.device) -> float:
 
 
 def rounds_of(runs: dict[str, Callable[[], None]], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Times by contender: round-robin, each round starting with another contender, two rounds of warming up."""
+    """Times by contender: all in every round, in a new random order, after two rounds of warming up.
+
+    Not in one order: what ran before leaves its heat and its cache to the next.
+    """
     times: dict[str, list[float]] = {name: [] for name in runs}
+    shuffler = random.Random(0)
     for number in range(rounds + 2):
-        names = list(runs)[number % len(runs) :] + list(runs)[: number % len(runs)]
-        for name in names:
+        for name in shuffler.sample(list(runs), len(runs)):
             elapsed = timed(runs[name], device)
             if number >= 2:
                 times[name].append(elapsed)

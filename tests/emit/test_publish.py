@@ -315,6 +315,26 @@ def test_second_run_at_once_is_refused(run, small, fresh: Path, tree: Callable) 
     run(*small, "-o", fresh, "--check").ok()
 
 
+def test_a_refused_run_leaves_the_folder_that_the_other_is_about_to_fill(
+    run, small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both found no folder; the other one holds it by now, still empty."""
+    out = tmp_path / "out"
+    real = Path.mkdir
+    handles = []
+
+    def mkdir(self: Path, *arguments, **options) -> None:
+        real(self, *arguments, **options)
+        if self == out:
+            handles.append(os.open(out, os.O_RDONLY))
+            fcntl.flock(handles[0], fcntl.LOCK_EX)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    assert "another run is writing" in run(*small, "-o", out).error()
+    os.close(handles[0])
+    assert out.is_dir()
+
+
 def test_new_files_have_the_usual_permissions(run, small, tmp_path: Path) -> None:
     former = os.umask(0o022)
     try:

@@ -138,6 +138,10 @@ def _read(path: Path) -> str | None:
         return file.read()
 
 
+class _Busy(SpecError):
+    """Another run holds the folder: it is in use, whoever created it."""
+
+
 @contextlib.contextmanager
 def _made(out: Path) -> Iterator[None]:
     """Create the folder; on failure remove again what was created."""
@@ -149,6 +153,8 @@ def _made(out: Path) -> Iterator[None]:
     try:
         out.mkdir(parents=True, exist_ok=True)
         yield
+    except _Busy:
+        raise
     except BaseException:
         for folder in missing:
             with contextlib.suppress(OSError):
@@ -167,7 +173,7 @@ def _locked(out: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise SpecError(f"-o: another run is writing to {shorten(str(out))}; wait until it has ended") from None
+            raise _Busy(f"-o: another run is writing to {shorten(str(out))}; wait until it has ended") from None
         yield
     finally:
         os.close(handle)
