@@ -16,14 +16,10 @@ import argparse
 import datetime
 import functools
 import importlib.metadata
-import importlib.util
 import json
 import platform
-import random
 import statistics
-import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -33,8 +29,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from runlora_gen.choose import Range, decide_ranges, setting_for
-from runlora_gen.emit.nodes import module_name, module_node
-from runlora_gen.emit.render import Header, render
+from runlora_gen.measure.clock import Run, captured, interleaved
+from runlora_gen.measure.memory import peak_bytes, saved_bytes
+from runlora_gen.measure.modules import import_file, render_module
 from runlora_gen.spec.architecture import load_architecture
 from runlora_gen.spec.layers import Layer, layers
 from runlora_gen.spec.workload import Workload
@@ -109,7 +106,7 @@ def contenders(
         compiled: Any = torch.compile
         makers["peft compiled"] = lambda: compiled(peft_linear(linear, rank, dtype))
     for name, path in rivals.items():
-        makers[name] = functools.partial(load(path, f"rival_{name}").make, linear, rank)
+        makers[name] = functools.partial(import_file(path, f"rival_{name}").make, linear, rank)
     for name, module in generated.items():
         makers[name] = functools.partial(ours, module)
     return makers
@@ -122,68 +119,12 @@ def step(module: nn.Module, x: Tensor, grad_output: Tensor) -> None:
     module(x).backward(grad_output)
 
 
-def seconds(run: Callable[[], None]) -> float:
-    """Wall time of one call."""
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-def saved_bytes(module: nn.Module, x: Tensor) -> int:
-    """Bytes that autograd keeps for the backward, beside the parameters; a tensor saved twice counts once."""
-    parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
-    kept: dict[int, int] = {}
-    held = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        held.append(tensor)  # so that no address is used twice
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        module(x)
-    return sum(kept.values())
-
-
-def peak_bytes(module: nn.Module, x: Tensor, grad_output: Tensor) -> int:
-    """Peak of bytes that torch's allocator hands out during one step, above its start, gradients included."""
-    x.grad = None
-    module.zero_grad(set_to_none=True)
-    if x.is_cuda:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        start = torch.cuda.memory_allocated()
-        step(module, x, grad_output)
-        return torch.cuda.max_memory_allocated() - start
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step(module, x, grad_output)
-    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
-
-
 def kernels(run: Callable[[], None]) -> int:
     """GPU kernels that one call launches."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         run()
         torch.cuda.synchronize()
     return sum(event.count for event in profiler.key_averages() if event.device_type.name == "CUDA")
-
-
-def load(path: Path, name: str) -> ModuleType:
-    """Import a file under a name."""
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def generate(
@@ -200,15 +141,11 @@ def generate(
         labelled = [c for c in decision.candidates if c.program.paper and not c.program.lossy_in_16_bit]
         best = min(labelled, key=lambda candidate: (candidate.cost.time_s, candidate.program.id))
         ranges = (Range(replace(decision, chosen=best, fallback=best), None),)
-    node = module_node(layer, rank, workload, ranges)
-    folder.mkdir(parents=True)
-    path = folder / f"{module_name(layer, rank)}.py"
-    path.write_text(render("linear.py.jinja", {"header": Header("", ""), "module": node}), encoding="utf-8")
-    return load(path, f"{folder.name}_{path.stem}"), ranges[-1].decision.chosen.program.id
+    return render_module(layer, rank, workload, ranges, folder), ranges[-1].decision.chosen.program.id
 
 
-def captured(module: nn.Module, x: Tensor, grad_output: Tensor) -> Callable[[], None]:
-    """One step as a CUDA graph."""
+def replayed(module: nn.Module, x: Tensor, grad_output: Tensor) -> Run:
+    """One step as the replay of a CUDA graph."""
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -217,44 +154,21 @@ def captured(module: nn.Module, x: Tensor, grad_output: Tensor) -> Callable[[], 
     torch.cuda.current_stream().wait_stream(stream)
     x.grad = None
     module.zero_grad(set_to_none=True)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        module(x).backward(grad_output)
-    return graph.replay
+    return captured(lambda: module(x).backward(grad_output))
 
 
 #: Steps that a GPU runs back to back for one timing: as in training, the host may run ahead of the device.
 STEPS = 4
 
 
-def timed(run: Callable[[], None], device: torch.device) -> float:
-    """Seconds of one call; on a GPU the mean of some calls, from the first launch to the end of the last kernel."""
-    if device.type == "cpu":
-        return seconds(run)
-    torch.cuda.synchronize()
-    event: Any = functools.partial(torch.cuda.Event, enable_timing=True)
-    start, end = event(), event()
-    start.record()
-    for _ in range(STEPS):
-        run()
-    end.record()
-    torch.cuda.synchronize()
-    return float(start.elapsed_time(end)) / 1e3 / STEPS
+def repeated(run: Run) -> Run:
+    """Several calls, back to back."""
 
+    def repeat() -> None:
+        for _ in range(STEPS):
+            run()
 
-def rounds_of(runs: dict[str, Callable[[], None]], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Times by contender: all in every round, in a new random order, after two rounds of warming up.
-
-    Not in one order: what ran before leaves its heat and its cache to the next.
-    """
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    shuffler = random.Random(0)
-    for number in range(rounds + 2):
-        for name in shuffler.sample(list(runs), len(runs)):
-            elapsed = timed(runs[name], device)
-            if number >= 2:
-                times[name].append(elapsed)
-    return times
+    return repeat
 
 
 def measure(
@@ -265,6 +179,7 @@ def measure(
     generated: dict[str, ModuleType],
     rivals: dict[str, Path],
     rounds: int,
+    skip: frozenset[str],
 ) -> dict[str, Any]:
     """All contenders on one shape. One that fails is reported with its error."""
     torch.manual_seed(0)
@@ -275,30 +190,37 @@ def measure(
     grad_output = torch.randn(1, tokens, layer.out_features, dtype=dtype, device=device)
     modules: dict[str, nn.Module] = {}
     results: dict[str, Any] = {}
-    replays: dict[str, Callable[[], None]] = {}
+    replays: dict[str, Run] = {}
     for name, make in contenders(linear, rank, generated, rivals).items():
+        if name in skip:
+            continue
         try:
             module = make()
             step(module, x, grad_output)
             if device.type == "cuda":
-                replays[name] = captured(module, x, grad_output)
+                replays[name] = replayed(module, x, grad_output)
             modules[name] = module
             results[name] = {}
         except Exception as error:
             results[name] = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
             replays.pop(name, None)
     eager = {name: functools.partial(step, module, x, grad_output) for name, module in modules.items()}
-    modes: dict[str, dict[str, Callable[[], None]]] = {"eager": {**eager}, "graph": replays}
+    steps = STEPS if device.type == "cuda" else 1
+    modes: dict[str, dict[str, Run]] = {"eager": {**eager}, "graph": replays}
     for mode, runs in modes.items():
-        times = rounds_of(runs, rounds, device) if runs else {}
+        if steps > 1:
+            runs = {name: repeated(run) for name, run in runs.items()}
+        times = interleaved(runs, rounds, device, warmups=2)
         for name, values in times.items():
             results[name][mode] = {
-                "median_us": round(statistics.median(values) * 1e6, 1),
+                "median_us": round(statistics.median(values) / steps * 1e6, 1),
                 **{f"over_{other}": spread(values, times[other]) for other in (FLOOR, REFERENCE)},
             }
     for name, module in modules.items():
-        results[name]["saved_bytes"] = saved_bytes(module, x)
-        results[name]["peak_bytes"] = peak_bytes(module, x, grad_output)
+        results[name]["saved_bytes"] = saved_bytes(functools.partial(module, x), module.parameters())
+        x.grad = None
+        module.zero_grad(set_to_none=True)
+        results[name]["peak_bytes"] = peak_bytes(eager[name], device)
         if device.type == "cuda":
             results[name]["kernels"] = kernels(eager[name])
     return results
@@ -375,9 +297,11 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--profile", default="cpu", help="device profile that the choice is made for")
     parser.add_argument("--rival", action="append", default=[], metavar="NAME=FILE", help="another contender")
+    parser.add_argument("--skip", default="", help="comma list of contenders to leave out")
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--json", type=Path, help="where to write the results, after every row")
     options = parser.parse_args()
+    skip = frozenset(options.skip.split(","))
     rivals = {name: Path(path) for name, _, path in (text.partition("=") for text in options.rival)}
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -400,7 +324,7 @@ def main() -> None:
                 generated[name], chosen[name] = generate(
                     layer, rank, load_, place / f"v{number}_{len(rows)}", paper=paper
                 )
-            result = measure(layer, rank, tokens, DTYPES[options.dtype], generated, rivals, options.rounds)
+            result = measure(layer, rank, tokens, DTYPES[options.dtype], generated, rivals, options.rounds, skip)
             rows.append({"tokens": tokens, "shape": layer.name, "rank": rank, "chosen": chosen, "results": result})
             print_row(rows[-1])
             if options.json:

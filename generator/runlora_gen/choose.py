@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from .algebra.enumerate import Program, enumerate_programs
-from .algebra.table import rows
+from .algebra.table import STOCHASTIC_MERGE, rows
 from .cost.device import load_device
+from .cost.lower import lowered, with_kernels
 from .cost.price import DTYPES, Cost, Setting, price
 from .spec.architecture import Architecture
 from .spec.errors import SpecError
@@ -121,13 +122,34 @@ def setting_for(workload: Workload, in_features: int, out_features: int, rank: i
     )
 
 
-def programs_for(workload: Workload, setting: Setting) -> tuple[Program, ...]:
-    """Every program that can serve: with fused kernels where the device has them and the workload allows them.
+def enumerated(workload: Workload, setting: Setting) -> tuple[Program, ...]:
+    """Every program that can serve, its single products computed by torch.
 
-    Kernels were measured with 16-bit operands only; in fp32 torch's products stand.
+    With fused kernels where the device has them and the workload allows them. In fp32 only if they were measured there:
+    the roofline takes them for as fast as cuBLAS. Not where rows of X, W or Y would start off 16 bytes: the kernels run
+    then, but without tensor descriptors, slower than torch.
     """
-    kernels = workload.kernels and setting.device.kernels and setting.dtype.half
-    return enumerate_programs(goals(workload), table=rows(kernels=kernels, rank=setting.rank))
+    programs = enumerate_programs(
+        goals(workload),
+        table=rows(kernels=_kernels(workload, setting), dtype=setting.dtype.name, rank=setting.rank),
+    )
+    if workload.merge_rounding == "stochastic":
+        merges = tuple(STOCHASTIC_MERGE.values())
+        programs = tuple(with_kernels(program, merges, replacing=True) for program in programs)
+    return programs
+
+
+def _kernels(workload: Workload, setting: Setting) -> bool:
+    device, dtype = setting.device, setting.dtype
+    aligned = all(side * dtype.bytes % 16 == 0 for side in (setting.in_features, setting.out_features))
+    measured = dtype.half or bool(device.meter.times_for(dtype.name))
+    return workload.kernels and device.kernels and aligned and measured
+
+
+def programs_for(workload: Workload, setting: Setting) -> tuple[Program, ...]:
+    """Every program that can serve, each with those kernels for single products that make it fastest."""
+    programs = enumerated(workload, setting)
+    return tuple(lowered(p, setting) for p in programs) if _kernels(workload, setting) else programs
 
 
 def decide(workload: Workload, setting: Setting) -> Decision:

@@ -15,9 +15,9 @@ from click.core import ParameterSource
 
 from . import __version__
 from .spec.architecture import Architecture, architecture_names, load_architecture
-from .spec.errors import SpecError
+from .spec.errors import SpecError, shorten
 from .spec.layers import layers
-from .spec.workload import MAX_TOKENS, Workload, check_ranks, parse_counts, parse_train
+from .spec.workload import MAX_TOKENS, Workload, check_ranks, parse_counts, parse_shapes, parse_train
 
 EXIT_STALE = 1
 EXIT_BAD_INPUT = 2
@@ -52,6 +52,13 @@ _SPEC_OPTIONS = (
         "--allow-lossy-merge", is_flag=True, help="Allow merging into 16-bit weights, which drops small updates."
     ),
     click.option(
+        "--merge-rounding",
+        type=click.Choice(["nearest", "stochastic"]),
+        default="nearest",
+        show_default=True,
+        help="Of a weight merged in 16 bits; stochastic keeps small updates on average.",
+    ),
+    click.option(
         "--launch",
         type=click.Choice(["eager", "graph"]),
         default="eager",
@@ -59,7 +66,13 @@ _SPEC_OPTIONS = (
         help="How steps are launched: graph for CUDA graphs.",
     ),
     click.option("--no-kernels", is_flag=True, help="Plain torch only: no fused Triton kernels."),
-    click.option("--device", metavar="NAME", default="h100", show_default=True, help="Device profile for the time."),
+    click.option(
+        "--device",
+        metavar="NAME|PATH",
+        default="h100",
+        show_default=True,
+        help="Device profile for the time: a name, or a file that `tune` wrote.",
+    ),
 )
 
 
@@ -91,6 +104,7 @@ def _read_spec(options: dict[str, Any]) -> tuple[Architecture, tuple[int, ...], 
         criterion=options["criterion"],
         max_saved_bytes=None if limit is None else parse_counts("--max-saved-bytes", (limit,), maximum=2**50)[0],
         allow_lossy_merge=options["allow_lossy_merge"],
+        merge_rounding=options["merge_rounding"],
         device=options["device"],
         launch=options["launch"],
         kernels=not options["no_kernels"],
@@ -99,12 +113,27 @@ def _read_spec(options: dict[str, Any]) -> tuple[Architecture, tuple[int, ...], 
     )
     from .cost.device import load_device
 
-    load_device(workload.device)
+    device = load_device(workload.device)
+    if workload.merge_rounding == "stochastic":
+        _check_stochastic_merge(workload, device.kernels)
     if limit is not None:
         from .choose import check_saved_limit
 
         check_saved_limit(architecture, ranks, workload)
     return architecture, ranks, workload
+
+
+def _check_stochastic_merge(workload: Workload, kernels: bool) -> None:
+    """Refuse stochastic rounding where nothing would be rounded so."""
+    if not workload.allow_lossy_merge:
+        needs = "--allow-lossy-merge: without it nothing is merged into 16 bits"
+    elif workload.dtype == "fp32":
+        needs = "--dtype bf16 or fp16: fp32 keeps small updates"
+    elif not (kernels and workload.kernels):
+        needs = "fused kernels: a --device that has them, and no --no-kernels"
+    else:
+        return
+    raise SpecError(f"--merge-rounding: stochastic needs {needs}")
 
 
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
@@ -253,6 +282,62 @@ def verify(path: Path, examples: int, quiet: bool) -> None:
     failed = verify_folder(path, examples=examples, quiet=quiet)
     if failed:
         sys.exit(EXIT_STALE)
+
+
+@main.command()
+@click.option(
+    "--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True, help="What to measure."
+)
+@click.option("-o", "--output", metavar="FILE.toml", required=True, help="The profile; an unfinished one is resumed.")
+@click.option("--arch", metavar="NAME|PATH", help="Measure at the shapes of an architecture.")
+@click.option("--shapes", metavar="IxO", multiple=True, help="Measure at these shapes, such as 4096x4096,4096x11008.")
+@click.option("--tokens", metavar="T", multiple=True, help="Token counts to measure at.")
+@click.option("--rank", "-r", metavar="R", multiple=True, help="Ranks to measure at.")
+@click.option(
+    "--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), multiple=True, help="[bf16; on a CPU fp32]; repeat it."
+)
+@click.option("--title", help="How people call the machine.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
+def tune(
+    device: str,
+    output: str,
+    arch: str | None,
+    shapes: tuple[str, ...],
+    tokens: tuple[str, ...],
+    rank: tuple[str, ...],
+    dtype: tuple[str, ...],
+    title: str | None,
+    quiet: bool,
+) -> None:
+    """Measure this machine: a profile for --device.
+
+    \b
+      runlora-gen tune --device cuda -o mine.toml --arch llama-13b --rank 16
+      runlora-gen --arch llama-13b --rank 16 --device mine.toml -o generated/
+
+    Without shapes, tokens or ranks it measures a grid of usual ones, which takes minutes.
+    """  # noqa: D301
+    if not output.endswith(".toml"):
+        raise SpecError(f"--output: {shorten(output)} is not allowed; give a file that ends in .toml")
+    if arch is not None and shapes:
+        raise SpecError("--shapes: given beside --arch; give one of both")
+    wanted = parse_shapes("--shapes", shapes) if shapes else ()
+    if arch is not None:
+        wanted = tuple((layer.in_features, layer.out_features) for layer in layers(load_architecture(arch)))
+    counts = parse_counts("--tokens", tokens, maximum=MAX_TOKENS) if tokens else ()
+    ranks = parse_counts("--rank", rank, maximum=MAX_RANK) if rank else ()
+    try:
+        from .measure.tune import GRID, points
+        from .measure.tune import tune as measure
+    except ModuleNotFoundError as error:
+        raise SpecError(f"tune: needs {error.name}; install runlora-gen[verify]") from None
+    default = GRID[device]
+    sizes = points(wanted or default[0], counts or default[1], ranks or default[2])
+    if not sizes:
+        raise SpecError(f"--rank: {ranks} are above min(in, out) of every shape")
+    dtypes = dtype or (("bf16",) if device == "cuda" else ("fp32",))
+    measure(Path(output), device=device, dtypes=tuple(dict.fromkeys(dtypes)), sizes=sizes, title=title, quiet=quiet)
+    click.echo(output)
 
 
 def run() -> None:

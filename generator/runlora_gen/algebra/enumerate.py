@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-from .operations import SYMBOLS, Operation, Symbol
-from .table import INPUTS, LOSSY_IN_16_BIT, PAPER_BACKWARDS, TABLE, Way
+from .operations import SYMBOLS, Fused, Operation, Symbol
+from .table import INPUTS, KERNELS, LOSSY_IN_16_BIT, PAPER_BACKWARDS, TABLE, Way
 
 
 @dataclass(frozen=True, eq=False)  # made once by the cached enumeration: identity is equality, and cheap to hash
@@ -59,10 +59,19 @@ class Phase:
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """A forward and a backward that fit together: what one autograd function does."""
+    """A forward and a backward that fit together: what one autograd function does.
+
+    ``by_kernel``: symbols whose single product a kernel of ours computes where torch could.
+    """
 
     forward: Phase
     backward: Phase
+    by_kernel: tuple[Symbol, ...] = ()
+
+    @cached_property
+    def operations(self) -> tuple[Operation, ...]:
+        """The operations of both phases."""
+        return (*self.forward.operations, *self.backward.operations)
 
     @cached_property
     def kept(self) -> tuple[Symbol, ...]:
@@ -76,9 +85,20 @@ class Program:
 
     @cached_property
     def id(self) -> str:
-        """A stable name: ``forward/backward/keep-…``, unique within one enumeration."""
+        """A stable name: ``forward/backward/keep-…[/kernel-…]``, unique within one enumeration."""
         kept = "-".join(str(symbol).lower() for symbol in self.kept) or "nothing"
-        return f"{self.forward.name()}/{self.backward.name()}/keep-{kept}"
+        kernels = "".join(f"-{str(symbol).lower()}" for symbol in self.by_kernel)
+        return f"{self.forward.name()}/{self.backward.name()}/keep-{kept}" + (f"/kernel{kernels}" if kernels else "")
+
+    @cached_property
+    def kernels(self) -> frozenset[str]:
+        """Names of the fused kernels that it uses."""
+        return frozenset(operation.kernel for operation in self.operations if isinstance(operation, Fused))
+
+    @cached_property
+    def seeded(self) -> bool:
+        """Whether it draws random numbers."""
+        return any(KERNELS[kernel].seeded for kernel in self.kernels)
 
     @cached_property
     def lossy_in_16_bit(self) -> bool:

@@ -206,6 +206,19 @@ def products(operation: Operation) -> tuple[Matmul | SumTokens, ...]:
     return operation.parts if isinstance(operation, Fused) else (operation,)
 
 
+def signature(operation: Operation) -> str:
+    """What is the same for operations that do the same work: the formula, with M and D, which have W's shape, as W."""
+    result, _, value = operation.formula.partition("= ")
+    text = result + "= " + re.sub(r"\b[MD](?=ᵀ|\b)", "W", value)
+    return f"{operation.kernel}: {text}" if isinstance(operation, Fused) else text
+
+
+def dimensions(operation: Operation) -> tuple[str, ...]:
+    """The dimensions that an operation has, in the order T, I, O, R."""
+    used = {dim for symbol in (*operation.reads, *operation.outputs) for dim in symbol.shape}
+    return tuple(dim for dim in "TIOR" if dim in used)
+
+
 _PRODUCT = re.compile(
     r"(?P<out>\w+) (?P<assign>\+?=) (?:(?P<addend>\w+) \+ )?(?P<scaled>s \* )?"
     r"(?P<left>\w+)(?P<lt>\.T)? @ (?P<right>\w+)(?P<rt>\.T)?(?: \+ (?P<bias>b))?"

@@ -8,7 +8,7 @@ The paper is "Run LoRA Run" (arXiv 2312.03415); it writes W as I×O, U for Aᵀ 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .operations import SYMBOLS, Fused, Operation, Symbol, parse
@@ -22,7 +22,6 @@ class Way:
     name: str
     operations: tuple[Operation, ...]
     paper: tuple[str, ...] = ()  # the paper's names for a forward that uses this row
-    largest_rank: int | None = None  # above it the row is no candidate
 
     @property
     def saved(self) -> bool:
@@ -41,10 +40,10 @@ class Way:
         return frozenset(read - set(self.targets))
 
 
-def way(target: str, name: str, *formulas: str, paper: tuple[str, ...] = (), largest_rank: int | None = None) -> Way:
+def way(target: str, name: str, *formulas: str, paper: tuple[str, ...] = ()) -> Way:
     """A row of the table from its formulas; ``target`` may name several symbols, separated by spaces."""
     targets = tuple(SYMBOLS[symbol] for symbol in target.split())
-    return Way(targets, name, tuple(map(parse, formulas)), paper, largest_rank)
+    return Way(targets, name, tuple(map(parse, formulas)), paper)
 
 
 SAVED = "saved"
@@ -76,18 +75,124 @@ TABLE: tuple[Way, ...] = (
     way("dA", "bt_g", "dA = s * B.T @ G"),
     way("dB", "dyt_s", "dB = dY.T @ S"),
     way("dB", "g_at", "dB = s * G @ A.T"),
-    # One pass over dY yields both. Measured on an H200: faster than two products at ranks 8 and 16, slower at 128,
-    # where its accumulators leave the registers.
-    way("P dB", "one_pass", "p_db: P = s * dY @ B; dB = dY.T @ S", largest_rank=32),
+    # One pass over dY yields both.
+    way("P dB", "one_pass", "p_db: P = s * dY @ B; dB = dY.T @ S"),
     way("db", "sum", "db = sum(dY)"),
 )
 
 
-def rows(*, kernels: bool, rank: int) -> tuple[Way, ...]:
-    """The rows that are candidates: with or without fused kernels, at a rank."""
-    return tuple(
-        row for row in TABLE if (kernels or not row.kernels) and (row.largest_rank is None or rank <= row.largest_rank)
-    )
+@dataclass(frozen=True)
+class Kernel:
+    """A fused Triton kernel; its templates are ``templates/kernels/NAME*.jinja``.
+
+    Attributes:
+        launches: the most launches that one call makes.
+        calls: by the results of one call, the expression that computes them in the emitted code.
+        tiles: its compile-time constants where none were tuned, for 16-bit operands on GPUs that have tensor
+            descriptors and 227 KiB of shared memory a block.
+        small_tiles: the same for operands and GPUs (from sm_80 on) where that does not hold.
+        candidates: constants that ``tune`` tries in place of those of ``tiles``.
+        dtypes: dtypes that it takes.
+        largest_rank: above it the kernel is no candidate.
+        helpers: what it uses of the helpers in ``templates/kernels/support.jinja`` and ``tiles.jinja``.
+        seeded: whether it draws random numbers, from the emitted code's variable ``seed``.
+    """
+
+    launches: int
+    calls: Mapping[str, str]
+    tiles: Mapping[str, int]
+    small_tiles: Mapping[str, int]
+    candidates: Sequence[Mapping[str, int]] = ()
+    dtypes: frozenset[str] = frozenset({"bf16", "fp16", "fp32"})
+    largest_rank: int | None = None
+    helpers: frozenset[str] = frozenset()
+    seeded: bool = False
+
+
+#: Tiles were measured on an H200 in bf16, at 2048 to 16384 tokens and 5120 and 13824 features.
+KERNELS: Mapping[str, Kernel] = {
+    "fused_gemm": Kernel(
+        launches=1,
+        calls={
+            "Y": '_fused_gemm(X, W, S, B, b, tiles="Y")',
+            "dX": '_fused_gemm(dY, W.t(), P, A.t(), None, tiles="dX")',
+        },
+        tiles={"BM": 128, "BN": 256, "BK": 64, "GROUP_M": 8, "SUBTILES": 2, "PARTS": 2, "WARPS": 8, "STAGES": 4},
+        small_tiles={"BM": 128, "BN": 128, "BK": 32, "GROUP_M": 8, "SUBTILES": 1, "PARTS": 1, "WARPS": 8, "STAGES": 3},
+        candidates=({"GROUP_M": 16}, {"BN": 128, "SUBTILES": 1}),
+        dtypes=frozenset({"bf16", "fp16"}),  # cuBLAS is faster in fp32
+        helpers=frozenset({"multiprocessors", "rank_wide"}),
+    ),
+    "p_db": Kernel(
+        launches=2,  # the second one adds up the partial sums of the first
+        calls={"P, dB": '_p_db(dY, B, S, scaling, B_dtype, tiles="P, dB")'},
+        tiles={"BT": 512, "BO": 64, "WARPS": 4, "STAGES": 3},
+        small_tiles={"BT": 128, "BO": 64, "WARPS": 4, "STAGES": 3},
+        candidates=({"BT": 256}, {"BT": 256, "WARPS": 8, "BO": 128}),
+        dtypes=frozenset({"bf16", "fp16"}),  # in fp32 thirty times slower than two products: its accumulators spill
+        # Faster than two products at ranks 8 and 16, slower at 128, where its accumulators leave the registers.
+        largest_rank=32,
+        helpers=frozenset({"fitting", "multiprocessors", "rank_wide", "sum_parts"}),
+    ),
+    "x_at": Kernel(
+        launches=2,
+        calls={"S": '_x_at(X, A, scaling, tiles="S")'},
+        tiles={"BT": 64, "BI": 256, "WARPS": 4, "STAGES": 4},
+        small_tiles={"BT": 64, "BI": 64, "WARPS": 4, "STAGES": 3},
+        candidates=({"BI": 128}, {"BT": 128, "BI": 128}),
+        largest_rank=128,
+        helpers=frozenset({"fitting", "multiprocessors", "rank_wide", "splits", "sum_parts"}),
+    ),
+    "pt_x": Kernel(
+        launches=2,
+        calls={"dA": '_pt_x(P, X, A_dtype, tiles="dA")'},
+        tiles={"BT": 256, "BI": 64, "WARPS": 4, "STAGES": 4},
+        small_tiles={"BT": 64, "BI": 64, "WARPS": 4, "STAGES": 3},
+        candidates=({"BT": 64, "BI": 128, "STAGES": 5}, {"BT": 128, "BI": 64}),
+        largest_rank=128,
+        helpers=frozenset({"fitting", "multiprocessors", "splits", "sum_parts"}),
+    ),
+    "merge": Kernel(
+        launches=1,
+        calls={"M": '_merge(W, A, B, scaling, tiles="M")'},
+        tiles={"BO": 32, "BI": 128, "WARPS": 4, "STAGES": 3},
+        small_tiles={"BO": 32, "BI": 128, "WARPS": 4, "STAGES": 3},
+        candidates=({"BO": 64}, {"BI": 256}),
+        helpers=frozenset({"merged_tile"}),
+    ),
+    "merge_stochastic": Kernel(
+        launches=2,  # the first one draws the seed
+        calls={"M": '_merge_stochastic(W, A, B, scaling, seed, tiles="M")'},
+        tiles={"BO": 32, "BI": 128, "WARPS": 4, "STAGES": 3},
+        small_tiles={"BO": 32, "BI": 128, "WARPS": 4, "STAGES": 3},
+        dtypes=frozenset({"bf16", "fp16"}),
+        helpers=frozenset({"merged_tile"}),
+        seeded=True,
+    ),
+}
+
+#: Kernels for single products of the table, beside torch's own: they make no other programs, the price decides which of
+#: the two computes the product.
+TWINS: Mapping[Operation, Fused] = {
+    fused.parts[0]: fused
+    for fused in map(parse, ("x_at: S = s * X @ A.T", "pt_x: dA = P.T @ X", "merge: M = W + s * B @ A"))
+    if isinstance(fused, Fused)
+}
+#: What takes the place of products where a merged weight is rounded stochastically: torch has no such rounding.
+STOCHASTIC_MERGE: Mapping[Operation, Fused] = {
+    fused.parts[0]: fused for fused in map(parse, ("merge_stochastic: M = W + s * B @ A",)) if isinstance(fused, Fused)
+}
+
+
+def runs(kernel: str, *, dtype: str, rank: int) -> bool:
+    """Whether a kernel is a candidate for a dtype and a rank."""
+    limits = KERNELS[kernel]
+    return dtype in limits.dtypes and (limits.largest_rank is None or rank <= limits.largest_rank)
+
+
+def rows(*, kernels: bool, dtype: str = "bf16", rank: int = 1) -> tuple[Way, ...]:
+    """The rows that are candidates: with or without fused kernels, for a dtype and at a rank."""
+    return tuple(row for row in TABLE if all(kernels and runs(k, dtype=dtype, rank=rank) for k in row.kernels))
 
 
 #: The paper's backward graphs: its names for the ways of dX, dA and dB. It recomputes S and M, and never saves them.

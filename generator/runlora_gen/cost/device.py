@@ -1,25 +1,40 @@
-"""Device profiles: data files with what the roofline needs to know of a machine."""
+"""Device profiles: data files with what the prices need to know of a machine.
+
+Keys of a file: ``title``, ``source``, ``memory_gb_per_s``, ``launch_us``, ``host_us``, ``kernel_host_us`` (absent where no
+Triton kernels run), ``multiprocessors`` (of a GPU), ``[tflops]`` by dtype. A file that ``runlora-gen tune`` wrote also has ``[times.DTYPE]``, by the
+signature of an operation rows of its dimensions (in the order T, I, O, R) and the measured microseconds, and
+``[tiles.DTYPE]``, rows of dimensions and the best constants of a kernel. ``measured_on`` names another profile whose
+measurements stand in, as ratios to that machine's roofline.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import tomllib
 
-from ..spec.errors import SpecError, nearest
+from ..algebra.table import KERNELS
+from ..spec.errors import SpecError, nearest, shorten
 
 _FOLDER = Path(__file__).parent / "devices"
+DTYPE_NAMES = ("bf16", "fp16", "fp32")
+
+#: Dimensions of a measured operation, and what was measured.
+Times = Mapping[str, tuple[tuple[tuple[int, ...], float], ...]]
+Tiles = Mapping[str, tuple[tuple[tuple[int, ...], Mapping[str, int]], ...]]
 
 
 @dataclass(frozen=True, eq=False)  # one object a name: compared and hashed by identity
 class DeviceProfile:
-    """A machine as the roofline sees it.
+    """A machine as the prices see it.
 
     Attributes:
-        name: the name given to ``--device``.
+        name: the name or path given to ``--device``.
         title: how people call it.
         source: where the figures come from.
         flops_per_s: peak dense matrix rate by dtype (fp32, bf16, fp16).
@@ -27,6 +42,10 @@ class DeviceProfile:
         launch_s: time that one launch adds on the device (on a CPU: one operator call).
         host_s: time that the host needs for one operator call from Python; bounds eager mode.
         kernel_host_s: the same for one Triton kernel, descriptors included; None where there are no Triton kernels.
+        multiprocessors: of a GPU: how many tiles of a kernel run at once; None where that is not known.
+        times: seconds by dtype and signature of an operation, at the dimensions where it was measured.
+        tiles: the best constants of kernels, likewise.
+        measured_on: the profile whose ``times`` and ``tiles`` hold, if not this one's.
     """
 
     name: str
@@ -37,11 +56,41 @@ class DeviceProfile:
     launch_s: float
     host_s: float
     kernel_host_s: float | None
+    multiprocessors: int | None = None
+    times: Mapping[str, Times] = field(default_factory=dict)
+    tiles: Mapping[str, Tiles] = field(default_factory=dict)
+    measured_on: DeviceProfile | None = None
 
     @property
     def kernels(self) -> bool:
         """Whether fused Triton kernels run on it."""
         return self.kernel_host_s is not None
+
+    @property
+    def meter(self) -> DeviceProfile:
+        """The profile that holds the measurements."""
+        return self.measured_on or self
+
+    def times_for(self, dtype: str) -> Times:
+        """Measured times for a dtype; the two 16-bit dtypes have the same size and rate, so one stands for the other."""
+        return _of_dtype(self.times, dtype)
+
+    def tiles_for(self, signature: str, dtype: str, at: tuple[int, ...]) -> Mapping[str, int]:
+        """The constants that were best at the nearest dimensions where a kernel was tuned; empty if it was not."""
+        tuned = _of_dtype(self.meter.tiles, dtype).get(signature, ())
+        return min(tuned, key=lambda row: (distance(row[0], at), row[0]))[1] if tuned else {}
+
+
+def _of_dtype(by_dtype: Mapping[str, Any], dtype: str) -> Mapping[str, Any]:
+    halves = ("bf16", "fp16")
+    stand_in = halves[1 - halves.index(dtype)] if dtype in halves else dtype
+    found: Mapping[str, Any] = by_dtype.get(dtype, by_dtype.get(stand_in, {}))
+    return found
+
+
+def distance(first: tuple[int, ...], second: tuple[int, ...]) -> float:
+    """How far apart two sizes are: the Euclidean distance of the logarithms (base 2) of their dimensions."""
+    return math.dist([math.log2(d) for d in first], [math.log2(d) for d in second])
 
 
 def device_names() -> tuple[str, ...]:
@@ -51,21 +100,80 @@ def device_names() -> tuple[str, ...]:
 
 @lru_cache
 def load_device(name: str) -> DeviceProfile:
-    """Read a profile by its name.
+    """Read a profile by its name, or by the path of a file that ends in ``.toml``.
 
     Raises:
-        SpecError: there is no profile of that name.
+        SpecError: there is no such profile, or its file is not what a profile must be.
     """
-    if name not in device_names():
-        raise SpecError(f"--device: unknown device {nearest(name, device_names())}")
-    data = tomllib.loads((_FOLDER / f"{name}.toml").read_text(encoding="utf-8"))
+    if name.endswith(".toml"):
+        path = Path(name)
+        if not path.is_file():
+            raise SpecError(f"--device: there is no file {shorten(name)}")
+    elif name in device_names():
+        path = _FOLDER / f"{name}.toml"
+    else:
+        raise SpecError(
+            f"--device: unknown device {nearest(name, device_names())}, or the path of a profile that ends in .toml"
+        )
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SpecError(f"{shorten(str(path))}: not a device profile: {' '.join(str(error).split())}") from None
+    try:
+        return _profile(name, data)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        what = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
+        raise SpecError(f"{shorten(str(path))}: not a device profile: {' '.join(what.split())}") from None
+
+
+def _profile(name: str, data: Mapping[str, Any]) -> DeviceProfile:
+    def positive(key: str, value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ValueError(f"{key}: {value!r} is not allowed; give a number above 0")
+        return float(value)
+
+    rates = {dtype: positive(f"tflops.{dtype}", data["tflops"][dtype]) * 1e12 for dtype in DTYPE_NAMES}
+    times = {
+        dtype: {
+            signature: tuple((_dimensions(row[:-1]), positive(f"times of {signature}", row[-1]) * 1e-6) for row in rows)
+            for signature, rows in by_signature.items()
+        }
+        for dtype, by_signature in data.get("times", {}).items()
+    }
     return DeviceProfile(
         name=name,
-        title=data["title"],
-        source=data["source"],
-        flops_per_s={dtype: float(rate) * 1e12 for dtype, rate in data["tflops"].items()},
-        bytes_per_s=float(data["memory_gb_per_s"]) * 1e9,
-        launch_s=float(data["launch_us"]) * 1e-6,
-        host_s=float(data["host_us"]) * 1e-6,
-        kernel_host_s=float(data["kernel_host_us"]) * 1e-6 if "kernel_host_us" in data else None,
+        title=str(data["title"]),
+        source=str(data["source"]),
+        flops_per_s=rates,
+        bytes_per_s=positive("memory_gb_per_s", data["memory_gb_per_s"]) * 1e9,
+        launch_s=positive("launch_us", data["launch_us"]) * 1e-6,
+        host_s=positive("host_us", data["host_us"]) * 1e-6,
+        kernel_host_s=positive("kernel_host_us", data["kernel_host_us"]) * 1e-6 if "kernel_host_us" in data else None,
+        multiprocessors=(
+            int(positive("multiprocessors", data["multiprocessors"])) if "multiprocessors" in data else None
+        ),
+        times=times,
+        tiles={
+            dtype: {
+                signature: tuple((_dimensions(row[:-1]), _constants(signature, row[-1])) for row in rows)
+                for signature, rows in by_signature.items()
+            }
+            for dtype, by_signature in data.get("tiles", {}).items()
+        },
+        measured_on=load_device(str(data["measured_on"])) if "measured_on" in data else None,
     )
+
+
+def _dimensions(values: list[Any]) -> tuple[int, ...]:
+    if not values or not all(type(value) is int and value > 0 for value in values):
+        raise ValueError(f"{values} are not allowed as dimensions; give whole numbers above 0")
+    return tuple(values)
+
+
+def _constants(signature: str, constants: Mapping[str, Any]) -> Mapping[str, int]:
+    """Constants reach generated code: only known names, only small whole numbers."""
+    known = KERNELS[signature.split(":")[0]].tiles
+    for name, value in constants.items():
+        if name not in known or type(value) is not int or not 0 < value <= 4096:
+            raise ValueError(f"tiles of {signature}: {name} = {value!r} is not allowed; known are {', '.join(known)}")
+    return dict(constants)

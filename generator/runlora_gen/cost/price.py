@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from ..algebra.enumerate import Phase, Program
-from ..algebra.operations import SYMBOLS, Dims, Fused, Matmul, Operation, Symbol, parse, products
+from ..algebra.operations import (
+    SYMBOLS,
+    Dims,
+    Fused,
+    Matmul,
+    Operation,
+    Symbol,
+    dimensions,
+    parse,
+    products,
+    signature,
+)
 from ..algebra.schedule import dependents, schedule
-from ..algebra.table import PARAMETERS
-from .device import DeviceProfile
+from ..algebra.table import KERNELS, PARAMETERS
+from .device import DeviceProfile, distance
 from .rounding import merge_error, rounding_error, update_std
 
 
@@ -147,41 +159,89 @@ class OperationCost:
     host_s: float
 
 
-#: Launches of a fused kernel. The second one of p_db adds up the partial sums of the first.
-KERNEL_LAUNCHES = {"fused_gemm": 1, "p_db": 2}
-
-
+@lru_cache(maxsize=65536)
 def price_operation(operation: Operation, setting: Setting) -> OperationCost:
-    """Price one operation by the roofline: max(FLOPs / peak, bytes / bandwidth) + launches.
+    """Price one operation: by the roofline, corrected by what was measured on the device.
+
+    The correction is the ratio of measured time to roofline: at measured dimensions that gives the measured time;
+    between them it is the mean of the logarithms, weighted by 1 / distance⁴ in the logarithms of the dimensions.
+    """
+    cost = roofline(operation, setting.dims, setting.dtype, setting.device, bias=setting.bias)
+    factor = _correction(
+        operation, tuple(setting.dims[d] for d in dimensions(operation)), setting.dtype, setting.device
+    )
+    return replace(cost, time_s=cost.time_s * factor)
+
+
+def roofline(operation: Operation, dims: Dims, dtype: DType, device: DeviceProfile, *, bias: bool) -> OperationCost:
+    """Price one operation by max(FLOPs / peak, bytes / bandwidth) + launches.
 
     Every operand is read once and every result written once; an accumulation reads its target as well. A product added
     to a matrix (M = W + s B A) is two kernels in torch, a copy of the addend and an accumulation into it. A fused
-    kernel reads and writes each of its tensors once, and needs a profile that has kernels.
+    kernel reads and writes each of its tensors once, and needs a profile that has kernels; one that computes its result
+    in tiles is busy for whole waves of them, however few the last one has.
     """
-    dims, size, device = setting.dims, setting.dtype.bytes, setting.device
     elements = sum(symbol.numel(dims) for symbol in (*operation.reads, *operation.outputs))
-    launches, flops, host_s = 1, 0, device.host_s
+    launches, flops, host_s, idle = 1, 0, device.host_s, 1.0
     if isinstance(operation, Fused):
         if device.kernel_host_s is None:
             raise ValueError(f"{device.name} has no fused kernels, so {operation.formula} has no price there")
         for part in operation.parts:
             m, n, k = part.mnk(dims)
             flops += 2 * m * n * k
-        if operation.bias is not None and setting.bias:
+        if operation.bias is not None and bias:
             elements += operation.bias.numel(dims)
-        launches, host_s = KERNEL_LAUNCHES[operation.kernel], device.kernel_host_s
+        launches, host_s = KERNELS[operation.kernel].launches, device.kernel_host_s
+        idle = _waves(operation, dims, device)
     if isinstance(operation, Matmul):
         m, n, k = operation.mnk(dims)
         flops = 2 * m * n * k
         if operation.accumulate:
             elements += operation.out.numel(dims)
-        if operation.bias is not None and setting.bias:
+        if operation.bias is not None and bias:
             elements += operation.bias.numel(dims)
         if operation.addend is not None:
             elements += 2 * operation.out.numel(dims)
             launches += 1
-    busy = max(flops / device.flops_per_s[setting.dtype.name], elements * size / device.bytes_per_s)
-    return OperationCost(flops, elements * size, launches, busy + launches * device.launch_s, launches * host_s)
+    busy = max(flops / device.flops_per_s[dtype.name] * idle, elements * dtype.bytes / device.bytes_per_s)
+    return OperationCost(flops, elements * dtype.bytes, launches, busy + launches * device.launch_s, launches * host_s)
+
+
+def _waves(operation: Fused, dims: Dims, device: DeviceProfile) -> float:
+    """The waves of tiles that a kernel computes its result in, over the part of a wave that would do."""
+    tiles = KERNELS[operation.kernel].tiles
+    if device.multiprocessors is None or not {"BM", "BN", "PARTS"} <= tiles.keys():
+        return 1.0
+    rows, columns, _ = operation.parts[0].mnk(dims)
+    # The last wave's tiles are cut into parts.
+    count = math.ceil(rows / tiles["BM"]) * math.ceil(columns / (tiles["BN"] // tiles["PARTS"]))
+    return math.ceil(count / device.multiprocessors) * device.multiprocessors / count
+
+
+@lru_cache(maxsize=65536)
+def _correction(operation: Operation, at: tuple[int, ...], dtype: DType, device: DeviceProfile) -> float:
+    """Measured time over roofline, at some dimensions; 1 if the operation was never measured."""
+    total = weights = 0.0
+    for measured_at, ratio in _ratios(operation, dtype, device.meter):
+        apart = distance(measured_at, at)
+        if apart == 0:
+            return math.exp(ratio)
+        total, weights = total + ratio / apart**4, weights + 1 / apart**4
+    return math.exp(total / weights) if weights else 1.0
+
+
+@lru_cache(maxsize=4096)
+def _ratios(operation: Operation, dtype: DType, device: DeviceProfile) -> tuple[tuple[tuple[int, ...], float], ...]:
+    """Where an operation was measured, with the logarithms of measured time over roofline there."""
+    measured = device.times_for(dtype.name).get(signature(operation), ())
+    names = dimensions(operation)
+    return tuple(
+        (
+            at,
+            math.log(time_s / roofline(operation, dict(zip(names, at, strict=True)), dtype, device, bias=False).time_s),
+        )
+        for at, time_s in measured
+    )
 
 
 @lru_cache(maxsize=65536)
@@ -194,12 +254,12 @@ def price_phase(phase: Phase, setting: Setting) -> PhaseCost:
         launches=sum(cost.launches for cost in costs),
         workspace_bytes=_workspace(phase, setting.tokens, setting.in_features, setting.out_features, setting.rank)
         * setting.dtype.bytes,
-        time_s=_elapsed(costs, setting),
+        time_s=elapsed(costs, setting),
         device_s=sum(cost.time_s for cost in costs),
     )
 
 
-def _elapsed(costs: Sequence[OperationCost], setting: Setting) -> float:
+def elapsed(costs: Sequence[OperationCost], setting: Setting) -> float:
     """Seconds of a phase within a longer run: eager, host and device work side by side, and the slower counts."""
     device_s, host_s = sum(cost.time_s for cost in costs), sum(cost.host_s for cost in costs)
     return max(device_s, host_s) if setting.launch == "eager" else device_s
@@ -222,7 +282,7 @@ def price(program: Program, setting: Setting) -> Cost:
 def price_frozen(setting: Setting) -> float:
     """Seconds of the frozen linear (Y = X Wᵀ + b and dX = dY W): the floor that a LoRA linear is held against."""
     formulas = ["Y = X @ W.T + b"] + (["dX = dY @ W"] if "dX" in setting.gradients else [])
-    return sum(_elapsed([price_operation(parse(formula), setting)], setting) for formula in formulas)
+    return sum(elapsed([price_operation(parse(formula), setting)], setting) for formula in formulas)
 
 
 def wanted_operations(phase: Phase, gradients: Collection[str]) -> tuple[Operation, ...]:
@@ -262,7 +322,7 @@ def _update_error(program: Program, setting: Setting) -> float:
     made = {symbol for phase in (program.forward, program.backward) for way in phase.ways for symbol in way.targets}
     delta_std, bits = update_std(setting.in_features, setting.rank), setting.dtype.mantissa_bits
     if SYMBOLS["M"] in made:
-        return merge_error(delta_std, bits)
+        return merge_error(delta_std, bits, stochastic=program.seeded)
     if SYMBOLS["D"] in made:
         return rounding_error(delta_std, bits)
     return 0.0

@@ -29,20 +29,25 @@ def update_std(in_features: int, rank: int, scaling: float = 1.0, lora_b_std: fl
 
 
 @lru_cache(maxsize=1024)
-def merge_error(delta_std: float, mantissa_bits: int, weight_std: float = WEIGHT_STD) -> float:
+def merge_error(
+    delta_std: float, mantissa_bits: int, weight_std: float = WEIGHT_STD, *, stochastic: bool = False
+) -> float:
     """Relative root-mean-square error of an update that is merged into a weight.
 
     Args:
         delta_std: σ_Δ, above 0.
         mantissa_bits: explicit mantissa bits of the weight's dtype (bf16 7, fp16 10, fp32 23).
         weight_std: σ_W.
+        stochastic: rounded up or down at random, with the right mean.
 
     Returns:
-        A number in [0, about 1]; 1 is a lost update. fp16's subnormals are neglected.
+        To the nearest: a number in [0, about 1]; 1 is a lost update. Stochastic: may be above 1, but its mean is 0.
+        fp16's subnormals are neglected.
     """
+    mean_square = _mean_square_to_neighbours if stochastic else _mean_square_to_grid
     return math.sqrt(
         sum(
-            share * _mean_square_to_grid(2.0 ** (exponent - mantissa_bits) / delta_std)
+            share * mean_square(2.0 ** (exponent - mantissa_bits) / delta_std)
             for exponent, share in _binades(weight_std)
         )
     )
@@ -80,6 +85,20 @@ def _mean_square_to_grid(step: float) -> float:
         first = _density(low) - _density(high)  # ∫ x φ
         second = mass + low * _density(low) - high * _density(high)  # ∫ x² φ
         total += second - 2 * centre * first + centre * centre * mass
+    return total
+
+
+def _mean_square_to_neighbours(step: float) -> float:
+    """E[(Z - k step) ((k + 1) step - Z)], k step being the multiple below, for a standard normal Z."""
+    if step < 0.25:
+        return step * step / 6
+    total = 0.0
+    for k in range(-math.ceil(9 / step) - 1, math.ceil(9 / step) + 1):
+        low, high = k * step, (k + 1) * step
+        mass = 0.5 * (math.erf(high / math.sqrt(2)) - math.erf(low / math.sqrt(2)))
+        first = _density(low) - _density(high)  # ∫ x φ
+        second = mass + low * _density(low) - high * _density(high)  # ∫ x² φ
+        total += (low + high) * first - second - low * high * mass
     return total
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from ..algebra.operations import SYMBOLS, Fused, Matmul, Operand, Operation, Symbol, products
+from ..algebra.table import KERNELS
 
-from ..algebra.operations import Fused, Matmul, Operand, Operation, products
+#: Gradients of parameters that may have another dtype than the activations, and the variable that holds it.
+DTYPE_OF = {SYMBOLS["dA"]: "A_dtype", SYMBOLS["dB"]: "B_dtype"}
 
 
 def uses_scaling(operation: Operation) -> bool:
@@ -22,10 +24,16 @@ def uses_accumulate(operation: Operation) -> bool:
     return any(isinstance(product, Matmul) and product.accumulate for product in products(operation))
 
 
+def dtypes_of(operation: Operation) -> set[Symbol]:
+    """The gradients whose dtype the line reads."""
+    return {out for out in operation.outputs if out in DTYPE_OF}
+
+
 def line(operation: Operation) -> str:
     """The statement that computes an operation."""
     if isinstance(operation, Fused):
-        return _KERNEL_LINES[operation.kernel](operation)
+        results = ", ".join(map(str, operation.outputs))
+        return f"{results} = {KERNELS[operation.kernel].calls[results]}"
     if not isinstance(operation, Matmul):
         return f"{operation.out} = {operation.operand}.sum(0)"
     out, left, right = str(operation.out), _operand(operation.left), _operand(operation.right)
@@ -34,31 +42,14 @@ def line(operation: Operation) -> str:
     if operation.addend is not None:
         return f"{out} = torch.addmm({operation.addend}, {left}, {right}, alpha=scaling)"
     if operation.scaled:
-        return f"{out} = _scaled_mm({left}, {right}, scaling)"
-    if operation.bias is not None and operation.right.transposed:
+        value = f"_scaled_mm({left}, {right}, scaling)"
+    elif operation.bias is not None and operation.right.transposed:
         return f"{out} = F.linear({left}, {operation.right.symbol}, {operation.bias})"
-    return f"{out} = {left} @ {right}"
-
-
-def _fused_gemm(operation: Fused) -> str:
-    """A call with right operands in the layout that F.linear takes: N×K."""
-    low, base = operation.parts
-    rights = [str(p.right.symbol) if p.right.transposed else f"{p.right.symbol}.t()" for p in (base, low)]
-    arguments = [_operand(base.left), rights[0], _operand(low.left), rights[1]]
-    if operation.bias is not None:
-        arguments.append(str(operation.bias))
-    return f"{base.out} = _fused_gemm({', '.join(arguments)})"
-
-
-def _p_db(operation: Fused) -> str:
-    """A call with two results."""
-    first, second = operation.parts
-    names = (first.left.symbol, first.right.symbol, second.right.symbol)
-    return f"{first.out}, {second.out} = _p_db({', '.join(map(str, names))}, scaling)"
-
-
-#: How a fused kernel is called. Its template is ``templates/kernels/NAME.jinja``.
-_KERNEL_LINES: Mapping[str, Callable[[Fused], str]] = {"fused_gemm": _fused_gemm, "p_db": _p_db}
+    else:
+        value = f"{left} @ {right}"
+    if operation.out in DTYPE_OF:
+        value = f"{value if operation.scaled else f'({value})'}.to({DTYPE_OF[operation.out]})"
+    return f"{out} = {value}"
 
 
 def _operand(operand: Operand) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..algebra.enumerate import Phase, Program
-from ..algebra.operations import Fused, Symbol, products
+from ..algebra.operations import SYMBOLS, Fused, Symbol, dimensions, products, signature
 from ..algebra.schedule import GRADIENTS, dependents, schedule
+from ..algebra.table import KERNELS
 from ..choose import Decision, Priced, Range, goals, show_bytes, show_count, show_time
 from ..cost.price import (
     OperationCost,
@@ -21,7 +22,7 @@ from ..cost.price import (
 )
 from ..spec.layers import Layer
 from ..spec.workload import Workload
-from .code import line, uses_accumulate, uses_scaled_mm, uses_scaling
+from .code import DTYPE_OF, line, uses_accumulate, uses_scaled_mm, uses_scaling
 
 #: Inputs of the emitted autograd functions, and the gradient that each may want.
 _INPUT_GRADIENTS = ("dX", None, "dA", "dB", "db", None)
@@ -51,6 +52,8 @@ class FunctionNode:
     gradients: tuple[str, ...]  # dX, dA, … that it can give
     returns: tuple[str, ...]
     keeps_scaling: bool
+    dtypes: tuple[str, ...]  # variables that hold the dtypes of trained parameters
+    seeded: bool
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,10 @@ class RangeNode:
     last_tokens: int | None
     variant: str
     fallback: str | None
+
+
+#: Compile-time constants of kernels: what is computed, and the constants by name.
+Tiles = tuple[tuple[str, tuple[tuple[str, int], ...]], ...]
 
 
 @dataclass(frozen=True)
@@ -82,6 +89,10 @@ class ModuleNode:
     accumulates: bool
     linear: bool  # whether F.linear is used
     kernels: tuple[str, ...]  # fused kernels that it brings
+    helpers: frozenset[str]  # what these need of the kernels' common code
+    tiles: Tiles  # their compile-time constants by what they compute
+    small_tiles: Tiles
+    tiles_note: str
 
     @property
     def selectable(self) -> bool:
@@ -132,10 +143,10 @@ def module_node(
         _function(candidate, decision, reason, "_LoRALinearFunction" if single else _class_name(candidate.program))
         for decision, candidate, reason in described.values()
     )
-    operations = [
-        op for _, c, _ in described.values() for p in (c.program.forward, c.program.backward) for op in p.operations
-    ]
-    kernels = tuple(sorted({op.kernel for op in operations if isinstance(op, Fused)}))
+    operations = [op for _, candidate, _ in described.values() for op in candidate.program.operations]
+    fused = list(dict.fromkeys(op for op in operations if isinstance(op, Fused)))
+    kernels = tuple(sorted({op.kernel for op in fused}))
+    setting = ranges[-1].decision.setting
     wanted = goals(workload)
     frozen = (
         ("x", "dX", "it was generated with --no-input-grad"),
@@ -159,7 +170,28 @@ def module_node(
         scaled_mm=any(map(uses_scaled_mm, operations)),
         linear="fused_gemm" in kernels or any("F.linear" in line(operation) for operation in operations),
         kernels=kernels,
+        helpers=frozenset().union(*(KERNELS[kernel].helpers for kernel in kernels)),
+        tiles=tuple(_tiles(op, {**KERNELS[op.kernel].tiles, **_tuned(op, setting)}) for op in fused),
+        small_tiles=tuple(_tiles(op, KERNELS[op.kernel].small_tiles) for op in fused),
+        tiles_note=_tiles_note(fused, setting),
     )
+
+
+def _tiles(operation: Fused, constants: Mapping[str, int]) -> tuple[str, tuple[tuple[str, int], ...]]:
+    return ", ".join(map(str, operation.outputs)), tuple(constants.items())
+
+
+def _tuned(operation: Fused, setting: Setting) -> Mapping[str, int]:
+    """The constants of the device profile, for the token count of the setting."""
+    at = tuple(setting.dims[d] for d in dimensions(operation))
+    return setting.device.tiles_for(signature(operation), setting.dtype.name, at)
+
+
+def _tiles_note(fused: Sequence[Fused], setting: Setting) -> str:
+    tuned = sum(bool(_tuned(operation, setting)) for operation in fused)
+    if tuned < len(fused):
+        return "Measured on an H200 with 2048 to 16384 tokens and 5120 and 13824 features."
+    return f"Tuned on {setting.device.meter.title}, for {setting.tokens} tokens in {setting.dtype.name}."
 
 
 def module_name(layer: Layer, rank: int) -> str:
@@ -188,6 +220,9 @@ def _function(candidate: Priced, decision: Decision, reason: str, class_name: st
     needed_by = dependents(program.backward)
     backward = _backward_blocks(program.backward, setting, needed_by)
     saves = tuple((str(symbol), _guard(needed_by[symbol])) for symbol in (*program.saved_inputs, *program.kept))
+    merged = SYMBOLS["M"]
+    if program.seeded and merged in needed_by and merged not in program.kept:  # it is merged again, to the same bits
+        saves += (("seed", _guard(needed_by[merged])),)
     gradients = tuple(str(gradient) for gradient in GRADIENTS if gradient in program.backward.goals)
     return FunctionNode(
         class_name=class_name,
@@ -201,6 +236,10 @@ def _function(candidate: Priced, decision: Decision, reason: str, class_name: st
         gradients=gradients,
         returns=tuple(name if name in gradients else "None" for name in _INPUT_GRADIENTS),
         keeps_scaling=any(map(uses_scaling, program.backward.operations)),
+        dtypes=tuple(
+            DTYPE_OF[gradient] for gradient in GRADIENTS if gradient in DTYPE_OF and str(gradient) in gradients
+        ),
+        seeded=program.seeded,
     )
 
 

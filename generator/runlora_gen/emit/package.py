@@ -123,9 +123,10 @@ def _command(architecture: Architecture, rank: int, workload: Workload, all_vari
         words += ["--model-type", workload.model_type]
     if workload.tokens != default.tokens:
         words += ["--tokens", ",".join(map(str, workload.tokens))]
-    for name in ("dtype", "criterion", "device", "launch"):
-        if getattr(workload, name) != getattr(default, name):
-            words += [f"--{name}", getattr(workload, name)]
+    for name in ("dtype", "criterion", "device", "launch", "merge_rounding"):
+        value = getattr(workload, name)
+        if value != getattr(default, name):
+            words += [f"--{name.replace('_', '-')}", value if re.fullmatch(r"[A-Za-z0-9._/-]+", value) else "PROFILE"]
     if workload.train != default.train:
         words += ["--train", ",".join(workload.train)]
     if not workload.input_grad:

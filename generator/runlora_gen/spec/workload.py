@@ -24,7 +24,8 @@ class Workload:
         criterion: ``time``, ``flops`` or ``memory``.
         max_saved_bytes: limit on what one linear keeps from forward to backward, or None.
         allow_lossy_merge: allow merging into 16-bit weights, which drops small updates.
-        device: name of the device profile.
+        merge_rounding: how a merged 16-bit weight is rounded: ``nearest``, or ``stochastic``, with the right mean.
+        device: name or path of the device profile.
         launch: ``eager``, or ``graph`` for training under CUDA graphs, where the host costs nothing.
         kernels: allow fused Triton kernels where the device has them.
         target_modules: the projections that were asked for; empty for all.
@@ -38,6 +39,7 @@ class Workload:
     criterion: str = "time"
     max_saved_bytes: int | None = None
     allow_lossy_merge: bool = False
+    merge_rounding: str = "nearest"
     device: str = "h100"
     launch: str = "eager"
     kernels: bool = True
@@ -59,6 +61,23 @@ def parse_counts(option: str, values: Iterable[str], *, maximum: int) -> tuple[i
     if not counts:
         raise SpecError(f"{option}: no value given; give whole numbers from 1 to {maximum}")
     return tuple(sorted(counts))
+
+
+def parse_shapes(option: str, values: Iterable[str]) -> tuple[tuple[int, int], ...]:
+    """Shapes ``in_features x out_features`` from repeated options and comma lists, each once.
+
+    Raises:
+        SpecError: an element is not of the form 4096x11008, or a side is not from 1 to 2^20.
+    """
+    shapes = []
+    for text in (part.strip() for value in values for part in value.split(",")):
+        sides = text.split("x")
+        if len(sides) != 2 or not all(
+            s.isascii() and s.isdigit() and len(s) < 8 and 1 <= int(s) <= 2**20 for s in sides
+        ):
+            raise SpecError(f"{option}: {shorten(text)} is not allowed; give shapes in x out such as 4096x11008")
+        shapes.append((int(sides[0]), int(sides[1])))
+    return tuple(dict.fromkeys(shapes))
 
 
 def parse_train(value: str) -> tuple[str, ...]:

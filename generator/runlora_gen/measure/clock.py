@@ -1,0 +1,61 @@
+"""Timing that can be trusted: on a GPU replayed graphs between events, everything interleaved in random order."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, TypeVar
+
+import torch
+
+Key = TypeVar("Key", bound=Hashable)
+Run = Callable[[], object]
+
+#: Clock cycles of a kernel that spins before each timing, so that the host has launched all before the first runs.
+_HEAD_START = 200_000
+
+
+def captured(run: Run, calls: int = 1, *, pool: Any = None) -> Run:
+    """The replay of a CUDA graph that holds some calls of ``run``, which must have run before.
+
+    Graphs of one pool (``torch.cuda.graph_pool_handle()``) share their memory: they must not run side by side.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        for _ in range(calls):
+            run()
+    return graph.replay
+
+
+def interleaved(
+    runs: Mapping[Key, Run], rounds: int, device: torch.device, *, warmups: int = 1
+) -> dict[Key, list[float]]:
+    """Seconds of each of ``runs``, once a round, in a new random order every round.
+
+    Not in one order: what ran before leaves its heat and its cache to the next.
+    """
+    times: dict[Key, list[float]] = {key: [] for key in runs}
+    shuffler = random.Random(0)
+    for number in range(rounds + warmups):
+        for key in shuffler.sample(list(runs), len(runs)):
+            elapsed = seconds(runs[key], device)
+            if number >= warmups:
+                times[key].append(elapsed)
+    return times
+
+
+def seconds(run: Run, device: torch.device) -> float:
+    """Seconds of one call; on a GPU the device's, from the start of its first kernel to the end of its last."""
+    if device.type == "cpu":
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+    cuda: Any = torch.cuda  # its events are untyped
+    first, last = (cuda.Event(enable_timing=True) for _ in range(2))
+    cuda._sleep(_HEAD_START)
+    first.record()
+    run()
+    last.record()
+    last.synchronize()
+    return float(first.elapsed_time(last)) / 1e3

@@ -1,0 +1,454 @@
+"""Measure a machine: what the prices and the kernels' constants need to know of it, as a device profile.
+
+Every operation of the table is run as the line of code that a module would hold, on buffers that change from call to
+call, so that the cache is as cold as in training. All operations of one size are measured interleaved.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import datetime
+import json
+import math
+import multiprocessing
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import tomllib
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ..algebra.enumerate import Program, enumerate_programs
+from ..algebra.operations import SYMBOLS, Fused, Operation, Symbol, dimensions, signature
+from ..algebra.table import KERNELS, TABLE, TWINS, rows, runs
+from ..choose import goals
+from ..cost.price import wanted_operations
+from ..emit.code import line
+from ..spec.errors import SpecError, shorten
+from ..spec.workload import Workload
+from .clock import captured, interleaved, seconds
+from .modules import module_of_everything
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ROUNDS = 7
+#: A timing lasts at least so long: shorter ones are repeated.
+LEAST_S = 2e-4
+#: The largest number of sets of buffers that an operation goes through.
+MOST_SETS = 8
+#: Bytes of the last-level cache that is assumed of a CPU.
+_CPU_CACHE = 2**25
+#: The variants whose eager steps give the host's share: of torch's products alone, and with kernels.
+_HOST_VARIANTS = ("base_first/base_first-pt_x-dyt_s/keep-s", "fused/fused-pt_x-one_pass/keep-s")
+#: Sizes (in_features, out_features), tokens and ranks that are measured where none are given, by the type of device.
+GRID: Mapping[str, tuple[tuple[tuple[int, int], ...], tuple[int, ...], tuple[int, ...]]] = {
+    "cuda": (
+        (
+            (512, 512),
+            (1024, 4096),
+            (4096, 1024),
+            (2048, 2048),
+            (4096, 12288),
+            (12288, 4096),
+            (5120, 5120),
+            (5120, 13824),
+            (13824, 5120),
+            (8192, 8192),
+            (8192, 28672),
+        ),
+        (512, 2048, 4096, 8192, 16384),
+        (8, 16, 64, 256),
+    ),
+    "cpu": (((256, 1024), (512, 512), (1024, 256), (1024, 1024), (1024, 4096)), (256, 1024, 4096), (8, 32, 128)),
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """A size at which operations are measured."""
+
+    tokens: int
+    in_features: int
+    out_features: int
+    rank: int
+
+    @property
+    def dims(self) -> dict[str, int]:
+        """By the names that symbols use."""
+        return {"T": self.tokens, "I": self.in_features, "O": self.out_features, "R": self.rank}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One thing to time: an operation, with constants in place of its kernel's own."""
+
+    operation: Operation
+    constants: tuple[tuple[str, int], ...] = ()
+
+
+def points(shapes: Sequence[tuple[int, int]], tokens: Sequence[int], ranks: Sequence[int]) -> tuple[Point, ...]:
+    """All sizes, ranks above a side of the linear left out, in an order that finishes one shape after the other."""
+    return tuple(
+        Point(count, in_features, out_features, rank)
+        for in_features, out_features in shapes
+        for count in tokens
+        for rank in ranks
+        if rank <= min(in_features, out_features)
+    )
+
+
+def tune(
+    output: Path, *, device: str, dtypes: Sequence[str], sizes: Sequence[Point], title: str | None, quiet: bool
+) -> None:
+    """Measure this machine and write its profile; what the file holds already is not measured again.
+
+    Args:
+        output: the profile; rewritten after every size, so that an interrupted run can be resumed.
+        device: ``cuda`` or ``cpu``.
+        dtypes: dtypes to measure operations in.
+        sizes: where to measure.
+        title: how people call the machine; by default what the driver says.
+        quiet: no progress bar.
+
+    Raises:
+        SpecError: there is no such device here, or the file is another machine's or unreadable.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SpecError("--device: 'cuda' is not there: torch sees no GPU; give cpu")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    machine = torch.device(device)
+    profile = _read(output, _source(machine))
+    with _Workbench(machine) as bench, _progress(quiet) as progress:
+        if not profile:
+            progress.add_task("bandwidth, rates, launches", total=None)
+            profile = {"title": title or _name(machine), "source": _source(machine), **_basics(bench)}
+            _write(output, profile)
+        missing = [(d, point) for d in dtypes for point in sizes if bench.trials(d, point, profile)]
+        task = progress.add_task("kernels", total=len(missing))
+        if bench.kernels:
+            _compile_ahead(missing)
+        for dtype, point in missing:
+            label = f"{dtype} {point.tokens}:{point.in_features}x{point.out_features} r{point.rank}"
+            progress.update(task, description=label)
+            _measure(bench, profile, dtype, point)
+            _write(output, profile)
+            progress.advance(task)
+
+
+class _Workbench:
+    """Runs operations as modules do: holds a module with all of them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.kernels = device.type == "cuda"
+        self._folder = tempfile.TemporaryDirectory()
+        self.workload = Workload(device="h200" if self.kernels else "cpu", launch="graph", kernels=self.kernels)
+        self.module = module_of_everything(self.workload, Path(self._folder.name) / f"everything_{os.getpid()}")
+        operations = [operation for way in TABLE for operation in way.operations]
+        if self.kernels:
+            operations += TWINS.values()
+        # One for all that do the same work.
+        self._operations = tuple({signature(op): op for op in reversed(operations)}.values())
+
+    def __enter__(self) -> _Workbench:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._folder.cleanup()
+
+    def trials(self, dtype: str, point: Point, profile: Mapping[str, Any]) -> list[Trial]:
+        """What is to be timed at a size: what is not known of it, kernels with all their constants."""
+        found = []
+        known = profile["times"].get(dtype, {})
+        for operation in self._operations:
+            at = _at(operation, point)
+            if any(row[:-1] == at for row in known.get(signature(operation), ())):
+                continue
+            if not isinstance(operation, Fused):
+                found.append(Trial(operation))
+            elif self.kernels and runs(operation.kernel, dtype=dtype, rank=point.rank):
+                candidates = ({}, *KERNELS[operation.kernel].candidates)
+                found += [Trial(operation, tuple(constants.items())) for constants in candidates]
+        return found
+
+    def runner(
+        self, trial: Trial, sets: Sequence[Mapping[Symbol, torch.Tensor]], dtype: torch.dtype
+    ) -> Callable[[], None]:
+        """A call that runs a trial once on each set of buffers."""
+        operation = trial.operation
+        symbols = sorted({*operation.reads, *(operation.outputs if operation.accumulate else ())})
+        statement = line(operation)
+        if trial.constants:
+            result = ", ".join(map(str, operation.outputs))
+            key = f"{result} {dict(trial.constants)}".replace('"', "")
+            self.module._TILES[key] = {**self.module._TILES[result], **dict(trial.constants)}
+            statement = statement.replace(f'tiles="{result}"', f'tiles="{key}"')
+        namespace = {**vars(self.module), "scaling": 0.5, "b": None, "A_dtype": dtype, "B_dtype": dtype}
+        exec(f"def run({', '.join(map(str, symbols))}):\n    {statement}\n", namespace)
+        run = namespace["run"]
+        calls = [[tensors[symbol] for symbol in symbols] for tensors in sets]
+
+        def run_all() -> None:
+            for call in calls:
+                run(*call)
+
+        return run_all
+
+    def sets(self, point: Point, trials: Sequence[Trial], dtype: torch.dtype) -> list[dict[Symbol, torch.Tensor]]:
+        """As many sets of random operands as fill the cache several times over."""
+        symbols = sorted({s for trial in trials for s in (*trial.operation.reads, *trial.operation.outputs)})
+        activations = sum(SYMBOLS[name].numel(point.dims) for name in ("X", "W", "dY")) * dtype.itemsize
+        cache = torch.cuda.get_device_properties(self.device).L2_cache_size if self.kernels else _CPU_CACHE
+        count = max(1, min(MOST_SETS, math.ceil(4 * cache / activations)))
+        return [
+            {
+                symbol: torch.randn([point.dims[d] for d in symbol.shape], device=self.device, dtype=dtype)
+                for symbol in symbols
+            }
+            for _ in range(count)
+        ]
+
+
+def _measure(bench: _Workbench, profile: dict[str, Any], dtype: str, point: Point) -> None:
+    """Time what is not known of one size, and put it into the profile."""
+    trials = bench.trials(dtype, point, profile)
+    sets = bench.sets(point, trials, DTYPES[dtype])
+    pool = torch.cuda.graph_pool_handle() if bench.kernels else None
+    timed: dict[Trial, Callable[[], object]] = {}
+    calls: dict[Trial, int] = {}
+    for trial in trials:
+        run = bench.runner(trial, sets, DTYPES[dtype])
+        try:
+            run()
+        except Exception as error:
+            if type(error).__name__ == "OutOfResources" and trial.constants:
+                continue  # these constants need more shared memory than there is
+            raise
+        run()
+        calls[trial] = max(1, math.ceil(LEAST_S / seconds(run, bench.device)))
+        timed[trial] = captured(run, calls[trial], pool=pool) if bench.kernels else _repeated(run, calls[trial])
+    medians = {
+        trial: statistics.median(times) / calls[trial] / len(sets)
+        for trial, times in interleaved(timed, ROUNDS, bench.device).items()
+    }
+    times, tiles = (profile[kind].setdefault(dtype, {}) for kind in ("times", "tiles"))
+    for operation in dict.fromkeys(trial.operation for trial in medians):
+        best = min((t for t in medians if t.operation == operation), key=lambda trial: medians[trial])
+        at = _at(operation, point)
+        times.setdefault(signature(operation), []).append([*at, float(f"{medians[best] * 1e6:.4g}")])
+        if isinstance(operation, Fused):
+            tiles.setdefault(signature(operation), []).append([*at, dict(best.constants)])
+
+
+def _repeated(run: Callable[[], object], calls: int) -> Callable[[], None]:
+    def repeat() -> None:
+        for _ in range(calls):
+            run()
+
+    return repeat
+
+
+def _at(operation: Operation, point: Point) -> list[int]:
+    return [point.dims[dim] for dim in dimensions(operation)]
+
+
+def _compile_ahead(missing: Sequence[tuple[str, Point]]) -> None:
+    """Fill Triton's cache on all cores: one after the other, compiling would take longest of all."""
+    tasks: dict[tuple[str, int], list[Point]] = {}
+    for dtype, point in missing:
+        tasks.setdefault((dtype, point.rank), []).append(point)
+    context = multiprocessing.get_context("spawn")
+    workers = min(12, os.cpu_count() or 1)
+    with concurrent.futures.ProcessPoolExecutor(workers, context, _start_compiler) as executor:
+        jobs = [
+            executor.submit(_compile, dtype, rank, share, of)
+            for dtype, rank in tasks
+            for of in [max(1, workers // len(tasks))]
+            for share in range(of)
+        ]
+        for job in jobs:
+            job.result()
+
+
+_compiler: _Workbench | None = None
+
+
+def _start_compiler() -> None:
+    global _compiler
+    _compiler = _Workbench(torch.device("cuda"))
+
+
+def _compile(dtype: str, rank: int, share: int, of: int) -> None:
+    """Run a share of the kernels' trials of one rank, in both ways in which a last wave of tiles may fill up."""
+    assert _compiler is not None
+    nothing: dict[str, Any] = {"times": {}}
+    for tokens, features in ((2048, 2048), (4096, 5120), (512, 512)):
+        point = Point(tokens, features, features, rank)
+        trials = [t for t in _compiler.trials(dtype, point, nothing) if isinstance(t.operation, Fused)]
+        for trial in trials[share::of]:
+            with contextlib.suppress(Exception):  # what fails here fails again, and loudly, when it is measured
+                _compiler.runner(trial, _compiler.sets(point, [trial], DTYPES[dtype])[:1], DTYPES[dtype])()
+    torch.cuda.synchronize()
+
+
+def _basics(bench: _Workbench) -> dict[str, Any]:
+    """Copy bandwidth, matrix rates, and what a launch costs device and host."""
+    device, on_gpu = bench.device, bench.kernels
+
+    def best(run: Callable[[], object], rounds: int = 10) -> float:
+        run()
+        return min(seconds(run, device) for _ in range(rounds))
+
+    pair = torch.randn(2, 2**28 if on_gpu else 2**25, device=device)
+    copied = pair.nbytes / best(lambda: pair[1].copy_(pair[0]))
+    rates = {}
+    for name, dtype in DTYPES.items():
+        size = (8192 if dtype.itemsize == 2 else 4096) if on_gpu else 1024
+        left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+        rates[name] = float(f"{2 * size**3 / best(lambda: left @ right) / 1e12:.4g}")  # noqa: B023
+    tiny = torch.randn(8, 8, device=device)
+    calls = 500
+    run = _repeated(lambda: torch.add(tiny, tiny, out=tiny), calls)
+    run()
+    launch_s = best(captured(run) if on_gpu else run) / calls
+    plain, kernels = _host_seconds(bench)
+    return {
+        "date": datetime.date.today().isoformat(),
+        "memory_gb_per_s": round(copied / 1e9, 1),
+        "launch_us": round(launch_s * 1e6, 2),
+        "host_us": round(plain * 1e6, 2),
+        **({"multiprocessors": torch.cuda.get_device_properties(device).multi_processor_count} if on_gpu else {}),
+        **({"kernel_host_us": round(kernels * 1e6, 2)} if kernels is not None else {}),
+        "tflops": rates,
+        "times": {},
+        "tiles": {},
+    }
+
+
+def _host_seconds(bench: _Workbench) -> tuple[float, float | None]:
+    """Host seconds of one operator, and of one kernel's launch, in an eager step, autograd's share included."""
+    shapes = {"x": (1024, 256), "weight": (256, 256), "lora_A": (8, 256), "lora_B": (256, 8)}
+    dtype = torch.bfloat16 if bench.kernels else torch.float32
+    tensors = {name: torch.randn(shape, device=bench.device, dtype=dtype) for name, shape in shapes.items()}
+    for name in ("x", "lora_A", "lora_B"):
+        tensors[name].requires_grad_()
+    if not bench.kernels:  # operators wait for their results there: what counts is the call alone
+        tensors = {
+            name: tensor[:8, :8].detach().requires_grad_(tensor.requires_grad) for name, tensor in tensors.items()
+        }
+
+    def step_seconds(variant: str, steps: int = 50) -> float:
+        def step() -> None:
+            output = bench.module.lora_linear(**tensors, scaling=0.5, variant=variant)
+            output.backward(output.detach())
+
+        times = []
+        for _ in range(5):
+            if bench.kernels:
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(steps):
+                step()
+            if bench.kernels:
+                torch.cuda.synchronize()
+            times.append((time.perf_counter() - start) / steps)
+        return min(times)
+
+    programs = {p.id: p for p in enumerate_programs(goals(bench.workload), table=rows(kernels=bench.kernels))}
+    plain, fused = (
+        (programs[variant] for variant in _HOST_VARIANTS) if bench.kernels else (programs[_HOST_VARIANTS[0]],) * 2
+    )
+    wanted = frozenset({"dX", "dA", "dB"})
+
+    def running(program: Program) -> list[Operation]:
+        return [op for phase in (program.forward, program.backward) for op in wanted_operations(phase, wanted)]
+
+    operator_s = step_seconds(plain.id) / len(running(plain))
+    if not bench.kernels:
+        return operator_s, None
+    launches = [KERNELS[op.kernel].launches for op in running(fused) if isinstance(op, Fused)]
+    operators = len(running(fused)) - len(launches)
+    return operator_s, (step_seconds(fused.id) - operators * operator_s) / sum(launches)
+
+
+def _read(path: Path, source: str) -> dict[str, Any]:
+    """A profile that an earlier run began, or nothing."""
+    if not path.exists():
+        return {}
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SpecError(f"--output: {shorten(str(path))} is no profile: {' '.join(str(error).split())}") from None
+    if data.get("source") != source:
+        raise SpecError(
+            f"--output: {shorten(str(path))} is not of this machine: its source is {shorten(data.get('source'))}; "
+            "give another file"
+        )
+    return {"times": {}, "tiles": {}, **data}
+
+
+def _write(path: Path, profile: Mapping[str, Any]) -> None:
+    """Write a profile as TOML, whole or not at all."""
+    scalars = {key: value for key, value in profile.items() if not isinstance(value, dict)}
+    parts = ["".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in scalars.items())]
+    parts.append("[tflops]\n" + "".join(f"{key} = {value}\n" for key, value in profile["tflops"].items()))
+    titles = {
+        "times": "# T, I, O, R as far as an operation has them, and microseconds.\n",
+        "tiles": "# The best constants of kernels.\n",
+    }
+    for kind, title in titles.items():
+        for dtype, by_signature in profile[kind].items():
+            text = f"{title}[{kind}.{dtype}]\n"
+            for name, measured in sorted(by_signature.items()):
+                lines = "".join(f"    {_row(row)},\n" for row in sorted(measured, key=lambda row: row[:-1]))
+                text += f"{json.dumps(name, ensure_ascii=False)} = [\n{lines}]\n"
+            parts.append(text)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(f".{path.name}.new")
+    staged.write_text("\n".join(parts), encoding="utf-8")
+    staged.replace(path)
+
+
+def _row(row: Sequence[Any]) -> str:
+    last = row[-1]
+    if isinstance(last, Mapping):
+        last = "{" + ", ".join(f"{name} = {value}" for name, value in last.items()) + "}"
+    return f"[{', '.join(map(str, (*row[:-1], last)))}]"
+
+
+def _name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    models = {
+        text.split(":", 1)[1].strip()
+        for text in (Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ())
+        if text.startswith("model name")
+    }
+    return f"{torch.get_num_threads()} threads of {', '.join(sorted(models)) or platform.machine()}"
+
+
+def _source(device: torch.device) -> str:
+    software = f"torch {torch.__version__}"
+    if device.type == "cuda":
+        software += f", Triton {version('triton')}"
+    return f"measured by runlora-gen tune on {_name(device)}, {software}"
+
+
+def _progress(quiet: bool) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True, quiet=quiet),
+    )

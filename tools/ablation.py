@@ -1,0 +1,201 @@
+"""What each idea costs or saves: keep S, M or nothing; merged, split or fused; in time and memory, over shapes.
+
+    python tools/ablation.py --device cuda --json tools/results/ablation_h200_bf16.json --figure docs/ablation_h200.svg
+
+All variants of a shape run interleaved in random order on the same inputs, on a GPU as replayed CUDA graphs. Prints a
+Markdown table of the ratio to the frozen linear in the same round (median), the saved bytes and the peak of one step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import functools
+import json
+import platform
+import statistics
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from runlora_gen.choose import Priced, Range, decide, enumerated, setting_for
+from runlora_gen.cost.price import price
+from runlora_gen.measure.clock import captured, interleaved
+from runlora_gen.measure.memory import peak_bytes, saved_bytes
+from runlora_gen.measure.modules import render_module
+from runlora_gen.spec.layers import Layer
+from runlora_gen.spec.workload import Workload
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+FROZEN = "frozen linear"
+#: What is compared: how people call it, and the program.
+VARIANTS = {
+    "split, S kept": "base_first/base_first-pt_x-dyt_s/keep-s",
+    "split, S recomputed": "base_first/base_first-pt_x-dyt_s/keep-nothing",
+    "split, low-rank product first, S kept": "lowrank_first/lowrank_first-pt_x-dyt_s/keep-s",
+    "merged, S and M kept": "merged/merged-pt_x-dyt_s/keep-s-m",
+    "merged, M kept, S recomputed": "merged/merged-pt_x-dyt_s/keep-m",
+    "merged, nothing kept": "merged/merged-pt_x-dyt_s/keep-nothing",
+    "full gradient, nothing kept": "base_first/base_first-bt_g-g_at/keep-nothing",
+    "fused, S kept": "fused/fused-pt_x-one_pass/keep-s",
+    "fused GEMMs only, S kept": "fused/fused-pt_x-dyt_s/keep-s",
+    "fused, nothing kept": "fused/fused-pt_x-one_pass/keep-nothing",
+}
+SHAPES = {
+    "cuda": "2048:5120x5120 16384:5120x5120 8192:5120x13824 8192:13824x5120",
+    "cpu": "256:768x768 2048:768x768 2048:768x2560 2048:2560x768",
+}
+ROUNDS = 15
+
+
+def measure_shape(text: str, rank: int, dtype: str, profile: str, device: torch.device) -> dict[str, dict[str, float]]:
+    """Time over the frozen linear, saved and peak bytes of every variant on one shape."""
+    tokens_text, _, shape = text.partition(":")
+    tokens = int(tokens_text)
+    in_features, out_features = map(int, shape.split("x"))
+    workload = Workload(tokens=(tokens,), dtype=dtype, device=profile, launch="graph", allow_lossy_merge=True)
+    setting = setting_for(workload, in_features, out_features, rank, False, tokens)
+    programs = [p for p in enumerated(workload, setting) if p.id in VARIANTS.values()]
+    decision = replace(
+        decide(workload, setting), candidates=tuple(Priced(program, price(program, setting)) for program in programs)
+    )
+    torch.manual_seed(0)
+
+    def draw(*size: int, trains: bool = True) -> torch.Tensor:
+        return torch.randn(size, device=device, dtype=DTYPES[dtype]).requires_grad_(trains)
+
+    x, weight = draw(tokens, in_features), draw(out_features, in_features, trains=False)
+    lora_A, lora_B = draw(rank, in_features), draw(out_features, rank)
+    grad_output = draw(tokens, out_features, trains=False)
+    with tempfile.TemporaryDirectory() as folder:
+        module = render_module(
+            Layer(in_features, out_features, False, 1, ("linear",)),
+            rank,
+            workload,
+            (Range(decision, None),),
+            Path(folder) / f"m{tokens}_{in_features}_{out_features}",
+            all_variants=True,
+        )
+
+        def forward(variant: str | None) -> torch.Tensor:
+            if variant is None:
+                return F.linear(x, weight)
+            output: torch.Tensor = module.lora_linear(x, weight, lora_A, lora_B, scaling=0.5, variant=variant)
+            return output
+
+        def step(variant: str | None) -> None:
+            torch.autograd.grad(forward(variant), x if variant is None else (x, lora_A, lora_B), grad_output)
+
+        named: dict[str, str | None] = {FROZEN: None}
+        named |= {name: variant for name, variant in VARIANTS.items() if variant in module.VARIANTS}
+        pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        runs: dict[str, Callable[[], object]] = {}
+        for name, variant in named.items():
+            run = functools.partial(step, variant)
+            if device.type == "cuda":
+                stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+                with torch.cuda.stream(stream):
+                    run()
+                torch.cuda.synchronize()
+                run_once: Callable[[], object] = captured(run, pool=pool)
+            else:
+                run_once = run
+            runs[name] = run_once
+        times = interleaved(runs, ROUNDS, device, warmups=2)
+        return {
+            name: {
+                "over_frozen": round(
+                    statistics.median(a / b for a, b in zip(times[name], times[FROZEN], strict=True)), 4
+                ),
+                "us": round(statistics.median(times[name]) * 1e6, 1),
+                "saved_bytes": saved_bytes(functools.partial(forward, variant), (weight, lora_A, lora_B)),
+                "peak_bytes": peak_bytes(functools.partial(step, variant), device),
+            }
+            for name, variant in named.items()
+        }
+
+
+def print_table(rows: dict[str, dict[str, dict[str, float]]]) -> None:
+    """One line a variant, one column a shape: time over frozen, saved MiB, peak MiB."""
+    print("| | " + " | ".join(rows) + " |")
+    print("|---|" + "---|" * len(rows))
+    for name in (FROZEN, *VARIANTS):
+        cells = []
+        for results in rows.values():
+            cell = results.get(name)
+            cells.append(
+                f"{cell['over_frozen']:.2f} · {cell['saved_bytes'] / 2**20:.0f} · {cell['peak_bytes'] / 2**20:.0f}"
+                if cell
+                else "-"
+            )
+        print(f"| {name} | " + " | ".join(cells) + " |")
+
+
+def draw_figure(rows: dict[str, dict[str, dict[str, float]]], title: str, path: Path) -> None:
+    """Time over frozen against saved bytes over the frozen linear's input, one panel a shape."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    matplotlib.rcParams["svg.hashsalt"] = "runlora-gen"
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, len(rows), figsize=(3.2 * len(rows), 4), layout="constrained", sharey=True)
+    names = [name for name in VARIANTS if any(name in results for results in rows.values())]
+    for panel, (shape, results) in zip(panels, rows.items(), strict=True):
+        values = [results.get(name, {}).get("over_frozen", 0.0) for name in names]
+        panel.barh(range(len(names)), values)
+        panel.axvline(1, color="black", linewidth=0.8)
+        panel.set(
+            yticks=range(len(names)), yticklabels=names, xlabel="time ÷ frozen linear", title=shape, xlim=(0.9, None)
+        )
+        panel.invert_yaxis()
+    figure.suptitle(title)
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def main() -> None:
+    """Measure, print the table, write JSON and figure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--dtype", choices=DTYPES)
+    parser.add_argument("--profile", help="device profile whose kernel constants are used")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--shapes", help="TOKENS:INxOUT, separated by spaces")
+    parser.add_argument("--from-json", type=Path, help="draw an earlier run anew instead of measuring")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--figure", type=Path)
+    options = parser.parse_args()
+    if options.from_json:
+        report: dict[str, Any] = json.loads(options.from_json.read_text(encoding="utf-8"))
+    else:
+        on_gpu = options.device == "cuda"
+        dtype = options.dtype or ("bf16" if on_gpu else "fp32")
+        profile = options.profile or ("h200" if on_gpu else "cpu")
+        device = torch.device(options.device)
+        rows = {
+            shape: measure_shape(shape, options.rank, dtype, profile, device)
+            for shape in (options.shapes or SHAPES[options.device]).split()
+        }
+        machine = torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine()
+        report = {
+            "date": datetime.date.today().isoformat(),
+            "machine": machine,
+            "torch": torch.__version__,
+            "dtype": dtype,
+            "rank": options.rank,
+            "rows": rows,
+        }
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print_table(report["rows"])
+    if options.figure:
+        title = f"{report['machine']}, {report['dtype']}, rank {report['rank']}"
+        draw_figure(report["rows"], title, options.figure)
+
+
+if __name__ == "__main__":
+    main()
