@@ -210,7 +210,7 @@ def measure(
     for mode, runs in modes.items():
         if steps > 1:
             runs = {name: repeated(run) for name, run in runs.items()}
-        times = interleaved(runs, rounds, device, warmups=2)
+        times = interleaved(runs, rounds, device, warmups=2, eager=mode == "eager")
         for name, values in times.items():
             results[name][mode] = {
                 "median_us": round(statistics.median(values) / steps * 1e6, 1),

@@ -281,8 +281,8 @@ def draw(judged: list[dict[str, Any]], data: dict[str, Any], path: Path) -> None
 
     figure, axes = pyplot.subplots(figsize=(6, 6), layout="constrained")
     for j in judged:
-        over = [(p / j["frozen"], m / j["frozen"]) for p, m in j["points"]]
-        axes.scatter(*zip(*over, strict=True), s=3, alpha=0.5, linewidths=0, rasterized=True)
+        predicted, measured = ([point[i] / j["frozen"] for point in j["points"]] for i in range(2))
+        axes.scatter(predicted, measured, s=3, alpha=0.5, linewidths=0, rasterized=True)
     low, high = axes.get_xlim()[0], max(axes.get_xlim()[1], axes.get_ylim()[1])
     axes.plot([low, high], [low, high], color="black", linewidth=0.8)
     axes.set(

@@ -59,5 +59,6 @@ def test_says_what_runs_on_16_bit_weights(run) -> None:
 def test_no_line_is_cut_and_nothing_is_coloured_in_a_pipe(run) -> None:
     text = run("explain", "--arch", "llama-3.1-405b", "--rank", "8", "--all").ok().out
     assert "\x1b" not in text and "…" not in text
-    assert len(rows(text)) == 310  # the same ids for each shape
+    programs = {name.split("/kernel-")[0] for name in rows(text)}
+    assert len(programs) == 310  # the same for each shape, some with kernels for single products
     assert max(map(len, text.splitlines())) <= 180

@@ -17,6 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from runlora_gen import choose
 from runlora_gen.algebra.table import TWINS
+from runlora_gen.cost.device import DeviceProfile
 from runlora_gen.cost.lower import with_kernels
 from runlora_gen.spec.workload import Workload
 from torch import Tensor
@@ -36,9 +37,10 @@ MERGED = "merged/merged-pt_x-one_pass/keep-nothing"
 
 
 def with_all_kernels(load: Any, **options: Any) -> ModuleType:
-    """Every variant of a layer, with our kernels wherever one computes a product, in the tiles of the table."""
-    workload = Workload(launch="graph", device="h100", allow_lossy_merge=True, **options)  # no tiles were tuned there
+    """Every variant of a layer, with our kernels wherever one computes a product, with the table's tiles."""
+    workload = Workload(launch="graph", device="h200", allow_lossy_merge=True, **options)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DeviceProfile, "tiles_for", lambda *args: {})
         patch.setattr(choose, "lowered", lambda program, setting: with_kernels(program, tuple(TWINS.values())))
         module: ModuleType = load(workload, in_features=40, out_features=24, rank=4, all_variants=True)
     assert module.KERNELS
@@ -88,10 +90,14 @@ def draw_all(seed: int, dtype: torch.dtype, layout: tuple[str, ...], *shapes: tu
 
 
 def check(ours: Tensor, plain: Tensor, exact: Tensor, magnitude: Tensor) -> None:
-    """|ours - exact| <= 2 |plain - exact| + tiny, two ulps of the summed magnitudes."""
+    """|ours - exact| <= 2 |plain - exact| + tiny: two ulps of the summed magnitudes, eight of float32.
+
+    On a GPU the products of float32 are sums of three of tf32, whose operands have 22 bits together.
+    """
     assert ours.shape == exact.shape and ours.dtype == plain.dtype
     error, allowed = (ours.double() - exact).abs().max(), (plain.double() - exact).abs().max()
-    assert error <= 2 * allowed + 2 * torch.finfo(ours.dtype).eps * magnitude.max()
+    ulps = 8 if ours.dtype == torch.float32 else 2
+    assert error <= 2 * allowed + ulps * torch.finfo(ours.dtype).eps * magnitude.max()
 
 
 @pytest.fixture
@@ -170,9 +176,9 @@ BOTH = {(tma, whole) for tma in {DESCRIPTORS, False} for whole in (True, False)}
 @pytest.mark.parametrize("dtype", HALVES)
 def test_fused_gemm(kernels: ModuleType, launches: Launches, resize: Callable[[int], None], dtype: torch.dtype) -> None:
     @property_test
-    @example(M=260, N=304, K=70, R=5, bias=True, machine=4, layout=ALIGNED, seed=0)  # 6 tiles: the last 2 are halved
-    @example(M=260, N=304, K=70, R=5, bias=True, machine=1, layout=ALIGNED, seed=0)
-    @example(M=260, N=304, K=70, R=5, bias=True, machine=4, layout=PADDED, seed=0)
+    @example(M=260, N=504, K=70, R=5, bias=True, machine=4, layout=ALIGNED, seed=0)  # 6 tiles: the last 2 are halved
+    @example(M=260, N=504, K=70, R=5, bias=True, machine=1, layout=ALIGNED, seed=0)
+    @example(M=260, N=504, K=70, R=5, bias=True, machine=4, layout=PADDED, seed=0)
     @given(
         M=sizes,
         N=multiples_of_8 | sizes,
@@ -207,7 +213,7 @@ def test_fused_gemm(kernels: ModuleType, launches: Launches, resize: Callable[[i
 
 
 @pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", HALVES)
 def test_one_pass_for_p_and_db(
     kernels: ModuleType, launches: Launches, resize: Callable[[int], None], dtype: torch.dtype
 ) -> None:
@@ -321,8 +327,9 @@ def test_tiles_in_flight_fit_the_shared_memory(kernels: ModuleType, launches: La
         x, s, b = draw_all(0, dtype, ("contiguous",) * 3, (4096, 8), (4096, rank), (8, rank))
         kernels._launch_x_at(x[:64], b.t(), 1.0, "S")
         kernels._launch_pt_x(s[:64], x[:64], dtype, "dA")
-        kernels._launch_p_db(x, b, s, 1.0, dtype, "P, dB")
-    assert {"x_at", "pt_x", "p_db"} <= set(launches.names)
+        if dtype != torch.float32:
+            kernels._launch_p_db(x, b, s, 1.0, dtype, "P, dB")
+    assert {"x_at", "pt_x"} <= set(launches.names)
     for name, c in launches:
         if name != "sum_parts":
             # What one stage loads of x or dY and of the rank-wide operand; p_db also keeps a tile of S.
@@ -423,12 +430,17 @@ def test_stochastic_merge_keeps_small_updates_on_average(rounding: tuple[torch.d
             assert torch.all((mean - update).abs() <= 5.5 * (p * (1 - p) / samples).sqrt())
 
 
-def test_stochastic_merge_leaves_what_needs_no_rounding(rounding: tuple[torch.dtype, Merge]) -> None:
+def test_stochastic_merge_leaves_what_needs_no_rounding(
+    stochastic: ModuleType, rounding: tuple[torch.dtype, Merge]
+) -> None:
     dtype, merge = rounding
     info = torch.finfo(dtype)
     values = [float("nan"), float("inf"), 0.0, info.max, info.tiny, info.tiny * (1 + info.eps), 1.0, 3.0]
     if dtype == torch.float16:
         values += [2.0**-24, 3 * 2.0**-24, info.tiny - 2.0**-24]
+    # A NaN of all ones, as GPUs make them, plus any bits would be a zero.
+    nan = torch.tensor([2**31 - 1], dtype=torch.int32).view(torch.float32)
+    assert stochastic._rounded_stochastically(nan, torch.tensor([2**16 - 1]), dtype).isnan()
     W = torch.tensor([values, [-value for value in values]], dtype=dtype, device=DEVICE)
     A = torch.ones(1, len(values), dtype=dtype, device=DEVICE)
     for seed in range(20):
@@ -536,9 +548,14 @@ def test_a_merged_step_takes_five_kernels(kernels: ModuleType, launches: Launche
     assert sorted(launches.names) == ["merge", "merge", "p_db", "pt_x", "x_at"]
 
 
-def test_float32_goes_through_all_kernels_but_the_gemm(kernels: ModuleType, launches: Launches) -> None:
-    step(kernels.lora_linear, problem(5, torch.float32), variant(kernels, FUSED))
-    assert launches.names == ["x_at", "p_db", "pt_x"]
+@pytest.mark.parametrize(
+    ("name", "expected"), [(FUSED, ["x_at", "pt_x"]), (MERGED, ["merge", "merge", "x_at", "pt_x"])]
+)
+def test_float32_goes_through_the_kernels_that_take_it(
+    kernels: ModuleType, launches: Launches, name: str, expected: list[str]
+) -> None:
+    step(kernels.lora_linear, problem(5, torch.float32), variant(kernels, name))
+    assert sorted(launches.names) == sorted(expected)
 
 
 @pytest.mark.parametrize("rank", [3, 5])
@@ -552,51 +569,28 @@ def test_any_rank_goes_through_tensor_descriptors(kernels: ModuleType, launches:
     assert [name for name, constants in launches if constants["TMA"]] == ["p_db", "fused_gemm"] * DESCRIPTORS  # dY, W
 
 
-@pytest.fixture
-def tf32() -> Iterator[None]:
-    torch.set_float32_matmul_precision("high")
-    yield
-    torch.set_float32_matmul_precision("highest")
-
-
-@pytest.fixture
-def tf32_by_the_new_setting() -> Iterator[None]:
-    matmul = torch.backends.cuda.matmul
-    if not hasattr(matmul, "fp32_precision"):
-        pytest.skip("torch before 2.9")
-    former, matmul.fp32_precision = matmul.fp32_precision, "tf32"
-    yield
-    matmul.fp32_precision = former
-
-
-@pytest.fixture
-def switched_off(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "KERNELS", False)
-
-
 @pytest.mark.parametrize(
-    ("name", "tokens", "dtype", "condition"),
+    ("name", "tokens", "dtype", "kernels_on"),
     [
-        (FUSED, 0, torch.float16, None),
-        *((name, 5, torch.float64, None) for name in (FUSED, MERGED)),
-        *((name, 5, torch.float32, "tf32") for name in (FUSED, MERGED)),
-        (FUSED, 5, torch.float32, "tf32_by_the_new_setting"),
-        *((name, 5, torch.float16, "switched_off") for name in (FUSED, MERGED)),
+        (FUSED, 0, torch.float16, True),
+        (FUSED, 5, torch.float64, True),
+        (MERGED, 5, torch.float64, True),
+        (FUSED, 5, torch.float16, False),
+        (MERGED, 5, torch.float16, False),
     ],
-    ids=lambda value: str(value).removeprefix("torch."),
+    ids=["no tokens", "float64, fused", "float64, merged", "switched off, fused", "switched off, merged"],
 )
 def test_what_kernels_do_not_take_goes_through_torch(
     kernels: ModuleType,
     launches: Launches,
-    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
     name: str,
     tokens: int,
     dtype: torch.dtype,
-    condition: str | None,
+    kernels_on: bool,
 ) -> None:
+    monkeypatch.setattr(kernels, "KERNELS", kernels_on)
     tensors = problem(tokens, dtype)
-    if condition:
-        request.getfixturevalue(condition)
     ours = step(kernels.lora_linear, tensors, variant(kernels, name))
     assert not launches
 

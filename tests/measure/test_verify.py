@@ -50,8 +50,8 @@ def test_every_variant_is_proved(tmp_path: Path, capsys: pytest.CaptureFixture[s
 MUTATIONS = {
     "dropped scaling": ("alpha=scaling)", "alpha=1.0)"),
     "sign of S or P": ("beta=0, alpha=scaling", "beta=0, alpha=-scaling"),
-    "sign of dA": ("dA = P.t() @ X", "dA = -P.t() @ X"),
-    "transposed dB": ("dB = dY.t() @ S", "dB = (S.t() @ dY).t().flip(0)"),
+    "sign of dA": ("dA = (P.t() @ X)", "dA = (-P.t() @ X)"),
+    "transposed dB": ("dB = (dY.t() @ S)", "dB = (S.t() @ dY).t().flip(0)"),
     "update lost": ("Y = _accumulate(Y, S, B.t())", "Y = Y.clone()"),
     "update gradient lost": ("dX = _accumulate(dX, P, A)", "dX = dX.clone()"),
     "transposed weight": ("dX = dY @ W", "dX = dY @ W.t().reshape(W.shape)"),

@@ -316,7 +316,7 @@ def _derivation(candidate: Priced, setting: Setting, reason: str) -> tuple[str, 
         "",
         f"Saved for the backward beside the parameters: {kept} ({show_bytes(cost.saved_bytes)}).",
         f"Temporaries: at most {show_bytes(cost.workspace_bytes)}.",
-        f"Priced at {setting.tokens} tokens in {setting.dtype.name} by the roofline of {setting.device.title},",
+        f"Priced at {setting.tokens} tokens in {setting.dtype.name} {_priced_by(setting)},",
         f"{launched}: {cost.time_s / frozen:.3f} times the frozen linear ({show_time(frozen)}).",
     ]
     if cost.update_error:
@@ -324,6 +324,15 @@ def _derivation(candidate: Priced, setting: Setting, reason: str) -> tuple[str, 
     if reason:
         doc += textwrap.wrap(f"{reason}.", 112, break_on_hyphens=False)
     return tuple(doc)
+
+
+def _priced_by(setting: Setting) -> str:
+    device = setting.device
+    if not device.meter.times_for(setting.dtype.name):
+        return f"by the roofline of {device.title}"
+    if device.measured_on is None:
+        return f"by what was measured on {device.title}"
+    return f"by the roofline of {device.title} with efficiencies measured on {device.measured_on.title}"
 
 
 def _priced(formula: str, price: OperationCost | PhaseCost, width: int) -> str:

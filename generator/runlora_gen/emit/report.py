@@ -24,6 +24,7 @@ def variant_data(candidate: Priced, decision: Decision) -> dict[str, Any]:
         "forward": program.forward.name(),
         "backward": program.backward.name(),
         "keeps": [str(symbol) for symbol in program.kept],
+        "by_kernel": [str(symbol) for symbol in program.by_kernel],
         "paper": program.paper[0] if program.paper else None,
         "paper_labels": list(program.paper),
         **candidate.cost.as_dict(),
@@ -59,7 +60,7 @@ def explain_table(layer: Layer, rank: int, decision: Decision, *, show_all: bool
     )
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("")
-    table.add_column("variant (forward/backward: dX-dA-dB/kept)", overflow="fold", min_width=24)
+    table.add_column("variant (forward/backward: dX-dA-dB/kept/kernels)", overflow="fold", min_width=24)
     table.add_column("paper", overflow="fold")
     for title in ("FLOPs", "saved", "workspace", "moved", "launches", "time µs", "× frozen", "update error"):
         table.add_column(title, justify="right", no_wrap=True)

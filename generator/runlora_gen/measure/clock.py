@@ -12,7 +12,7 @@ import torch
 Key = TypeVar("Key", bound=Hashable)
 Run = Callable[[], object]
 
-#: Clock cycles of a kernel that spins before each timing, so that the host has launched all before the first runs.
+#: Clock cycles of a kernel that spins before a timing, so that the host has launched all before the first runs.
 _HEAD_START = 200_000
 
 
@@ -29,31 +29,36 @@ def captured(run: Run, calls: int = 1, *, pool: Any = None) -> Run:
 
 
 def interleaved(
-    runs: Mapping[Key, Run], rounds: int, device: torch.device, *, warmups: int = 1
+    runs: Mapping[Key, Run], rounds: int, device: torch.device, *, warmups: int = 1, eager: bool = False
 ) -> dict[Key, list[float]]:
     """Seconds of each of ``runs``, once a round, in a new random order every round.
 
-    Not in one order: what ran before leaves its heat and its cache to the next.
+    Not in one order: what ran before leaves its heat and its cache to the next. ``eager``: see :func:`seconds`.
     """
     times: dict[Key, list[float]] = {key: [] for key in runs}
     shuffler = random.Random(0)
     for number in range(rounds + warmups):
         for key in shuffler.sample(list(runs), len(runs)):
-            elapsed = seconds(runs[key], device)
+            elapsed = seconds(runs[key], device, eager=eager)
             if number >= warmups:
                 times[key].append(elapsed)
     return times
 
 
-def seconds(run: Run, device: torch.device) -> float:
-    """Seconds of one call; on a GPU the device's, from the start of its first kernel to the end of its last."""
+def seconds(run: Run, device: torch.device, *, eager: bool = False) -> float:
+    """Seconds of one call; on a GPU the device's, from the start of its first kernel to the end of its last.
+
+    ``eager``: on a GPU with the waiting of the device for the host, as in eager mode.
+    """
     if device.type == "cpu":
         start = time.perf_counter()
         run()
         return time.perf_counter() - start
     cuda: Any = torch.cuda  # its events are untyped
     first, last = (cuda.Event(enable_timing=True) for _ in range(2))
-    cuda._sleep(_HEAD_START)
+    cuda.synchronize()
+    if not eager:
+        cuda._sleep(_HEAD_START)
     first.record()
     run()
     last.record()
