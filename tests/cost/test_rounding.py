@@ -52,3 +52,23 @@ def test_errors_are_shares_and_more_bits_lose_less(delta_std: float, bits: int) 
     assert 0 < error <= 1.001
     assert merge_error(delta_std, bits + 3) <= error * 1.001
     assert 0 < rounding_error(delta_std, bits) < 2.0**-bits
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("delta_std", [1e-6, 5e-5, 3e-4])
+def test_stochastic_rounding_matches_a_simulation(dtype: torch.dtype, delta_std: float) -> None:
+    """Noisier than rounding to the nearest for one draw, and right on average."""
+    generator = torch.Generator().manual_seed(0)
+    weight = (torch.randn(10**5, generator=generator) * WEIGHT_STD).to(dtype).double()
+    delta = torch.randn(10**5, generator=generator, dtype=torch.float64) * delta_std
+    ulp = 2.0 ** (weight.abs().log2().floor() - DTYPES[dtype])
+    low = (delta / ulp).floor() * ulp
+    errors = []
+    for _ in range(20):
+        up = torch.rand(delta.shape, generator=generator, dtype=torch.float64) < (delta - low) / ulp
+        errors.append(low + up * ulp - delta)
+    one = math.sqrt(sum(float(error.square().mean()) for error in errors) / 20) / delta_std
+    assert merge_error(delta_std, DTYPES[dtype], stochastic=True) == pytest.approx(one, rel=0.03)
+    assert merge_error(delta_std, DTYPES[dtype], stochastic=True) > merge_error(delta_std, DTYPES[dtype])
+    mean = _relative_rms(sum(errors) / 20, torch.full_like(delta, delta_std))
+    assert mean == pytest.approx(one / math.sqrt(20), rel=0.05)

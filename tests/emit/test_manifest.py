@@ -122,7 +122,7 @@ def test_the_issue_s_fields_are_there(both) -> None:
             assert {*wanted, "launches", "time_us", "update_error", "pareto"} == set(variant) - {
                 "keeps",
                 "paper_labels",
-    "by_kernel",
+                "by_kernel",
             }
 
 

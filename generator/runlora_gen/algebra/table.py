@@ -184,6 +184,18 @@ STOCHASTIC_MERGE: Mapping[Operation, Fused] = {
 }
 
 
+#: Every operation that a program may hold, each once.
+OPERATIONS: tuple[Operation, ...] = tuple(
+    dict.fromkeys(
+        (
+            *(operation for row in TABLE for operation in row.operations),
+            *TWINS.values(),
+            *STOCHASTIC_MERGE.values(),
+        )
+    )
+)
+
+
 def runs(kernel: str, *, dtype: str, rank: int) -> bool:
     """Whether a kernel is a candidate for a dtype and a rank."""
     limits = KERNELS[kernel]

@@ -18,7 +18,8 @@ from typing import Any
 
 import tomllib
 
-from ..algebra.table import KERNELS
+from ..algebra.operations import dimensions, signature
+from ..algebra.table import KERNELS, OPERATIONS
 from ..spec.errors import SpecError, nearest, shorten
 
 _FOLDER = Path(__file__).parent / "devices"
@@ -135,8 +136,8 @@ def _profile(name: str, data: Mapping[str, Any]) -> DeviceProfile:
     rates = {dtype: positive(f"tflops.{dtype}", data["tflops"][dtype]) * 1e12 for dtype in DTYPE_NAMES}
     times = {
         dtype: {
-            signature: tuple((_dimensions(row[:-1]), positive(f"times of {signature}", row[-1]) * 1e-6) for row in rows)
-            for signature, rows in by_signature.items()
+            name: tuple((_dimensions(name, row[:-1]), positive(f"times of {name}", row[-1]) * 1e-6) for row in rows)
+            for name, rows in by_signature.items()
         }
         for dtype, by_signature in data.get("times", {}).items()
     }
@@ -155,8 +156,8 @@ def _profile(name: str, data: Mapping[str, Any]) -> DeviceProfile:
         times=times,
         tiles={
             dtype: {
-                signature: tuple((_dimensions(row[:-1]), _constants(signature, row[-1])) for row in rows)
-                for signature, rows in by_signature.items()
+                name: tuple((_dimensions(name, row[:-1]), _constants(name, row[-1])) for row in rows)
+                for name, rows in by_signature.items()
             }
             for dtype, by_signature in data.get("tiles", {}).items()
         },
@@ -164,16 +165,21 @@ def _profile(name: str, data: Mapping[str, Any]) -> DeviceProfile:
     )
 
 
-def _dimensions(values: list[Any]) -> tuple[int, ...]:
-    if not values or not all(type(value) is int and value > 0 for value in values):
-        raise ValueError(f"{values} are not allowed as dimensions; give whole numbers above 0")
+_DIMENSIONS = {signature(operation): dimensions(operation) for operation in OPERATIONS}
+
+
+def _dimensions(name: str, values: list[Any]) -> tuple[int, ...]:
+    if name not in _DIMENSIONS:
+        raise ValueError(f"there is no operation {shorten(name)}")
+    if len(values) != len(_DIMENSIONS[name]) or not all(type(value) is int and value > 0 for value in values):
+        raise ValueError(f"{name}: {values} is not allowed; give {', '.join(_DIMENSIONS[name])} above 0")
     return tuple(values)
 
 
-def _constants(signature: str, constants: Mapping[str, Any]) -> Mapping[str, int]:
+def _constants(name: str, constants: Mapping[str, Any]) -> Mapping[str, int]:
     """Constants reach generated code: only known names, only small whole numbers."""
-    known = KERNELS[signature.split(":")[0]].tiles
-    for name, value in constants.items():
-        if name not in known or type(value) is not int or not 0 < value <= 4096:
-            raise ValueError(f"tiles of {signature}: {name} = {value!r} is not allowed; known are {', '.join(known)}")
+    known = KERNELS[name.split(":")[0]].tiles
+    for constant, value in constants.items():
+        if constant not in known or type(value) is not int or not 0 < value <= 4096:
+            raise ValueError(f"tiles of {name}: {constant} = {value!r} is not allowed; known are {', '.join(known)}")
     return dict(constants)

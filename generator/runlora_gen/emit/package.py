@@ -7,7 +7,7 @@ import json
 import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from .report import SCHEMA_VERSION, variant_data
 MANIFEST = "manifest.json"
 #: Where the manifest's JSON Schema is published, beside this file.
 MANIFEST_SCHEMA = "manifest.schema.json"
+#: What does not go into a generated file as a name.
+_NOT_PLAIN = re.compile(r"[^A-Za-z0-9._-]")
 #: By which a manifest is known as ours.
 GENERATOR = "runlora-gen"
 
@@ -86,9 +88,11 @@ def build_package(
         SpecError: a constraint that no variant meets.
     """
     folder = f"{architecture.slug}_r{rank}"
+    # Of a profile's path only the name: a generated file says nothing of the machine that it was made on.
+    public = replace(workload, device=_NOT_PLAIN.sub("_", Path(workload.device).name))
     header = Header(
-        command=_command(architecture, rank, workload, all_variants),
-        digest=_digest(architecture, rank, workload, all_variants),
+        command=_command(architecture, rank, public, all_variants),
+        digest=_digest(architecture, rank, public, all_variants),
     )
     decided = []
     nodes = []
@@ -106,7 +110,7 @@ def build_package(
     reuse = _Former(None if former is None else former / folder)
     files = {name: reuse.format(name, source) for name, source in rendered.items()}
     files["py.typed"] = ""
-    files[MANIFEST] = _manifest(architecture, rank, workload, header, decided, rendered, files)
+    files[MANIFEST] = _manifest(architecture, rank, public, header, decided, rendered, files)
     return Package(folder, files, tuple(decided))
 
 
@@ -124,9 +128,8 @@ def _command(architecture: Architecture, rank: int, workload: Workload, all_vari
     if workload.tokens != default.tokens:
         words += ["--tokens", ",".join(map(str, workload.tokens))]
     for name in ("dtype", "criterion", "device", "launch", "merge_rounding"):
-        value = getattr(workload, name)
-        if value != getattr(default, name):
-            words += [f"--{name.replace('_', '-')}", value if re.fullmatch(r"[A-Za-z0-9._/-]+", value) else "PROFILE"]
+        if getattr(workload, name) != getattr(default, name):
+            words += [f"--{name.replace('_', '-')}", getattr(workload, name)]
     if workload.train != default.train:
         words += ["--train", ",".join(workload.train)]
     if not workload.input_grad:

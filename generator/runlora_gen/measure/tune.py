@@ -30,7 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..algebra.enumerate import Program, enumerate_programs
 from ..algebra.operations import SYMBOLS, Fused, Operation, Symbol, dimensions, signature
-from ..algebra.table import KERNELS, TABLE, TWINS, rows, runs
+from ..algebra.table import KERNELS, OPERATIONS, rows, runs
 from ..choose import goals
 from ..cost.price import wanted_operations
 from ..emit.code import line
@@ -153,11 +153,9 @@ class _Workbench:
         self._folder = tempfile.TemporaryDirectory()
         self.workload = Workload(device="h200" if self.kernels else "cpu", launch="graph", kernels=self.kernels)
         self.module = module_of_everything(self.workload, Path(self._folder.name) / f"everything_{os.getpid()}")
-        operations = [operation for way in TABLE for operation in way.operations]
-        if self.kernels:
-            operations += TWINS.values()
+        drawn = [op for op in OPERATIONS if not (isinstance(op, Fused) and KERNELS[op.kernel].seeded)]
         # One for all that do the same work.
-        self._operations = tuple({signature(op): op for op in reversed(operations)}.values())
+        self._operations = tuple({signature(op): op for op in reversed(drawn)}.values())
 
     def __enter__(self) -> _Workbench:
         return self
@@ -240,13 +238,14 @@ def _measure(bench: _Workbench, profile: dict[str, Any], dtype: str, point: Poin
         trial: statistics.median(times) / calls[trial] / len(sets)
         for trial, times in interleaved(timed, ROUNDS, bench.device).items()
     }
-    times, tiles = (profile[kind].setdefault(dtype, {}) for kind in ("times", "tiles"))
+    times: dict[str, list[list[Any]]] = profile["times"].setdefault(dtype, {})
     for operation in dict.fromkeys(trial.operation for trial in medians):
         best = min((t for t in medians if t.operation == operation), key=lambda trial: medians[trial])
         at = _at(operation, point)
         times.setdefault(signature(operation), []).append([*at, float(f"{medians[best] * 1e6:.4g}")])
         if isinstance(operation, Fused):
-            tiles.setdefault(signature(operation), []).append([*at, dict(best.constants)])
+            tiles = profile["tiles"].setdefault(dtype, {}).setdefault(signature(operation), [])
+            tiles.append([*at, dict(best.constants)])
 
 
 def _repeated(run: Callable[[], object], calls: int) -> Callable[[], None]:

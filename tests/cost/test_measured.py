@@ -1,0 +1,170 @@
+"""Prices from measurements: exact where something was measured, between its neighbours elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from runlora_gen.algebra.operations import parse, signature
+from runlora_gen.choose import setting_for
+from runlora_gen.cost.device import DeviceProfile, load_device
+from runlora_gen.cost.price import DTYPES, Setting, price_operation, roofline
+from runlora_gen.spec.errors import SpecError
+from runlora_gen.spec.workload import Workload
+
+PRODUCT = parse("Y = X @ W.T + b")
+LOW_RANK = parse("S = s * X @ A.T")
+FUSED = parse("fused_gemm: Y = S @ B.T + b; Y += X @ W.T")
+BASE = """\
+title = "A machine"
+source = "a test"
+memory_gb_per_s = 1000
+launch_us = 1
+host_us = 10
+kernel_host_us = 20
+tflops = { bf16 = 100, fp16 = 100, fp32 = 10 }
+"""
+TIMES = """
+[times.bf16]
+"Y = X Wᵀ + b" = [[1024, 512, 512, 30], [4096, 512, 512, 80]]
+"S = s X Aᵀ" = [[1024, 512, 8, 5.5]]
+"fused_gemm: Y = S Bᵀ + b + X Wᵀ" = [[1024, 512, 512, 8, 40]]
+[tiles.bf16]
+"fused_gemm: Y = S Bᵀ + b + X Wᵀ" = [[1024, 512, 512, 8, {GROUP_M = 16}], [8192, 512, 512, 8, {}]]
+"""
+
+
+def profile(folder: Path, text: str, name: str = "machine") -> DeviceProfile:
+    path = folder / f"{name}.toml"
+    path.write_text(text, encoding="utf-8")
+    return load_device(str(path))
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> DeviceProfile:
+    return profile(tmp_path_factory.mktemp("profiles"), BASE + TIMES)
+
+
+def setting(device: DeviceProfile, tokens: int, dtype: str = "bf16") -> Setting:
+    shape = setting_for(Workload(dtype=dtype), 512, 512, 8, False, tokens)
+    return replace(shape, device=device)
+
+
+def test_measured_sizes_cost_what_was_measured(measured: DeviceProfile) -> None:
+    for operation, time_us in ((PRODUCT, 30), (LOW_RANK, 5.5), (FUSED, 40)):
+        assert price_operation(operation, setting(measured, 1024)).time_s == pytest.approx(time_us * 1e-6)
+
+
+@given(tokens=st.integers(1, 10**6))
+def test_other_sizes_are_as_efficient_as_those_measured(measured: DeviceProfile, tokens: int) -> None:
+    def over_roofline(count: int) -> float:
+        case = setting(measured, count)
+        plain = roofline(PRODUCT, case.dims, case.dtype, measured, bias=False)
+        return price_operation(PRODUCT, case).time_s / plain.time_s
+
+    low, high = sorted((over_roofline(1024), over_roofline(4096)))
+    assert low * 0.9999 <= over_roofline(tokens) <= high * 1.0001
+
+
+def test_the_nearer_measurement_weighs_more(measured: DeviceProfile) -> None:
+    def over_roofline(count: int) -> float:
+        case = setting(measured, count)
+        return (
+            price_operation(PRODUCT, case).time_s
+            / roofline(PRODUCT, case.dims, case.dtype, measured, bias=False).time_s
+        )
+
+    first, last = over_roofline(1024), over_roofline(4096)
+    assert abs(over_roofline(1100) - first) < abs(over_roofline(1100) - last)
+    assert abs(over_roofline(3900) - first) > abs(over_roofline(3900) - last)
+
+
+def test_what_was_not_measured_has_the_roofline(measured: DeviceProfile) -> None:
+    other = parse("dX = dY @ W")
+    case = setting(measured, 1024)
+    assert price_operation(other, case) == roofline(other, case.dims, case.dtype, measured, bias=False)
+
+
+def test_16_bit_dtypes_stand_for_each_other_and_fp32_does_not(measured: DeviceProfile) -> None:
+    assert price_operation(PRODUCT, setting(measured, 1024, "fp16")).time_s == pytest.approx(30e-6)
+    case = setting(measured, 1024, "fp32")
+    assert price_operation(PRODUCT, case) == roofline(PRODUCT, case.dims, DTYPES["fp32"], measured, bias=False)
+
+
+def test_the_merged_weight_is_as_fast_as_the_weight(measured: DeviceProfile) -> None:
+    assert price_operation(parse("Y = X @ M.T + b"), setting(measured, 1024)).time_s == pytest.approx(30e-6)
+    assert signature(parse("Y += X @ D.T")) == signature(parse("Y += X @ W.T"))
+    assert signature(parse("D = s * B @ A")) != signature(parse("M = W + s * B @ A"))
+
+
+def test_another_machine_s_ratios_stand_in() -> None:
+    """The H100's profile is the H200's with another roofline: the same ratio of time to roofline."""
+    h100, h200 = load_device("h100"), load_device("h200")
+    assert h100.measured_on is h200 and h100.meter is h200 and h200.meter is h200
+    for operation in (PRODUCT, LOW_RANK, FUSED):
+        ratios = []
+        for device in (h100, h200):
+            case = setting(device, 3000)
+            plain = roofline(operation, case.dims, case.dtype, device, bias=False)
+            ratios.append(price_operation(operation, case).time_s / plain.time_s)
+        assert ratios[0] == pytest.approx(ratios[1])
+
+
+def test_constants_of_the_nearest_size(measured: DeviceProfile) -> None:
+    name = signature(FUSED)
+    assert measured.tiles_for(name, "bf16", (1500, 512, 512, 8)) == {"GROUP_M": 16}
+    assert measured.tiles_for(name, "fp16", (7000, 512, 512, 8)) == {}
+    assert measured.tiles_for("p_db: P = s dY B, dB = dYᵀ S", "bf16", (1024, 512, 8)) == {}
+
+
+def test_half_a_wave_takes_as_long_as_a_whole_one() -> None:
+    """A kernel that computes in tiles is busy until the last one is done: 132 tiles at once on an H200."""
+    h200 = load_device("h200")
+
+    def busy(out_features: int) -> float:
+        dims = {"T": 1024, "I": 8192, "O": out_features, "R": 8}
+        return roofline(FUSED, dims, DTYPES["bf16"], h200, bias=False).time_s - h200.launch_s
+
+    assert busy(128 * 9) == pytest.approx(busy(128 * 16), rel=0.01)  # 72 tiles or 128: one wave
+    assert busy(128 * 17) == pytest.approx(2 * busy(128 * 16), rel=0.01)  # 136 tiles: two
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("title = ", "not a device profile"),
+        (BASE.replace('title = "A machine"\n', ""), "title is missing"),
+        (BASE.replace("launch_us = 1", "launch_us = 0"), "launch_us: 0 is not allowed; give a number above 0"),
+        (BASE.replace("launch_us = 1", 'launch_us = "1"'), "launch_us: '1' is not allowed"),
+        (BASE.replace("launch_us = 1", "launch_us = nan"), "launch_us: nan is not allowed"),
+        (BASE.replace("fp32 = 10", "fp33 = 10"), "fp32 is missing"),
+        (BASE + '[times.bf16]\n"Y = X" = [[1, 1, 1, 1]]', "there is no operation 'Y = X'"),
+        (
+            BASE + '[times.bf16]\n"Y = X Wᵀ + b" = [[1, 1, 1]]',
+            "Y = X Wᵀ \\+ b: \\[1, 1\\] is not allowed; give T, I, O",
+        ),
+        (BASE + '[times.bf16]\n"Y = X Wᵀ + b" = [[1, 1, 1.5, 1]]', "is not allowed; give T, I, O above 0"),
+        (BASE + '[times.bf16]\n"Y = X Wᵀ + b" = [[1, 1, 1, -1]]', "-1 is not allowed; give a number above 0"),
+        (BASE + '[times.bf16]\n"Y = X Wᵀ + b" = 3', "not a device profile"),
+        (
+            BASE + '[tiles.bf16]\n"p_db: P = s dY B, dB = dYᵀ S" = [[1, 1, 1, {"x\\ny" = 1}]]',
+            "x y = 1 is not allowed; known are BT, BO, WARPS, STAGES",
+        ),
+        (BASE + '[tiles.bf16]\n"p_db: P = s dY B, dB = dYᵀ S" = [[1, 1, 1, {BT = true}]]', "BT = True is not allowed"),
+        (BASE + 'measured_on = "h10"\n', "unknown device"),
+    ],
+)
+def test_a_broken_profile_is_named(tmp_path: Path, text: str, message: str) -> None:
+    # Keys after a table belong to it: what is added to the top must come first.
+    if text.startswith(BASE) and text.endswith('"h10"\n'):
+        text = 'measured_on = "h10"\n' + BASE
+    with pytest.raises(SpecError, match=message):
+        profile(tmp_path, text)
+
+
+def test_a_missing_profile_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"^--device: there is no file .*none\.toml"):
+        load_device(str(tmp_path / "none.toml"))

@@ -1,0 +1,133 @@
+"""Measuring a machine: a whole run on this CPU, what it writes, and that it can be interrupted and resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+import tomllib
+from runlora_gen.algebra.operations import Fused, dimensions, signature
+from runlora_gen.algebra.table import OPERATIONS
+from runlora_gen.cost.device import load_device
+from runlora_gen.measure import tune
+
+SIZE = ("--shapes", "24x40", "--tokens", "16", "--rank", "4")
+ON_CPU = ("tune", "--device", "cpu", "-q", *SIZE)
+
+
+@pytest.fixture(scope="module")
+def tuned(run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tuned") / "mine.toml"
+    assert run(*ON_CPU, "-o", path).ok().out == f"{path}\n"
+    return path
+
+
+def test_every_torch_operation_is_measured(tuned: Path) -> None:
+    data = tomllib.loads(tuned.read_text(encoding="utf-8"))
+    dims = {"T": 16, "I": 24, "O": 40, "R": 4}
+    expected = {signature(op): [dims[d] for d in dimensions(op)] for op in OPERATIONS if not isinstance(op, Fused)}
+    assert {name: row[:-1] for name, (row,) in data["times"]["fp32"].items()} == expected
+    assert all(0.1 < row[-1] < 1e6 for (row,) in data["times"]["fp32"].values())
+    assert not data.get("tiles") and "kernel_host_us" not in data
+    assert re.fullmatch(r"measured by runlora-gen tune on .*, torch \S+", data["source"])
+    assert os.fspath(tuned.parent) not in tuned.read_text(encoding="utf-8")
+
+
+def test_the_profile_prices_a_generation(run, tuned: Path, tmp_path: Path, small: tuple[str, ...]) -> None:
+    options = ("--device", os.fspath(tuned), "--dtype", "fp32")
+    run(*small, *options, "-o", tmp_path).ok()
+    manifest = (tmp_path / "llama_9m_r4" / "manifest.json").read_text()
+    assert json.loads(manifest)["workload"]["device"] == "mine.toml"
+    texts = manifest + (tmp_path / "llama_9m_r4" / "linear_128x128_r4.py").read_text()
+    assert os.fspath(tuned.parent) not in texts and "--device mine.toml" in texts
+    assert f"by what was measured on {load_device(os.fspath(tuned)).title}" in " ".join(texts.split())
+    run(*small, *options, "-o", tmp_path, "--check").ok()
+
+
+def test_what_is_known_is_not_measured_again(run, tuned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = tuned.read_bytes()
+    monkeypatch.setattr(tune, "interleaved", None)
+    run(*ON_CPU, "-o", tuned).ok()
+    assert tuned.read_bytes() == before
+
+
+def test_an_interrupted_run_is_resumed(run, tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_bytes(tuned.read_bytes())
+    real = tune._measure
+    points = []
+
+    def measure(*arguments: object) -> None:
+        points.append(arguments[-1])
+        if len(points) == 2:
+            raise KeyboardInterrupt
+        real(*arguments)
+
+    more = ("tune", "--device", "cpu", "-q", "--shapes", "24x40", "--tokens", "16,32,48", "--rank", "4", "-o", path)
+    monkeypatch.setattr(tune, "_measure", measure)
+    assert run(*more).code == 130
+    half = tomllib.loads(path.read_text(encoding="utf-8"))
+    assert [row[0] for row in half["times"]["fp32"]["S = s X Aᵀ"]] == [16, 32]
+    assert not list(tmp_path.glob(".*")), "nothing half-written stays"
+    run(*more).ok()
+    whole = tomllib.loads(path.read_text(encoding="utf-8"))
+    assert [row[0] for row in whole["times"]["fp32"]["S = s X Aᵀ"]] == [16, 32, 48]
+    assert whole["times"]["fp32"]["S = s X Aᵀ"][:2] == half["times"]["fp32"]["S = s X Aᵀ"]
+    assert [point.tokens for point in points] == [32, 48, 48]
+
+
+def test_shapes_of_an_architecture(run, tmp_path: Path) -> None:
+    path = tmp_path / "x.toml"
+    run("tune", "--device", "cpu", "-q", "--arch", "llama-9m", "--tokens", "8", "--rank", "4", "-o", path).ok()
+    data = tomllib.loads(path.read_text(encoding="utf-8"))
+    assert [row[:3] for row in data["times"]["fp32"]["G = dYᵀ X"]] == [[8, 128, 128], [8, 128, 352], [8, 352, 128]]
+
+
+def test_progress_goes_to_stderr(run, tmp_path: Path) -> None:
+    outcome = run("tune", "--device", "cpu", *SIZE, "-o", tmp_path / "x.toml")
+    assert outcome.out == f"{tmp_path / 'x.toml'}\n" and "1/1" in outcome.err
+
+
+class TestBadInput:
+    def refused(self, run, path: Path, *options: str) -> str:
+        existing = path.read_bytes() if path.exists() else None
+        message = run("tune", "--device", "cpu", "-o", path, *options).error()
+        assert (path.read_bytes() if path.exists() else None) == existing
+        return message
+
+    def test_another_machine_s_file(self, run, tuned: Path, tmp_path: Path) -> None:
+        path = tmp_path / "x.toml"
+        path.write_text(tuned.read_text(encoding="utf-8").replace("torch ", "tensor "), encoding="utf-8")
+        assert "is not of this machine" in self.refused(run, path)
+
+    def test_no_profile(self, run, tmp_path: Path) -> None:
+        path = tmp_path / "x.toml"
+        path.write_text("x = ", encoding="utf-8")
+        assert "is no profile" in self.refused(run, path)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (("--shapes", "3y4"), "--shapes: '3y4' is not allowed; give shapes in x out such as 4096x11008"),
+            (("--shapes", "0x4"), "--shapes: '0x4'"),
+            (("--arch", "llama-9m", "--shapes", "3x4"), "--shapes: given beside --arch"),
+            (("--arch", "llama-9"), "did you mean llama-9m?"),
+            (("--shapes", "8x8", "--rank", "9"), "--rank: "),
+            (("--tokens", "0"), "--tokens: '0'"),
+        ],
+    )
+    def test_options(self, run, tmp_path: Path, options: tuple[str, ...], message: str) -> None:
+        assert message in self.refused(run, tmp_path / "x.toml", *options)
+
+    def test_a_file_of_another_kind(self, run, tmp_path: Path) -> None:
+        assert "give a file that ends in .toml" in self.refused(run, tmp_path / "x.json")
+
+    def test_no_gpu(self, run, tmp_path: Path) -> None:
+        import torch
+
+        if torch.cuda.is_available():
+            pytest.skip("there is a GPU here")
+        assert "torch sees no GPU" in run("tune", "-o", tmp_path / "x.toml").error()
