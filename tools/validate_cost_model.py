@@ -3,12 +3,12 @@
     python tools/validate_cost_model.py measure --device cuda -o tools/results/variants_h200_bf16.json
     python tools/validate_cost_model.py report tools/results/variants_h200_bf16.json --profile h200 --figure docs/x.svg
 
-``measure`` runs forward and backward of every enumerated program, on a GPU as the replay of a CUDA graph, all programs of
-a shape interleaved in random order. ``report`` prices the same programs from a device profile and prints, for each shape,
-the rank correlation of predicted and measured times (Spearman) and the regret: the time of the chosen program over that
-of the fastest which the same constraints allow. Likewise for the criterion flops, which is the paper's: the mean and the
-worst of the torch programs that have the least FLOPs. Shapes whose very sizes are in the profile are left out of the
-summary.
+``measure`` runs forward and backward of every enumerated program, on a GPU as the replay of a CUDA graph, all programs
+of a shape interleaved in random order. ``report`` prices the same programs from a device profile and prints, for each
+shape, the rank correlation of predicted and measured times (Spearman) and the regret: the time of the chosen program
+over that of the fastest which the same constraints allow. Likewise for the criterion flops, which is the paper's: the
+mean and the worst of the torch programs that have the least FLOPs. Shapes whose very sizes are in the profile are left
+out of the summary.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ SHAPES = {
         "2048:2560x768:8 512:2048x2048:16 512:512x512:256 3000:512x512:8"
     ),
 }
+_TICKS = (0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 4, 5)
 #: So many of the programs that are predicted fastest are also run with every choice of kernels for single products.
 LOWERED = 10
 
@@ -290,8 +291,13 @@ def draw(judged: list[dict[str, Any]], data: dict[str, Any], path: Path) -> None
         yscale="log",
         xlabel="predicted time ÷ frozen linear",
         ylabel="measured time ÷ frozen linear",
+        xticks=_TICKS,
+        yticks=_TICKS,
         title=f"{sum(j['programs'] for j in judged)} steps on {len(judged)} shapes, {data['machine']}, {data['dtype']}",
     )
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("")
     figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 

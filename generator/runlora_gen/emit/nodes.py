@@ -24,6 +24,8 @@ from ..spec.layers import Layer
 from ..spec.workload import Workload
 from .code import DTYPE_OF, line, uses_accumulate, uses_scaled_mm, uses_scaling
 
+#: Columns of a docstring's text.
+_DOC_WIDTH = 112
 #: Inputs of the emitted autograd functions, and the gradient that each may want.
 _INPUT_GRADIENTS = ("dX", None, "dA", "dB", "db", None)
 
@@ -90,6 +92,7 @@ class ModuleNode:
     linear: bool  # whether F.linear is used
     kernels: tuple[str, ...]  # fused kernels that it brings
     helpers: frozenset[str]  # what these need of the kernels' common code
+    largest_ranks: Mapping[str, int]  # above it a kernel is slower than torch
     tiles: Tiles  # their compile-time constants by what they compute
     small_tiles: Tiles
     tiles_note: str
@@ -171,6 +174,7 @@ def module_node(
         linear="fused_gemm" in kernels or any("F.linear" in line(operation) for operation in operations),
         kernels=kernels,
         helpers=frozenset().union(*(KERNELS[kernel].helpers for kernel in kernels)),
+        largest_ranks={kernel: limit for kernel in kernels if (limit := KERNELS[kernel].largest_rank)},
         tiles=tuple(_tiles(op, {**KERNELS[op.kernel].tiles, **_tuned(op, setting)}) for op in fused),
         small_tiles=tuple(_tiles(op, KERNELS[op.kernel].small_tiles) for op in fused),
         tiles_note=_tiles_note(fused, setting),
@@ -190,7 +194,7 @@ def _tuned(operation: Fused, setting: Setting) -> Mapping[str, int]:
 def _tiles_note(fused: Sequence[Fused], setting: Setting) -> str:
     tuned = sum(bool(_tuned(operation, setting)) for operation in fused)
     if tuned < len(fused):
-        return "Measured on an H200 with 2048 to 16384 tokens and 5120 and 13824 features."
+        return "The best ones over all on an H200, at 2048 to 16384 tokens and 5120 and 13824 features."
     return f"Tuned on {setting.device.meter.title}, for {setting.tokens} tokens in {setting.dtype.name}."
 
 
@@ -316,13 +320,16 @@ def _derivation(candidate: Priced, setting: Setting, reason: str) -> tuple[str, 
         "",
         f"Saved for the backward beside the parameters: {kept} ({show_bytes(cost.saved_bytes)}).",
         f"Temporaries: at most {show_bytes(cost.workspace_bytes)}.",
-        f"Priced at {setting.tokens} tokens in {setting.dtype.name} {_priced_by(setting)},",
-        f"{launched}: {cost.time_s / frozen:.3f} times the frozen linear ({show_time(frozen)}).",
+        *textwrap.wrap(
+            f"Priced at {setting.tokens} tokens in {setting.dtype.name} {_priced_by(setting)}, {launched}: "
+            f"{cost.time_s / frozen:.3f} times the frozen linear ({show_time(frozen)}).",
+            _DOC_WIDTH,
+        ),
     ]
     if cost.update_error:
         doc.append(f"Relative rounding error of the update: {cost.update_error:.2g}.")
     if reason:
-        doc += textwrap.wrap(f"{reason}.", 112, break_on_hyphens=False)
+        doc += textwrap.wrap(f"{reason}.", _DOC_WIDTH, break_on_hyphens=False)
     return tuple(doc)
 
 
