@@ -43,7 +43,6 @@ from runlora_gen.spec.workload import Workload
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FROZEN = "frozen"
-ROUNDS = 7
 LEAST_S = 2e-4
 #: Shapes that no tuning grid holds: Llama's sizes from 60m to 70b, TOKENS:INxOUT:RANK.
 SHAPES = {
@@ -55,8 +54,7 @@ SHAPES = {
         "1024:28672x8192:16 4096:28672x8192:8"
     ),
     "cpu": (
-        "512:512x1376:8 2048:1376x512:32 512:768x768:16 2048:768x768:128 512:768x2560:64 1024:768x2560:8 "
-        "2048:2560x768:8 512:2048x2048:16 512:512x512:256 3000:512x512:8"
+        "512:512x1376:8 2048:1376x512:32 512:768x768:16 2048:768x768:128 512:768x2560:64 512:512x384:256 3000:768x512:8"
     ),
 }
 _TICKS = (0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 4, 5)
@@ -100,7 +98,12 @@ def candidates(workload: Workload, setting: Setting) -> list[Program]:
 
 
 def measure_shape(
-    module: ModuleType, programs: Sequence[Program], setting: Setting, device: torch.device, dtype: torch.dtype
+    module: ModuleType,
+    programs: Sequence[Program],
+    setting: Setting,
+    device: torch.device,
+    dtype: torch.dtype,
+    rounds: int,
 ) -> dict[str, float]:
     """Seconds of a step of every program, and of the frozen linear."""
     torch.manual_seed(0)
@@ -140,7 +143,7 @@ def measure_shape(
         else:
             run()
             calls[name], steps[name] = 1, run
-    times = interleaved(steps, ROUNDS, device)
+    times = interleaved(steps, rounds, device)
     return {name: statistics.median(values) / calls[name] for name, values in times.items()}
 
 
@@ -172,7 +175,7 @@ def measure(options: argparse.Namespace) -> None:
                 at = tuple(setting.dims[d] for d in dimensions(operation))
                 tuned = setting.device.tiles_for(signature(operation), options.dtype, at)
                 tiles[", ".join(map(str, operation.outputs))] = {**KERNELS[operation.kernel].tiles, **tuned}
-            times = measure_shape(module, programs, setting, device, DTYPES[options.dtype])
+            times = measure_shape(module, programs, setting, device, DTYPES[options.dtype], options.rounds)
             rows.append({"shape": text, "us": {name: round(time * 1e6, 2) for name, time in times.items()}})
             print(f"{text}: {len(times)} steps, frozen {times[FROZEN] * 1e6:.1f} us", file=sys.stderr, flush=True)
             if device.type == "cuda":
@@ -312,6 +315,7 @@ def main() -> None:
         "--profile", help="device profile: which kernels' constants and single-product kernels to run"
     )
     measuring.add_argument("--shapes", help="TOKENS:INxOUT:RANK, separated by spaces")
+    measuring.add_argument("--rounds", type=int, default=7)
     measuring.add_argument("-o", "--output", type=Path, required=True)
     measuring.set_defaults(run=measure)
     reporting = commands.add_parser("report", help="predicted against measured")

@@ -47,7 +47,8 @@ class Phase:
         """The chosen way of a symbol."""
         return next(way for way in self.ways if symbol in way.targets)
 
-    def name(self, table: Sequence[Way] = TABLE) -> str:
+    @lru_cache(maxsize=65536)  # noqa: B019  # phases live as long as the cached enumeration
+    def name(self, table: tuple[Way, ...] = TABLE) -> str:
         """The ways of the goals, and of every other symbol where the table leaves a choice beside saving it."""
         names = [self.way_of(goal).name for goal in self.goals if goal.name != "db"]
         for chosen in self.ways:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from types import MappingProxyType
 
 from .enumerate import Phase
 from .operations import SYMBOLS, Dims, Operation, Symbol, products
@@ -111,7 +113,8 @@ def _needed_frees(
 GRADIENTS = tuple(SYMBOLS[name] for name in ("dX", "dA", "dB", "db"))
 
 
-def dependents(phase: Phase) -> dict[Symbol, frozenset[Symbol]]:
+@lru_cache(maxsize=65536)
+def dependents(phase: Phase) -> Mapping[Symbol, frozenset[Symbol]]:
     """For each symbol that a backward reads or makes: the goals that need it.
 
     The emitted code computes and saves a symbol only if one of these gradients is wanted.
@@ -129,4 +132,4 @@ def dependents(phase: Phase) -> dict[Symbol, frozenset[Symbol]]:
                 if not goals <= known:
                     known |= goals
                     changed = True
-    return {symbol: frozenset(goals) for symbol, goals in needed.items()}
+    return MappingProxyType({symbol: frozenset(goals) for symbol, goals in needed.items()})

@@ -270,7 +270,9 @@ def _forward_lines(phase: Phase, setting: Setting) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def _backward_blocks(phase: Phase, setting: Setting, needed_by: dict[Symbol, frozenset[Symbol]]) -> tuple[Block, ...]:
+def _backward_blocks(
+    phase: Phase, setting: Setting, needed_by: Mapping[Symbol, frozenset[Symbol]]
+) -> tuple[Block, ...]:
     blocks: list[Block] = []
 
     def add(guard: str, text: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import datetime
+import importlib.util
 import json
 import math
 import multiprocessing
@@ -129,9 +130,10 @@ def tune(
     profile = _read(output, _source(machine))
     with _Workbench(machine) as bench, _progress(quiet) as progress:
         if not profile:
-            progress.add_task("bandwidth, rates, launches", total=None)
+            basics = progress.add_task("bandwidth, rates, launches", total=None)
             profile = {"title": title or _name(machine), "source": _source(machine), **_basics(bench)}
             _write(output, profile)
+            progress.remove_task(basics)
         missing = [(d, point) for d in dtypes for point in sizes if bench.trials(d, point, profile)]
         task = progress.add_task("kernels", total=len(missing))
         if bench.kernels:
@@ -139,8 +141,11 @@ def tune(
         for dtype, point in missing:
             label = f"{dtype} {point.tokens}:{point.in_features}x{point.out_features} r{point.rank}"
             progress.update(task, description=label)
-            _measure(bench, profile, dtype, point)
-            _write(output, profile)
+            try:
+                _measure(bench, profile, dtype, point)
+                _write(output, profile)
+            except torch.OutOfMemoryError:
+                progress.console.print(f"left out: {label} does not fit the memory", highlight=False)
             progress.advance(task)
 
 
@@ -149,9 +154,10 @@ class _Workbench:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.kernels = device.type == "cuda"
+        self.on_gpu = device.type == "cuda"
+        self.kernels = self.on_gpu and importlib.util.find_spec("triton") is not None
         self._folder = tempfile.TemporaryDirectory()
-        self.workload = Workload(device="h200" if self.kernels else "cpu", launch="graph", kernels=self.kernels)
+        self.workload = Workload(device="h200" if self.on_gpu else "cpu", launch="graph", kernels=self.kernels)
         self.module = module_of_everything(self.workload, Path(self._folder.name) / f"everything_{os.getpid()}")
         drawn = [op for op in OPERATIONS if not (isinstance(op, Fused) and KERNELS[op.kernel].seeded)]
         # One for all that do the same work.
@@ -189,6 +195,7 @@ class _Workbench:
             result = ", ".join(map(str, operation.outputs))
             key = f"{result} {dict(trial.constants)}".replace('"', "")
             self.module._TILES[key] = {**self.module._TILES[result], **dict(trial.constants)}
+            self.module._SMALL_TILES[key] = self.module._SMALL_TILES[result]
             statement = statement.replace(f'tiles="{result}"', f'tiles="{key}"')
         namespace = {**vars(self.module), "scaling": 0.5, "b": None, "A_dtype": dtype, "B_dtype": dtype}
         exec(f"def run({', '.join(map(str, symbols))}):\n    {statement}\n", namespace)
@@ -205,7 +212,7 @@ class _Workbench:
         """As many sets of random operands as fill the cache several times over."""
         symbols = sorted({s for trial in trials for s in (*trial.operation.reads, *trial.operation.outputs)})
         activations = sum(SYMBOLS[name].numel(point.dims) for name in ("X", "W", "dY")) * dtype.itemsize
-        cache = torch.cuda.get_device_properties(self.device).L2_cache_size if self.kernels else _CPU_CACHE
+        cache = torch.cuda.get_device_properties(self.device).L2_cache_size if self.on_gpu else _CPU_CACHE
         count = max(1, min(MOST_SETS, math.ceil(4 * cache / activations)))
         return [
             {
@@ -220,7 +227,7 @@ def _measure(bench: _Workbench, profile: dict[str, Any], dtype: str, point: Poin
     """Time what is not known of one size, and put it into the profile."""
     trials = bench.trials(dtype, point, profile)
     sets = bench.sets(point, trials, DTYPES[dtype])
-    pool = torch.cuda.graph_pool_handle() if bench.kernels else None
+    pool = torch.cuda.graph_pool_handle() if bench.on_gpu else None
     timed: dict[Trial, Callable[[], object]] = {}
     calls: dict[Trial, int] = {}
     for trial in trials:
@@ -233,7 +240,7 @@ def _measure(bench: _Workbench, profile: dict[str, Any], dtype: str, point: Poin
             raise
         run()
         calls[trial] = max(1, math.ceil(LEAST_S / seconds(run, bench.device)))
-        timed[trial] = captured(run, calls[trial], pool=pool) if bench.kernels else _repeated(run, calls[trial])
+        timed[trial] = captured(run, calls[trial], pool=pool) if bench.on_gpu else _repeated(run, calls[trial])
     medians = {
         trial: statistics.median(times) / calls[trial] / len(sets)
         for trial, times in interleaved(timed, ROUNDS, bench.device).items()
@@ -262,9 +269,7 @@ def _at(operation: Operation, point: Point) -> list[int]:
 
 def _compile_ahead(missing: Sequence[tuple[str, Point]]) -> None:
     """Fill Triton's cache on all cores: one after the other, compiling would take longest of all."""
-    tasks: dict[tuple[str, int], list[Point]] = {}
-    for dtype, point in missing:
-        tasks.setdefault((dtype, point.rank), []).append(point)
+    tasks = dict.fromkeys((dtype, point.rank) for dtype, point in missing)
     context = multiprocessing.get_context("spawn")
     workers = min(12, os.cpu_count() or 1)
     with concurrent.futures.ProcessPoolExecutor(workers, context, _start_compiler) as executor:
@@ -301,7 +306,7 @@ def _compile(dtype: str, rank: int, share: int, of: int) -> None:
 
 def _basics(bench: _Workbench) -> dict[str, Any]:
     """Copy bandwidth, matrix rates, and what a launch costs device and host."""
-    device, on_gpu = bench.device, bench.kernels
+    device, on_gpu = bench.device, bench.on_gpu
 
     def best(run: Callable[[], object], rounds: int = 10) -> float:
         run()
@@ -336,11 +341,11 @@ def _basics(bench: _Workbench) -> dict[str, Any]:
 def _host_seconds(bench: _Workbench) -> tuple[float, float | None]:
     """Host seconds of one operator, and of one kernel's launch, in an eager step, autograd's share included."""
     shapes = {"x": (1024, 256), "weight": (256, 256), "lora_A": (8, 256), "lora_B": (256, 8)}
-    dtype = torch.bfloat16 if bench.kernels else torch.float32
+    dtype = torch.bfloat16 if bench.on_gpu else torch.float32
     tensors = {name: torch.randn(shape, device=bench.device, dtype=dtype) for name, shape in shapes.items()}
     for name in ("x", "lora_A", "lora_B"):
         tensors[name].requires_grad_()
-    if not bench.kernels:  # operators wait for their results there: what counts is the call alone
+    if not bench.on_gpu:  # operators wait for their results there: what counts is the call alone
         tensors = {
             name: tensor[:8, :8].detach().requires_grad_(tensor.requires_grad) for name, tensor in tensors.items()
         }
@@ -352,20 +357,18 @@ def _host_seconds(bench: _Workbench) -> tuple[float, float | None]:
 
         times = []
         for _ in range(5):
-            if bench.kernels:
+            if bench.on_gpu:
                 torch.cuda.synchronize()
             start = time.perf_counter()
             for _ in range(steps):
                 step()
-            if bench.kernels:
+            if bench.on_gpu:
                 torch.cuda.synchronize()
             times.append((time.perf_counter() - start) / steps)
         return min(times)
 
     programs = {p.id: p for p in enumerate_programs(goals(bench.workload), table=rows(kernels=bench.kernels))}
-    plain, fused = (
-        (programs[variant] for variant in _HOST_VARIANTS) if bench.kernels else (programs[_HOST_VARIANTS[0]],) * 2
-    )
+    plain = programs[_HOST_VARIANTS[0]]
     wanted = frozenset({"dX", "dA", "dB"})
 
     def running(program: Program) -> list[Operation]:
@@ -374,6 +377,7 @@ def _host_seconds(bench: _Workbench) -> tuple[float, float | None]:
     operator_s = step_seconds(plain.id) / len(running(plain))
     if not bench.kernels:
         return operator_s, None
+    fused = programs[_HOST_VARIANTS[1]]
     launches = [KERNELS[op.kernel].launches for op in running(fused) if isinstance(op, Fused)]
     operators = len(running(fused)) - len(launches)
     return operator_s, (step_seconds(fused.id) - operators * operator_s) / sum(launches)
@@ -437,7 +441,7 @@ def _name(device: torch.device) -> str:
 
 def _source(device: torch.device) -> str:
     software = f"torch {torch.__version__}"
-    if device.type == "cuda":
+    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
         software += f", Triton {version('triton')}"
     return f"measured by runlora-gen tune on {_name(device)}, {software}"
 
