@@ -23,7 +23,7 @@ from runlora_gen.spec.workload import Workload
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.4")
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"

@@ -1,0 +1,97 @@
+"""The documents quote only what the result files hold."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CONTENDERS = (
+    "peft fp32 adapters, autocast",
+    "peft",
+    "peft compiled",
+    "axolotl",
+    "lorafusion",
+    "paper's best",
+    "generated, torch only",
+)
+
+
+def results(name: str) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads((ROOT / "tools" / "results" / name).read_text(encoding="utf-8"))
+    return data
+
+
+def over_frozen(result: dict[str, Any], mode: str) -> str:
+    return f"{result[mode]['over_frozen']['median']:.2f}"
+
+
+@pytest.mark.parametrize(("mode", "ours"), [("graph", "generated"), ("eager", "generated for eager")])
+def test_the_h200_tables(mode: str, ours: str) -> None:
+    for row in results("linear_h200_bf16_r16.json")["rows"]:
+        cells = [over_frozen(row["results"][name], mode) for name in CONTENDERS]
+        line = " | ".join([f"| {row['tokens']}, {row['shape'].replace('x', '→')}", *cells])
+        assert f"{line} | **{over_frozen(row['results'][ours], mode)}** |" in README
+
+
+def test_other_ranks() -> None:
+    rows = {(row["rank"], row["shape"]): row["results"] for row in results("linear_h200_bf16_ranks.json")["rows"]}
+    for rank in (8, 64, 128):
+        cells = []
+        for shape in ("5120x5120", "5120x13824"):
+            ours, *others = (
+                over_frozen(rows[rank, shape][name], "graph")
+                for name in ("generated", "generated, torch only", "axolotl", "peft")
+            )
+            cells.append(f"**{ours}** ({'; '.join(others)})")
+        assert f"| {rank} | {' | '.join(cells)} |" in README
+
+
+def test_the_cpu_table() -> None:
+    rows = results("linear_cpu_llama_250m_fp32.json")["rows"]
+    for row in rows:
+        ours, peft = row["results"]["generated"], row["results"]["peft"]
+        cells = [
+            row["shape"],
+            str(row["rank"]),
+            f"{ours['eager']['over_peft']['median']:.2f}",
+            f"{over_frozen(ours, 'eager')} ({over_frozen(peft, 'eager')})",
+            *(f"{ours[k] / 2**20:.1f} ({peft[k] / 2**20:.1f})" for k in ("saved_bytes", "peak_bytes")),
+        ]
+        assert f"| {' | '.join(cells)} |" in README
+    mean = sum(row["results"]["generated"]["eager"]["over_peft"]["median"] for row in rows) / len(rows)
+    assert f"On average {mean:.2f} of PEFT's time" in README
+
+
+def test_memory_of_a_step() -> None:
+    (row,) = (r for r in results("linear_h200_bf16_r16.json")["rows"] if r["shape"] == "5120x13824")
+    ours, frozen, peft, default, compiled = (
+        round(row["results"][name]["peak_bytes"] / 2**20)
+        for name in ("generated", "frozen", "peft", "peft fp32 adapters, autocast", "peft compiled")
+    )
+    text = f"{ours} MiB, the frozen linear's {frozen}, PEFT's {peft} ({default} by default, {compiled} compiled)"
+    assert text in " ".join(README.split())
+    assert f"the input and S, {row['results']['generated']['saved_bytes'] / 2**20:.1f} MiB" in README
+
+
+def test_the_generator_s_time() -> None:
+    seconds = results("generator_cpu.json")["results"]["cold"]["median_s"]
+    assert f"The generator itself takes {seconds:.2f} s" in README
+
+
+def test_the_ablation() -> None:
+    document = (ROOT / "docs" / "cost-model.md").read_text(encoding="utf-8")
+    rows = results("ablation_h200_bf16.json")["rows"]
+    lines = [line for line in document.splitlines() if re.match(r"\| (split|merged|full|fused)[, ]", line)]
+    assert len(lines) == len(next(iter(rows.values()))) - 1  # all but the frozen linear
+    for line in lines:
+        name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        assert cells == [
+            f"{r[name]['over_frozen']:.2f} · {r[name]['saved_bytes'] / 2**20:.0f} · {r[name]['peak_bytes'] / 2**20:.0f}"
+            for r in rows.values()
+        ]
