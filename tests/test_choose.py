@@ -202,10 +202,10 @@ def test_thresholds_stand_at_the_crossover(name: str, rank: int, workload: Workl
     for tokens in workload.tokens:  # at the wanted counts the range's choice is the decision there
         part = next(p for p in ranges if p.last_tokens is None or tokens <= p.last_tokens)
         decision = decide(workload, replace(setting, tokens=tokens))
-        assert (part.decision.chosen.program, part.decision.fallback.program) == (
-            decision.chosen.program,
-            decision.fallback.program,
-        )
+        for ours, best in ((part.decision.chosen, decision.chosen), (part.decision.fallback, decision.fallback)):
+            assert ours.program.plain_id == best.program.plain_id
+            if ours.program != best.program:  # only in kernels that make no difference
+                assert price(ours.program, decision.setting).time_s <= 1.01 * best.cost.time_s
     measure = QUANTITIES[workload.criterion].of
     for low, high in itertools.pairwise(ranges):
         pair = low.decision.chosen.program, high.decision.chosen.program
@@ -293,3 +293,15 @@ def test_limit_named_for_all_layers_ranks_and_tokens(train: tuple[str, ...]) -> 
 )
 def test_how_people_write_it(show, value: float, expected: str) -> None:
     assert show(value) == expected
+
+
+def test_kernels_that_make_no_difference_make_no_range() -> None:
+    """At 2048 tokens the kernel for S is 0.5 µs of 300 faster, at 16384 torch is: no reason for two functions."""
+    workload = Workload(tokens=(2048, 16384), device="h200", launch="graph")
+    decided = [decide(workload, setting_for(workload, 5120, 5120, 16, False, tokens)) for tokens in workload.tokens]
+    first, second = (decision.chosen.program for decision in decided)
+    assert first.id != second.id and first.plain_id == second.plain_id
+    (part,) = decide_ranges(workload, decided[0].setting)
+    assert part.last_tokens is None and part.decision.chosen.program.id == first.id
+    loss = price(first, decided[1].setting).time_s / decided[1].chosen.cost.time_s
+    assert 1 < loss < 1.01

@@ -125,7 +125,7 @@ def print_table(rows: dict[str, dict[str, dict[str, float]]]) -> None:
     """One line a variant, one column a shape: time over frozen, saved MiB, peak MiB."""
     print("| | " + " | ".join(rows) + " |")
     print("|---|" + "---|" * len(rows))
-    for name in VARIANTS:
+    for name in (name for name in VARIANTS if any(name in results for results in rows.values())):
         cells = []
         for results in rows.values():
             cell = results.get(name)

@@ -174,7 +174,7 @@ def measure(options: argparse.Namespace) -> None:
             for operation in {op for p in programs for op in p.operations if isinstance(op, Fused)}:
                 at = tuple(setting.dims[d] for d in dimensions(operation))
                 tuned = setting.device.tiles_for(signature(operation), options.dtype, at)
-                tiles[", ".join(map(str, operation.outputs))] = {**KERNELS[operation.kernel].tiles, **tuned}
+                tiles[", ".join(map(str, operation.outputs))] = {**KERNELS[operation.kernel].tiles, **(tuned or {})}
             times = measure_shape(module, programs, setting, device, DTYPES[options.dtype], options.rounds)
             rows.append({"shape": text, "us": {name: round(time * 1e6, 2) for name, time in times.items()}})
             print(f"{text}: {len(times)} steps, frozen {times[FROZEN] * 1e6:.1f} us", file=sys.stderr, flush=True)

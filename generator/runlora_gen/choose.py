@@ -277,16 +277,31 @@ def decide_ranges(workload: Workload, setting: Setting) -> tuple[Range, ...]:
     """The best variant for each range of tokens, with thresholds at the computed crossovers.
 
     Between two wanted token counts with different winners (chosen, fallback) the threshold is the last count at which
-    the first winner is still at least as good, found by bisection. Neighbours with the same winner become one range.
+    the first winner is still at least as good, found by bisection. Neighbours with the same winner become one range, also
+    where they differ only in kernels for single products and the price hardly tells them apart.
     """
     decisions = [decide(workload, replace(setting, tokens=tokens)) for tokens in sorted(set(workload.tokens))]
     ranges: list[Range] = []
     current = decisions[0]
     for following in decisions[1:]:
-        if _winners(following) != _winners(current):
+        if _winners(following) != _winners(current) and not _nearly_the_same(current, following):
             ranges.append(Range(current, _crossover(workload, current, following)))
             current = following
     return (*ranges, Range(current, None))
+
+
+#: Between measured sizes prices are no finer than this: two runs of ``tune`` agree within 3 % on single operations.
+_RESOLUTION = 0.01
+
+
+def _nearly_the_same(low: Decision, high: Decision) -> bool:
+    """Whether the winners differ only in which single products are a kernel's, and that makes no difference at high."""
+    pairs = ((low.chosen, high.chosen), (low.fallback, high.fallback))
+    return all(
+        first.program.plain_id == second.program.plain_id
+        and price(first.program, high.setting).time_s <= second.cost.time_s * (1 + _RESOLUTION)
+        for first, second in pairs
+    )
 
 
 def _winners(decision: Decision) -> tuple[str, str]:

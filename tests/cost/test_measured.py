@@ -82,6 +82,20 @@ def test_the_nearer_measurement_weighs_more(measured: DeviceProfile) -> None:
     assert abs(over_roofline(3900) - first) > abs(over_roofline(3900) - last)
 
 
+def test_rows_off_16_bytes_are_a_class_of_their_own(tmp_path: Path) -> None:
+    text = BASE + '[times.bf16]\n"Y = X Wᵀ + b" = [[1024, 512, 512, 30], [1024, 511, 512, 120]]\n'
+    device = profile(tmp_path, text)
+
+    def over_roofline(in_features: int) -> float:
+        case = replace(setting_for(Workload(), in_features, 512, 8, False, 1024), device=device)
+        plain = roofline(PRODUCT, case.dims, case.dtype, device, bias=False)
+        return price_operation(PRODUCT, case).time_s / plain.time_s
+
+    assert over_roofline(520) == pytest.approx(over_roofline(512)) == pytest.approx(over_roofline(4096))
+    assert over_roofline(510) == pytest.approx(over_roofline(511))
+    assert over_roofline(510) > 3 * over_roofline(512)
+
+
 def test_what_was_not_measured_has_the_roofline(measured: DeviceProfile) -> None:
     other = parse("dX = dY @ W")
     case = setting(measured, 1024)
@@ -117,7 +131,7 @@ def test_constants_of_the_nearest_size(measured: DeviceProfile) -> None:
     name = signature(FUSED)
     assert measured.tiles_for(name, "bf16", (1500, 512, 512, 8)) == {"GROUP_M": 16}
     assert measured.tiles_for(name, "fp16", (7000, 512, 512, 8)) == {}
-    assert measured.tiles_for("p_db: P = s dY B, dB = dYᵀ S", "bf16", (1024, 512, 8)) == {}
+    assert measured.tiles_for("p_db: P = s dY B, dB = dYᵀ S", "bf16", (1024, 512, 8)) is None
 
 
 def test_half_a_wave_takes_as_long_as_a_whole_one() -> None:

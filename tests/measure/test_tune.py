@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import tomllib
 from runlora_gen.algebra.operations import Fused, dimensions, signature
-from runlora_gen.algebra.table import OPERATIONS
-from runlora_gen.cost.device import load_device
+from runlora_gen.algebra.table import KERNELS, OPERATIONS
+from runlora_gen.cost.device import DTYPE_NAMES, load_device
 from runlora_gen.measure import tune
+from runlora_gen.measure.modules import module_of_everything
+from runlora_gen.spec.workload import Workload
 
 SIZE = ("--shapes", "24x40", "--tokens", "16", "--rank", "4")
 ON_CPU = ("tune", "--device", "cpu", "-q", *SIZE)
@@ -84,6 +86,42 @@ def test_shapes_of_an_architecture(run, tmp_path: Path) -> None:
     run("tune", "--device", "cpu", "-q", "--arch", "llama-9m", "--tokens", "8", "--rank", "4", "-o", path).ok()
     data = tomllib.loads(path.read_text(encoding="utf-8"))
     assert [row[:3] for row in data["times"]["fp32"]["G = dYᵀ X"]] == [[8, 128, 128], [8, 128, 352], [8, 352, 128]]
+
+
+def test_kernels_are_measured_with_all_their_constants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In Triton's interpreter, where there is no GPU: what is tried, and what the profile then holds."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("triton", minversion="3.4")
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    for name, value in (("ROUNDS", 1), ("MOST_SETS", 1), ("LEAST_S", 0)):
+        monkeypatch.setattr(tune, name, value)
+    tried = []
+    runner = tune._Workbench.runner
+    monkeypatch.setattr(
+        tune._Workbench, "runner", lambda bench, trial, *rest: tried.append(trial) or runner(bench, trial, *rest)
+    )
+    data: dict = {"times": {}, "tiles": {}}
+    with tune._Workbench(torch.device("cpu")) as bench:
+        bench.kernels = True
+        bench.module = module_of_everything(Workload(device="h200", launch="graph"), tmp_path / "kernels")
+        tune._measure(bench, data, "fp16", tune.Point(24, 16, 32, 8))
+        assert bench.trials("fp16", tune.Point(24, 16, 32, 8), data) == []
+    fused = {signature(op): KERNELS[op.kernel] for op in OPERATIONS if isinstance(op, Fused)}
+    measured = {name: kernel for name, kernel in fused.items() if not kernel.seeded}
+    assert data["tiles"]["fp16"].keys() == measured.keys() < data["times"]["fp16"].keys()
+    for name, kernel in measured.items():
+        ((*_, best),) = data["tiles"]["fp16"][name]
+        assert best in ({}, *kernel.candidates)
+        constants = [dict(trial.constants) for trial in tried if signature(trial.operation) == name]
+        assert constants == [{}, *kernel.candidates]
+    rendered = tmp_path / "x.toml"
+    basics = {"title": "a", "source": "b", "memory_gb_per_s": 1.0, "launch_us": 1.0, "host_us": 1.0}
+    tune._write(rendered, {**basics, "kernel_host_us": 1.0, "tflops": dict.fromkeys(DTYPE_NAMES, 1.0), **data})
+    device = load_device(os.fspath(rendered))
+    for name, rows in data["tiles"]["fp16"].items():
+        ((*at, best),) = rows
+        assert device.tiles_for(name, "bf16", tuple(at)) == best
 
 
 def test_progress_goes_to_stderr(run, tmp_path: Path) -> None:

@@ -87,9 +87,14 @@ class Program:
     @cached_property
     def id(self) -> str:
         """A stable name: ``forward/backward/keep-…[/kernel-…]``, unique within one enumeration."""
-        kept = "-".join(str(symbol).lower() for symbol in self.kept) or "nothing"
         kernels = "".join(f"-{str(symbol).lower()}" for symbol in self.by_kernel)
-        return f"{self.forward.name()}/{self.backward.name()}/keep-{kept}" + (f"/kernel{kernels}" if kernels else "")
+        return f"{self.plain_id}/kernel{kernels}" if kernels else self.plain_id
+
+    @cached_property
+    def plain_id(self) -> str:
+        """The id with torch's products in place of kernels for single ones."""
+        kept = "-".join(str(symbol).lower() for symbol in self.kept) or "nothing"
+        return f"{self.forward.name()}/{self.backward.name()}/keep-{kept}"
 
     @cached_property
     def kernels(self) -> frozenset[str]:

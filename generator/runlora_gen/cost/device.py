@@ -76,10 +76,10 @@ class DeviceProfile:
         """Measured times for a dtype; 16-bit dtypes have the same size and rate, so one stands for the other."""
         return _of_dtype(self.times, dtype)
 
-    def tiles_for(self, signature: str, dtype: str, at: tuple[int, ...]) -> Mapping[str, int]:
-        """The constants that were best at the nearest dimensions where a kernel was tuned; empty if it was not."""
+    def tiles_for(self, signature: str, dtype: str, at: tuple[int, ...]) -> Mapping[str, int] | None:
+        """What to replace of a kernel's constants: the best at the nearest size where it was tuned; None if never."""
         tuned = _of_dtype(self.meter.tiles, dtype).get(signature, ())
-        return min(tuned, key=lambda row: (distance(row[0], at), row[0]))[1] if tuned else {}
+        return min(tuned, key=lambda row: (distance(row[0], at), row[0]))[1] if tuned else None
 
 
 def _of_dtype(by_dtype: Mapping[str, Any], dtype: str) -> Mapping[str, Any]:

@@ -175,7 +175,7 @@ def module_node(
         kernels=kernels,
         helpers=frozenset().union(*(KERNELS[kernel].helpers for kernel in kernels)),
         largest_ranks={kernel: limit for kernel in kernels if (limit := KERNELS[kernel].largest_rank)},
-        tiles=tuple(_tiles(op, {**KERNELS[op.kernel].tiles, **_tuned(op, setting)}) for op in fused),
+        tiles=tuple(_tiles(op, {**KERNELS[op.kernel].tiles, **(_tuned(op, setting) or {})}) for op in fused),
         small_tiles=tuple(_tiles(op, KERNELS[op.kernel].small_tiles) for op in fused),
         tiles_note=_tiles_note(fused, setting),
     )
@@ -185,15 +185,14 @@ def _tiles(operation: Fused, constants: Mapping[str, int]) -> tuple[str, tuple[t
     return ", ".join(map(str, operation.outputs)), tuple(constants.items())
 
 
-def _tuned(operation: Fused, setting: Setting) -> Mapping[str, int]:
-    """The constants of the device profile, for the token count of the setting."""
+def _tuned(operation: Fused, setting: Setting) -> Mapping[str, int] | None:
+    """The constants of the device profile, for the token count of the setting; None if it has none."""
     at = tuple(setting.dims[d] for d in dimensions(operation))
     return setting.device.tiles_for(signature(operation), setting.dtype.name, at)
 
 
 def _tiles_note(fused: Sequence[Fused], setting: Setting) -> str:
-    tuned = sum(bool(_tuned(operation, setting)) for operation in fused)
-    if tuned < len(fused):
+    if any(_tuned(operation, setting) is None for operation in fused):
         return "The best ones over all on an H200, at 2048 to 16384 tokens and 5120 and 13824 features."
     return f"Tuned on {setting.device.meter.title}, for {setting.tokens} tokens in {setting.dtype.name}."
 

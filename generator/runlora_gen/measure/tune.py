@@ -65,6 +65,7 @@ GRID: Mapping[str, tuple[tuple[tuple[int, int], ...], tuple[int, ...], tuple[int
             (13824, 5120),
             (8192, 8192),
             (8192, 28672),
+            (2047, 5461),  # rows off 16 bytes
         ),
         (512, 2048, 4096, 8192, 16384),
         (8, 16, 64, 256),
