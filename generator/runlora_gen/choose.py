@@ -276,9 +276,9 @@ class Range:
 def decide_ranges(workload: Workload, setting: Setting) -> tuple[Range, ...]:
     """The best variant for each range of tokens, with thresholds at the computed crossovers.
 
-    Between two wanted token counts with different winners (chosen, fallback) the threshold is the last count at which
-    the first winner is still at least as good, found by bisection. Neighbours with the same winner become one range, also
-    where they differ only in kernels for single products and the price hardly tells them apart.
+    Between two wanted token counts with different winners (chosen, fallback) the threshold is the last count at
+    which the first winner is still at least as good, found by bisection. Neighbours with the same winner become one
+    range, also where they differ only in kernels for single products and the price hardly tells them apart.
     """
     decisions = [decide(workload, replace(setting, tokens=tokens)) for tokens in sorted(set(workload.tokens))]
     ranges: list[Range] = []

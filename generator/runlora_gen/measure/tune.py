@@ -55,6 +55,8 @@ GRID: Mapping[str, tuple[tuple[tuple[int, int], ...], tuple[int, ...], tuple[int
     "cuda": (
         (
             (512, 512),
+            (512, 2048),
+            (2048, 512),
             (1024, 4096),
             (4096, 1024),
             (2048, 2048),
