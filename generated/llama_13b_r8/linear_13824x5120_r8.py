@@ -194,7 +194,8 @@ class _LoRALinearFunction(torch.autograd.Function):
     Temporaries: at most 64 KiB.
     Priced at 4096 tokens in bf16 by the roofline of NVIDIA H100 80GB SXM with efficiencies measured on NVIDIA H200
     141GB SXM, launched eagerly: 1.111 times the frozen linear (1,191.6 µs).
-    The runner-up lost: lowrank_first/fused-pt_x-dyt_s/keep-s is worse in time: 1,345.4 µs against 1,324.0 µs.
+    The runner-up lost: lowrank_first/fused-pt_x-dyt_s/keep-s/kernel-s is worse in time: 1,342.9 µs against 1,324.0
+    µs.
     """
 
     @staticmethod
