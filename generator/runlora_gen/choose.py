@@ -228,7 +228,7 @@ def check_saved_limit(architecture: Architecture, ranks: Sequence[int], workload
 
     def least_saved(setting: Setting) -> int:
         # Only what merges nothing: there is always such a variant that keeps as little as any other.
-        programs = [p for p in programs_for(workload, setting) if not p.lossy_in_16_bit]
+        programs = [p for p in enumerated(workload, setting) if not p.lossy_in_16_bit]
         return min(price(program, setting).saved_bytes for program in programs)
 
     least, setting = max(
