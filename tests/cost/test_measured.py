@@ -151,6 +151,10 @@ def test_half_a_wave_takes_as_long_as_a_whole_one() -> None:
     [
         ("title = ", "not a device profile"),
         (BASE.replace('title = "A machine"\n', ""), "title is missing"),
+        (BASE.replace('"A machine"', '\'a"""b\''), "title: .* is not allowed"),
+        (BASE.replace('"A machine"', '"a\\nb"'), "title: .* is not allowed"),
+        (BASE.replace('"A machine"', '"a\\\\"'), "title: .* is not allowed"),
+        (BASE.replace('"A machine"', "3"), "title: 3 is not allowed"),
         (BASE.replace("launch_us = 1", "launch_us = 0"), "launch_us: 0 is not allowed; give a number above 0"),
         (BASE.replace("launch_us = 1", 'launch_us = "1"'), "launch_us: '1' is not allowed"),
         (BASE.replace("launch_us = 1", "launch_us = nan"), "launch_us: nan is not allowed"),

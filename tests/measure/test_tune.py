@@ -155,6 +155,8 @@ class TestBadInput:
             (("--arch", "llama-9"), "did you mean llama-9m?"),
             (("--shapes", "8x8", "--rank", "9"), "--rank: "),
             (("--tokens", "0"), "--tokens: '0'"),
+            (("--title", 'a"""b'), "--title: "),
+            (("--title", "a\nb"), "--title: "),
         ],
     )
     def test_options(self, run, tmp_path: Path, options: tuple[str, ...], message: str) -> None:

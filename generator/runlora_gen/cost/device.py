@@ -10,6 +10,7 @@ names another profile whose measurements stand in, as ratios to that machine's r
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -143,7 +144,7 @@ def _profile(name: str, data: Mapping[str, Any]) -> DeviceProfile:
     }
     return DeviceProfile(
         name=name,
-        title=str(data["title"]),
+        title=check_title(data["title"]),
         source=str(data["source"]),
         flops_per_s=rates,
         bytes_per_s=positive("memory_gb_per_s", data["memory_gb_per_s"]) * 1e9,
@@ -163,6 +164,21 @@ def _profile(name: str, data: Mapping[str, Any]) -> DeviceProfile:
         },
         measured_on=load_device(str(data["measured_on"])) if "measured_on" in data else None,
     )
+
+
+#: What a profile's title may be: it stands in docstrings and comments of generated code.
+_TITLE = re.compile(r"[A-Za-z0-9 ()@.,:+/_-]{1,80}")
+
+
+def check_title(title: object) -> str:
+    """A profile's title, if it may stand in generated code.
+
+    Raises:
+        ValueError: it holds other characters than letters, digits and some punctuation, or is longer than 80.
+    """
+    if not isinstance(title, str) or not _TITLE.fullmatch(title):
+        raise ValueError(f"title: {shorten(title)} is not allowed; give up to 80 letters, digits and ()@.,:+/_-")
+    return title
 
 
 _DIMENSIONS = {signature(operation): dimensions(operation) for operation in OPERATIONS}

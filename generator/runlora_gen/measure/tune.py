@@ -15,6 +15,7 @@ import math
 import multiprocessing
 import os
 import platform
+import re
 import statistics
 import tempfile
 import time
@@ -33,6 +34,7 @@ from ..algebra.enumerate import Program, enumerate_programs
 from ..algebra.operations import SYMBOLS, Fused, Operation, Symbol, dimensions, signature
 from ..algebra.table import KERNELS, OPERATIONS, rows, runs
 from ..choose import goals
+from ..cost.device import check_title
 from ..cost.price import wanted_operations
 from ..emit.code import line
 from ..spec.errors import SpecError, shorten
@@ -128,13 +130,18 @@ def tune(
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise SpecError("--device: 'cuda' is not there: torch sees no GPU; give cpu")
+    if title is not None:
+        try:
+            check_title(title)
+        except ValueError as error:
+            raise SpecError(f"--{error}") from None
     torch.backends.cuda.matmul.allow_tf32 = False
     machine = torch.device(device)
     profile = _read(output, _source(machine))
     with _Workbench(machine) as bench, _progress(quiet) as progress:
         if not profile:
             basics = progress.add_task("bandwidth, rates, launches", total=None)
-            profile = {"title": title or _name(machine), "source": _source(machine), **_basics(bench)}
+            profile = {"title": title or _plain(_name(machine)), "source": _source(machine), **_basics(bench)}
             _write(output, profile)
             progress.remove_task(basics)
         missing = [(d, point) for d in dtypes for point in sizes if bench.trials(d, point, profile)]
@@ -440,6 +447,11 @@ def _name(device: torch.device) -> str:
         if text.startswith("model name")
     }
     return f"{torch.get_num_threads()} threads of {', '.join(sorted(models)) or platform.machine()}"
+
+
+def _plain(name: str) -> str:
+    """A driver's name as a title."""
+    return re.sub(r"[^A-Za-z0-9 ()@.,:+/_-]", " ", name)[:80]
 
 
 def _source(device: torch.device) -> str:
