@@ -66,9 +66,16 @@ def test_the_documented_report_is_that_of_the_prices(results: str, profile: str)
     document = (ROOT / "docs" / "cost-model.md").read_text(encoding="utf-8")
     assert len(table(report)) > 5 and set(table(report)) <= set(table(document))
     median, worst = re.search(r"regret by time: median ([\d.]+), worst ([\d.]+)", report).groups()
+    flops, torch_flops = (
+        re.search(rf"regret by {kind}: median ([\d.]+), worst ([\d.]+)", report).groups()
+        for kind in ("flops", "torch_flops")
+    )
     if profile == "h200":
         assert f"| regret, median | 1.02 | {median} |" in document and f"| regret, worst | 1.10 | {worst} |" in document
         slower = [f"{100 * (float(regret) - 1):.1f} %" for regret in (median, worst)]
+        said = " ".join(document.split())
+        assert f"off by {flops[0]} (median) and {flops[1]} (worst)" in said
+        assert f"by {torch_flops[0]} and {torch_flops[1]} among torch's programs alone" in said
         readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
         assert f"{slower[0]} slower than the fastest (median), {slower[1]} at worst" in readme
     else:

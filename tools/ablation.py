@@ -145,16 +145,18 @@ def draw_figure(rows: dict[str, dict[str, dict[str, float]]], title: str, path: 
     matplotlib.rcParams["svg.hashsalt"] = "runlora-gen"
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, len(rows), figsize=(3.2 * len(rows), 4), layout="constrained", sharey=True)
+    figure, panels = pyplot.subplots(
+        1, len(rows), figsize=(3.2 * len(rows), 4), layout="constrained", sharey=True, squeeze=False
+    )
     names = [name for name in VARIANTS if any(name in results for results in rows.values())]
-    for panel, (shape, results) in zip(panels, rows.items(), strict=True):
+    for panel, (shape, results) in zip(panels[0], rows.items(), strict=True):
         values = [results.get(name, {}).get("over_frozen", 0.0) for name in names]
         panel.barh(range(len(names)), values)
         panel.axvline(1, color="black", linewidth=0.8)
         panel.set(
             yticks=range(len(names)), yticklabels=names, xlabel="time ÷ frozen linear", title=shape, xlim=(0.9, None)
         )
-    panels[0].invert_yaxis()  # shared
+    panels[0, 0].invert_yaxis()  # shared
     figure.suptitle(title)
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 

@@ -302,6 +302,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write the results, after every row")
     options = parser.parse_args()
     skip = frozenset(options.skip.split(","))
+    if skip & {FLOOR, REFERENCE}:
+        parser.error(f"--skip: {FLOOR} and {REFERENCE} can't be left out: all is held against them")
     rivals = {name: Path(path) for name, _, path in (text.partition("=") for text in options.rival)}
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:

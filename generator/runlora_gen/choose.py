@@ -10,7 +10,7 @@ from .algebra.enumerate import Program, enumerate_programs
 from .algebra.table import STOCHASTIC_MERGE, rows
 from .cost.device import load_device
 from .cost.lower import lowered, with_kernels
-from .cost.price import DTYPES, Cost, Setting, price
+from .cost.price import DTYPES, Cost, Setting, is_priced, price
 from .spec.architecture import Architecture
 from .spec.errors import SpecError
 from .spec.layers import layers
@@ -125,14 +125,19 @@ def setting_for(workload: Workload, in_features: int, out_features: int, rank: i
 def enumerated(workload: Workload, setting: Setting) -> tuple[Program, ...]:
     """Every program that can serve, its single products computed by torch.
 
-    With fused kernels where the device has them and the workload allows them. In fp32 only if they were measured there:
-    the roofline takes them for as fast as cuBLAS. Not where rows of X, W or Y would start off 16 bytes: the kernels run
-    then, but without tensor descriptors, slower than torch.
+    With fused kernels where the device has them and the workload allows them, and where they were measured if
+    torch's products were. In fp32 only if they were measured: the roofline takes them for as fast as cuBLAS. Not
+    where rows of X, W or Y would start off 16 bytes: the kernels run then, but without tensor descriptors, slower
+    than torch.
     """
-    programs = enumerate_programs(
-        goals(workload),
-        table=rows(kernels=_kernels(workload, setting), dtype=setting.dtype.name, rank=setting.rank),
+    dtype = setting.dtype
+    table = rows(
+        kernels=_kernels(workload, setting),
+        dtype=dtype.name,
+        rank=setting.rank,
+        known=lambda operation: is_priced(operation, dtype, setting.device),
     )
+    programs = enumerate_programs(goals(workload), table=table)
     if workload.merge_rounding == "stochastic":
         merges = tuple(STOCHASTIC_MERGE.values())
         programs = tuple(with_kernels(program, merges, replacing=True) for program in programs)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from runlora_gen.algebra.operations import parse, signature
-from runlora_gen.choose import setting_for
+from runlora_gen.choose import enumerated, setting_for
 from runlora_gen.cost.device import DeviceProfile, load_device
 from runlora_gen.cost.price import DTYPES, Setting, price_operation, roofline
 from runlora_gen.spec.errors import SpecError
@@ -35,6 +35,9 @@ TIMES = """
 [tiles.bf16]
 "fused_gemm: Y = S Bᵀ + b + X Wᵀ" = [[1024, 512, 512, 8, {GROUP_M = 16}], [8192, 512, 512, 8, {}]]
 """
+
+
+TILES = '[tiles.bf16]\n"fused_gemm: Y = S Bᵀ + b + X Wᵀ" = [[1, 1, 1, 1, {%s}]]'
 
 
 def profile(folder: Path, text: str, name: str = "machine") -> DeviceProfile:
@@ -155,7 +158,10 @@ def test_half_a_wave_takes_as_long_as_a_whole_one() -> None:
         (BASE.replace('"A machine"', '"a\\nb"'), "title: .* is not allowed"),
         (BASE.replace('"A machine"', '"a\\\\"'), "title: .* is not allowed"),
         (BASE.replace('"A machine"', "3"), "title: 3 is not allowed"),
-        (BASE.replace("launch_us = 1", "launch_us = 0"), "launch_us: 0 is not allowed; give a number above 0"),
+        (
+            BASE.replace("launch_us = 1", "launch_us = 0"),
+            "launch_us: 0 is not allowed; give a number from 1e-6 to 1e12",
+        ),
         (BASE.replace("launch_us = 1", 'launch_us = "1"'), "launch_us: '1' is not allowed"),
         (BASE.replace("launch_us = 1", "launch_us = nan"), "launch_us: nan is not allowed"),
         (BASE.replace("fp32 = 10", "fp33 = 10"), "fp32 is missing"),
@@ -164,15 +170,25 @@ def test_half_a_wave_takes_as_long_as_a_whole_one() -> None:
             BASE + '[times.bf16]\n"Y = X Wᵀ + b" = [[1, 1, 1]]',
             "Y = X Wᵀ \\+ b: \\[1, 1\\] is not allowed; give T, I, O",
         ),
-        (BASE + '[times.bf16]\n"Y = X Wᵀ + b" = [[1, 1, 1.5, 1]]', "is not allowed; give T, I, O above 0"),
-        (BASE + '[times.bf16]\n"Y = X Wᵀ + b" = [[1, 1, 1, -1]]', "-1 is not allowed; give a number above 0"),
+        (BASE + '[times.bf16]\n"Y = X Wᵀ + b" = [[1, 1, 1.5, 1]]', "is not allowed; give T, I, O from 1 to 2"),
+        (BASE + '[times.bf16]\n"Y = X Wᵀ + b" = [[1, 1, 1, -1]]', "-1 is not allowed; give a number from"),
         (BASE + '[times.bf16]\n"Y = X Wᵀ + b" = 3', "not a device profile"),
         (
             BASE + '[tiles.bf16]\n"p_db: P = s dY B, dB = dYᵀ S" = [[1, 1, 1, {"x\\ny" = 1}]]',
-            "x y = 1 is not allowed; known are BT, BO, WARPS, STAGES",
+            "no constant .*; known are BT, BO, WARPS, STAGES",
         ),
         (BASE + '[tiles.bf16]\n"p_db: P = s dY B, dB = dYᵀ S" = [[1, 1, 1, {BT = true}]]', "BT = True is not allowed"),
         (BASE + 'measured_on = "h10"\n', "unknown device"),
+        ('measured_on = "h100"\n' + BASE, "measured_on: h100 was not measured itself"),
+        ('measured_on = "machine.toml"\n' + BASE, "measured_on: unknown device"),
+        ("multiprocessors = 0.5\n" + BASE, "multiprocessors: 0.5 is not allowed"),
+        (BASE.replace("launch_us = 1", "launch_us = 1" + "0" * 400), "launch_us: .* is not allowed"),
+        ("x = " + "[" * 20000, "not a device profile"),
+        (BASE + '[times.bf16]\n"S = s X Aᵀ" = [[1, 1, 1, 5e-324]]', "5e-324 is not allowed"),
+        (BASE + f'[times.bf16]\n"S = s X Aᵀ" = [[1, 1, {10**400}, 1]]', "is not allowed; give T, I, R from 1 to 2"),
+        (BASE + TILES % "BM = 100", "BM = 100 is not allowed; give a power of two from 16 to 1024"),
+        (BASE + TILES % "PARTS = 3", "PARTS = 3 is not allowed; give a power of two from 1 to 2"),
+        (BASE + TILES % "STAGES = 9", "STAGES = 9 is not allowed; give a whole number from 1 to 8"),
     ],
 )
 def test_a_broken_profile_is_named(tmp_path: Path, text: str, message: str) -> None:
@@ -181,6 +197,26 @@ def test_a_broken_profile_is_named(tmp_path: Path, text: str, message: str) -> N
         text = 'measured_on = "h10"\n' + BASE
     with pytest.raises(SpecError, match=message):
         profile(tmp_path, text)
+
+
+def test_a_kernel_that_was_not_measured_is_no_candidate_beside_torch_that_was(tmp_path: Path) -> None:
+    workload = Workload(launch="graph")
+    for text, expected in ((BASE, True), (BASE + TIMES, False)):
+        device = profile(tmp_path, text, name=f"known_{expected}")
+        case = replace(setting_for(workload, 512, 512, 8, False, 4096), device=device)
+        kernels = {kernel for program in enumerated(workload, case) for kernel in program.kernels}
+        assert "fused_gemm" in kernels and ("p_db" in kernels) == expected
+
+
+def test_stochastic_rounding_is_as_efficient_as_the_merge() -> None:
+    h200 = load_device("h200")
+    plain, stochastic = (parse(f"{kernel}: M = W + s * B @ A") for kernel in ("merge", "merge_stochastic"))
+    ratios = []
+    for operation in (plain, stochastic):
+        case = replace(setting(h200, 1024), in_features=5120, out_features=5120)
+        limit = roofline(operation, case.dims, case.dtype, h200, bias=False)
+        ratios.append(price_operation(operation, case).time_s / limit.time_s)
+    assert ratios[1] == pytest.approx(ratios[0], rel=0.1)
 
 
 def test_a_missing_profile_is_named(tmp_path: Path) -> None:

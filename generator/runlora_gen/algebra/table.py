@@ -8,7 +8,7 @@ The paper is "Run LoRA Run" (arXiv 2312.03415); it writes W as I×O, U for Aᵀ 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from .operations import SYMBOLS, Fused, Operation, Symbol, parse
@@ -96,6 +96,7 @@ class Kernel:
         dtypes: dtypes that it takes.
         largest_rank: above it the kernel is no candidate.
         helpers: what it uses of the helpers in ``templates/kernels/support.jinja`` and ``tiles.jinja``.
+        priced_as: the kernel whose measured efficiency stands for its own.
         seeded: whether it draws random numbers, from the emitted code's variable ``seed``.
     """
 
@@ -107,6 +108,7 @@ class Kernel:
     dtypes: frozenset[str] = frozenset({"bf16", "fp16", "fp32"})
     largest_rank: int | None = None
     helpers: frozenset[str] = frozenset()
+    priced_as: str | None = None
     seeded: bool = False
 
 
@@ -169,6 +171,7 @@ KERNELS: Mapping[str, Kernel] = {
         small_tiles={"BO": 32, "BI": 128, "WARPS": 4, "STAGES": 3},
         dtypes=frozenset({"bf16", "fp16"}),
         helpers=frozenset({"merged_tile"}),
+        priced_as="merge",
         seeded=True,
     ),
 }
@@ -199,14 +202,22 @@ OPERATIONS: tuple[Operation, ...] = tuple(
 
 
 def runs(kernel: str, *, dtype: str, rank: int) -> bool:
-    """Whether a kernel is a candidate for a dtype and a rank."""
+    """Whether a kernel takes a dtype and a rank."""
     limits = KERNELS[kernel]
     return dtype in limits.dtypes and (limits.largest_rank is None or rank <= limits.largest_rank)
 
 
-def rows(*, kernels: bool, dtype: str = "bf16", rank: int = 1) -> tuple[Way, ...]:
-    """The rows that are candidates: with or without fused kernels, for a dtype and at a rank."""
-    return tuple(row for row in TABLE if all(kernels and runs(k, dtype=dtype, rank=rank) for k in row.kernels))
+def rows(
+    *, kernels: bool, dtype: str = "bf16", rank: int = 1, known: Callable[[Operation], bool] = lambda _: True
+) -> tuple[Way, ...]:
+    """The rows that are candidates: with or without fused kernels that take a dtype and a rank, and are known."""
+
+    def serves(operation: Operation) -> bool:
+        if not isinstance(operation, Fused):
+            return True
+        return kernels and runs(operation.kernel, dtype=dtype, rank=rank) and known(operation)
+
+    return tuple(row for row in TABLE if all(map(serves, row.operations)))
 
 
 #: The paper's backward graphs: its names for the ways of dX, dA and dB. It recomputes S and M, and never saves them.

@@ -119,19 +119,33 @@ def load_device(name: str) -> DeviceProfile:
         )
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SpecError(f"{shorten(str(path))}: not a device profile: {' '.join(str(error).split())}") from None
     try:
+        return parse_profile(name, data)
+    except ValueError as error:
+        raise SpecError(f"{shorten(str(path))}: not a device profile: {error}") from None
+
+
+def parse_profile(name: str, data: Mapping[str, Any]) -> DeviceProfile:
+    """A profile from the data of its file.
+
+    Raises:
+        ValueError: it is not what a profile must be; one line that names what is wrong.
+    """
+    try:
         return _profile(name, data)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except SpecError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
         what = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
-        raise SpecError(f"{shorten(str(path))}: not a device profile: {' '.join(what.split())}") from None
+        raise ValueError(" ".join(what.split())) from None
 
 
 def _profile(name: str, data: Mapping[str, Any]) -> DeviceProfile:
     def positive(key: str, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise ValueError(f"{key}: {value!r} is not allowed; give a number above 0")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 1e-6 <= value <= 1e12:
+            raise ValueError(f"{key}: {shorten(value)} is not allowed; give a number from 1e-6 to 1e12")
         return float(value)
 
     rates = {dtype: positive(f"tflops.{dtype}", data["tflops"][dtype]) * 1e12 for dtype in DTYPE_NAMES}
@@ -151,9 +165,7 @@ def _profile(name: str, data: Mapping[str, Any]) -> DeviceProfile:
         launch_s=positive("launch_us", data["launch_us"]) * 1e-6,
         host_s=positive("host_us", data["host_us"]) * 1e-6,
         kernel_host_s=positive("kernel_host_us", data["kernel_host_us"]) * 1e-6 if "kernel_host_us" in data else None,
-        multiprocessors=(
-            int(positive("multiprocessors", data["multiprocessors"])) if "multiprocessors" in data else None
-        ),
+        multiprocessors=(_count(data["multiprocessors"]) if "multiprocessors" in data else None),
         times=times,
         tiles={
             dtype: {
@@ -162,22 +174,39 @@ def _profile(name: str, data: Mapping[str, Any]) -> DeviceProfile:
             }
             for dtype, by_signature in data.get("tiles", {}).items()
         },
-        measured_on=load_device(str(data["measured_on"])) if "measured_on" in data else None,
+        measured_on=_meter(str(data["measured_on"])) if "measured_on" in data else None,
     )
 
 
+def _meter(name: str) -> DeviceProfile:
+    """The profile that another one names for its measurements: one of the package, that has its own."""
+    if name not in device_names():
+        raise ValueError(f"measured_on: unknown device {nearest(name, device_names())}")
+    if "measured_on" in (_FOLDER / f"{name}.toml").read_text(encoding="utf-8"):
+        raise ValueError(f"measured_on: {name} was not measured itself")
+    return load_device(name)
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 < value <= 4096:
+        raise ValueError(f"multiprocessors: {shorten(value)} is not allowed; give a whole number from 1 to 4096")
+    return value
+
+
+#: Least and most of constants that are no sides of tiles.
+_CONSTANTS = {"STAGES": (1, 8), "WARPS": (1, 16), "GROUP_M": (1, 64), "PARTS": (1, 2), "SUBTILES": (1, 2)}
 #: What a profile's title may be: it stands in docstrings and comments of generated code.
-_TITLE = re.compile(r"[A-Za-z0-9 ()@.,:+/_-]{1,80}")
+_TITLE = re.compile(r"[A-Za-z0-9 ()@.,:+/_-]{1,60}")
 
 
 def check_title(title: object) -> str:
     """A profile's title, if it may stand in generated code.
 
     Raises:
-        ValueError: it holds other characters than letters, digits and some punctuation, or is longer than 80.
+        ValueError: it holds other characters than letters, digits and some punctuation, or is longer than 60.
     """
     if not isinstance(title, str) or not _TITLE.fullmatch(title):
-        raise ValueError(f"title: {shorten(title)} is not allowed; give up to 80 letters, digits and ()@.,:+/_-")
+        raise ValueError(f"title: {shorten(title)} is not allowed; give up to 60 letters, digits and ()@.,:+/_-")
     return title
 
 
@@ -187,8 +216,10 @@ _DIMENSIONS = {signature(operation): dimensions(operation) for operation in OPER
 def _dimensions(name: str, values: list[Any]) -> tuple[int, ...]:
     if name not in _DIMENSIONS:
         raise ValueError(f"there is no operation {shorten(name)}")
-    if len(values) != len(_DIMENSIONS[name]) or not all(type(value) is int and value > 0 for value in values):
-        raise ValueError(f"{name}: {values} is not allowed; give {', '.join(_DIMENSIONS[name])} above 0")
+    if len(values) != len(_DIMENSIONS[name]) or not all(type(value) is int and 0 < value <= 2**31 for value in values):
+        raise ValueError(
+            f"{name}: {shorten(values)} is not allowed; give {', '.join(_DIMENSIONS[name])} from 1 to 2^31"
+        )
     return tuple(values)
 
 
@@ -196,6 +227,12 @@ def _constants(name: str, constants: Mapping[str, Any]) -> Mapping[str, int]:
     """Constants reach generated code: only known names, only small whole numbers."""
     known = KERNELS[name.split(":")[0]].tiles
     for constant, value in constants.items():
-        if constant not in known or type(value) is not int or not 0 < value <= 4096:
-            raise ValueError(f"tiles of {name}: {constant} = {value!r} is not allowed; known are {', '.join(known)}")
+        least, most = _CONSTANTS.get(constant, (16, 1024))
+        if constant not in known:
+            raise ValueError(f"tiles of {name}: no constant {shorten(constant)}; known are {', '.join(known)}")
+        if type(value) is not int or not least <= value <= most or (constant != "STAGES" and value & (value - 1)):
+            what = "a whole number" if constant == "STAGES" else "a power of two"
+            raise ValueError(
+                f"tiles of {name}: {constant} = {shorten(value)} is not allowed; give {what} from {least} to {most}"
+            )
     return dict(constants)

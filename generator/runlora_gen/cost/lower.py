@@ -10,7 +10,7 @@ from functools import lru_cache
 from ..algebra.enumerate import Phase, Program
 from ..algebra.operations import Fused, Operation
 from ..algebra.table import TWINS, runs
-from .price import Setting, elapsed, price_operation, wanted_operations
+from .price import Setting, elapsed, is_priced, price_operation, wanted_operations
 
 
 def lowered(program: Program, setting: Setting) -> Program:
@@ -21,7 +21,9 @@ def lowered(program: Program, setting: Setting) -> Program:
     available = [
         twin
         for plain, twin in TWINS.items()
-        if plain in program.operations and runs(twin.kernel, dtype=setting.dtype.name, rank=setting.rank)
+        if plain in program.operations
+        and runs(twin.kernel, dtype=setting.dtype.name, rank=setting.rank)
+        and is_priced(twin, setting.dtype, setting.device)
     ]
     subsets = [chosen for n in range(len(available) + 1) for chosen in itertools.combinations(available, n)]
     best = min(subsets, key=lambda chosen: (*_time(program, chosen, setting), len(chosen)))

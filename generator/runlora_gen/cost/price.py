@@ -235,6 +235,12 @@ def _correction(operation: Operation, at: tuple[int, ...], dtype: DType, device:
     return math.exp(total / weights) if weights else 1.0
 
 
+def is_priced(operation: Operation, dtype: DType, device: DeviceProfile) -> bool:
+    """Whether a kernel's price can be held against torch's: both measured, or both from the roofline."""
+    measured = device.meter.times_for(dtype.name)
+    return not measured or measured_as(operation) in measured
+
+
 def _aligned(operation: Operation, at: tuple[int, ...], dtype: DType) -> bool:
     """Whether the rows of all its matrices start on 16 bytes."""
     return all(
@@ -242,10 +248,17 @@ def _aligned(operation: Operation, at: tuple[int, ...], dtype: DType) -> bool:
     )
 
 
+def measured_as(operation: Operation) -> str:
+    """The signature under which a profile holds an operation's times."""
+    if isinstance(operation, Fused) and (stand_in := KERNELS[operation.kernel].priced_as) is not None:
+        return signature(replace(operation, kernel=stand_in))
+    return signature(operation)
+
+
 @lru_cache(maxsize=4096)
 def _ratios(operation: Operation, dtype: DType, device: DeviceProfile) -> tuple[tuple[tuple[int, ...], float], ...]:
     """Where an operation was measured, with the logarithms of measured time over roofline there."""
-    measured = device.times_for(dtype.name).get(signature(operation), ())
+    measured = device.times_for(dtype.name).get(measured_as(operation), ())
     names = dimensions(operation)
     return tuple(
         (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..algebra.enumerate import Phase, Program
 from ..algebra.operations import SYMBOLS, Fused, Symbol, dimensions, products, signature
@@ -149,7 +149,8 @@ def module_node(
     operations = [op for _, candidate, _ in described.values() for op in candidate.program.operations]
     fused = list(dict.fromkeys(op for op in operations if isinstance(op, Fused)))
     kernels = tuple(sorted({op.kernel for op in fused}))
-    setting = ranges[-1].decision.setting
+    # One set of constants for all token counts: those of the largest, where a step takes longest.
+    setting = replace(ranges[-1].decision.setting, tokens=max(workload.tokens))
     wanted = goals(workload)
     frozen = (
         ("x", "dX", "it was generated with --no-input-grad"),

@@ -34,7 +34,7 @@ from ..algebra.enumerate import Program, enumerate_programs
 from ..algebra.operations import SYMBOLS, Fused, Operation, Symbol, dimensions, signature
 from ..algebra.table import KERNELS, OPERATIONS, rows, runs
 from ..choose import goals
-from ..cost.device import check_title
+from ..cost.device import check_title, parse_profile
 from ..cost.price import wanted_operations
 from ..emit.code import line
 from ..spec.errors import SpecError, shorten
@@ -138,6 +138,12 @@ def tune(
     torch.backends.cuda.matmul.allow_tf32 = False
     machine = torch.device(device)
     profile = _read(output, _source(machine))
+    if profile and title is not None:
+        profile["title"] = title
+        _write(output, profile)
+    folder = next(parent for parent in output.absolute().parents if parent.exists())
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise SpecError(f"--output: cannot write into {shorten(str(folder))}")
     with _Workbench(machine) as bench, _progress(quiet) as progress:
         if not profile:
             basics = progress.add_task("bandwidth, rates, launches", total=None)
@@ -154,8 +160,10 @@ def tune(
             try:
                 _measure(bench, profile, dtype, point)
                 _write(output, profile)
-            except torch.OutOfMemoryError:
-                progress.console.print(f"left out: {label} does not fit the memory", highlight=False)
+            except RuntimeError as error:
+                if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                    raise
+                Console(stderr=True).print(f"left out: {label} does not fit the memory", highlight=False)
             progress.advance(task)
 
 
@@ -190,9 +198,15 @@ class _Workbench:
             if not isinstance(operation, Fused):
                 found.append(Trial(operation))
             elif self.kernels and runs(operation.kernel, dtype=dtype, rank=point.rank):
-                candidates = ({}, *KERNELS[operation.kernel].candidates)
-                found += [Trial(operation, tuple(constants.items())) for constants in candidates]
+                candidates = KERNELS[operation.kernel].candidates if self.takes_large_tiles(dtype, point) else ()
+                found += [Trial(operation, tuple(constants.items())) for constants in ({}, *candidates)]
         return found
+
+    def takes_large_tiles(self, dtype: str, point: Point) -> bool:
+        """Whether kernels run with the tuned constants here, and not with those for other GPUs and operands."""
+        rows = (point.in_features, point.out_features)
+        on_16_bytes = all(features * DTYPES[dtype].itemsize % 16 == 0 for features in rows)
+        return on_16_bytes and (not self.on_gpu or torch.cuda.get_device_capability(self.device)[0] in (9, 10))
 
     def runner(
         self, trial: Trial, sets: Sequence[Mapping[Symbol, torch.Tensor]], dtype: torch.dtype
@@ -260,7 +274,7 @@ def _measure(bench: _Workbench, profile: dict[str, Any], dtype: str, point: Poin
         best = min((t for t in medians if t.operation == operation), key=lambda trial: medians[trial])
         at = _at(operation, point)
         times.setdefault(signature(operation), []).append([*at, float(f"{medians[best] * 1e6:.4g}")])
-        if isinstance(operation, Fused):
+        if isinstance(operation, Fused) and bench.takes_large_tiles(dtype, point):
             tiles = profile["tiles"].setdefault(dtype, {}).setdefault(signature(operation), [])
             tiles.append([*at, dict(best.constants)])
 
@@ -406,7 +420,11 @@ def _read(path: Path, source: str) -> dict[str, Any]:
             f"--output: {shorten(str(path))} is not of this machine: its source is {shorten(data.get('source'))}; "
             "give another file"
         )
-    return {"times": {}, "tiles": {}, **data}
+    try:
+        parse_profile(path.name, data)
+    except ValueError as error:
+        raise SpecError(f"--output: {shorten(str(path))} is no profile: {error}") from None
+    return {"times": {}, "tiles": {}, **data, "date": str(data.get("date", ""))}
 
 
 def _write(path: Path, profile: Mapping[str, Any]) -> None:
@@ -451,7 +469,7 @@ def _name(device: torch.device) -> str:
 
 def _plain(name: str) -> str:
     """A driver's name as a title."""
-    return re.sub(r"[^A-Za-z0-9 ()@.,:+/_-]", " ", name)[:80]
+    return re.sub(r"[^A-Za-z0-9 ()@.,:+/_-]", " ", name)[:60]
 
 
 def _source(device: torch.device) -> str:
