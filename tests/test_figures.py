@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomllib
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -97,3 +98,47 @@ def test_the_ablations() -> None:
             ]
             expected.append(f"| {variant} | {' | '.join(cells)} |")
     assert quoted == expected
+
+
+def test_the_kernels_times_are_those_of_the_profile() -> None:
+    profile = tomllib.loads(
+        (ROOT / "generator" / "runlora_gen" / "cost" / "devices" / "h200.toml").read_text(encoding="utf-8")
+    )
+    document = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+    times = profile["times"]["bf16"]
+
+    def us(name: str, *at: int) -> float:
+        (time,) = (row[-1] for row in times[name] if row[:-1] == list(at))
+        return time
+
+    def show(value: float) -> str:
+        return f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+    def read(rows: int, columns: int) -> float:
+        return rows * columns * 2 / profile["memory_gb_per_s"] / 1e3
+
+    r = 16
+    for t, i, o in (
+        (2048, 5120, 5120),
+        (4096, 5120, 5120),
+        (16384, 5120, 5120),
+        (8192, 5120, 13824),
+        (8192, 13824, 5120),
+    ):
+        two = us("P = s dY B", t, o, r) + us("dB = dYᵀ S", t, o, r)
+        forward = us("Y = S Bᵀ + b", t, o, r) + us("Y += X Wᵀ", t, i, o)
+        backward = us("dX = P A", t, i, r) + us("dX += dY W", t, i, o)
+        cells = (
+            f"{t}, {i}→{o}",
+            f"{show(read(t, i))}, {show(read(t, o))}",
+            f"{show(us('x_at: S = s X Aᵀ', t, i, r))} ({show(us('S = s X Aᵀ', t, i, r))})",
+            f"{show(us('pt_x: dA = Pᵀ X', t, i, r))} ({show(us('dA = Pᵀ X', t, i, r))})",
+            f"{show(us('p_db: P = s dY B, dB = dYᵀ S', t, o, r))} ({show(two)})",
+            f"{show(us('fused_gemm: Y = S Bᵀ + b + X Wᵀ', t, i, o, r))} "
+            f"({show(us('Y = X Wᵀ + b', t, i, o))}, {show(forward)})",
+            f"{show(us('fused_gemm: dX = P A + dY W', t, i, o, r))} ({show(us('dX = dY W', t, i, o))}, {show(backward)})",
+        )
+        assert f"| {' | '.join(cells)} |" in document
+    for i, o in ((5120, 5120), (5120, 13824)):
+        merge, plain = (round(us(f"{kernel}M = W + s B A", i, o, r)) for kernel in ("merge: ", ""))
+        assert f"{merge} µs for {i}×{o} (torch {plain}, limit {round(2 * read(o, i))})" in document

@@ -1,6 +1,6 @@
 """What each idea costs or saves: keep S, M or nothing; merged, split or fused; in time and memory, over shapes.
 
-    python tools/ablation.py --device cuda --json tools/results/ablation_h200_bf16.json --figure docs/ablation_h200.svg
+    python tools/ablation.py --device cuda --json tools/results/ablation_h200_bf16.json --figure docs/ablation_h200.png
 
 All variants of a shape run interleaved in random order on the same inputs, on a GPU as replayed CUDA graphs. Prints a
 Markdown table of the ratio to the frozen linear in the same round (median), the saved bytes and the peak of one step.
@@ -12,7 +12,6 @@ import argparse
 import datetime
 import functools
 import json
-import platform
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -21,16 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from runlora_gen.choose import Priced, Range, decide, enumerated, setting_for
+from runlora_gen.choose import Priced, Range, decide, enumerated
 from runlora_gen.cost.price import price
 from runlora_gen.measure.clock import captured, interleaved
+from runlora_gen.measure.machine import machine_name
 from runlora_gen.measure.memory import peak_bytes, saved_bytes
 from runlora_gen.measure.modules import render_module
-from runlora_gen.spec.layers import Layer
+from runlora_gen.measure.problem import TORCH_DTYPES, Point, Problem
 from runlora_gen.spec.workload import Workload
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FROZEN = "frozen linear"
 #: What is compared: how people call it, and the program.
 VARIANTS = {
@@ -54,68 +52,40 @@ ROUNDS = 15
 
 def measure_shape(text: str, rank: int, dtype: str, profile: str, device: torch.device) -> dict[str, dict[str, float]]:
     """Time over the frozen linear, saved and peak bytes of every variant on one shape."""
-    tokens_text, _, shape = text.partition(":")
-    tokens = int(tokens_text)
-    in_features, out_features = map(int, shape.split("x"))
-    workload = Workload(tokens=(tokens,), dtype=dtype, device=profile, launch="graph", allow_lossy_merge=True)
-    setting = setting_for(workload, in_features, out_features, rank, False, tokens)
+    point = Point.parse(text, rank)
+    workload = Workload(tokens=(point.tokens,), dtype=dtype, device=profile, launch="graph", allow_lossy_merge=True)
+    setting = point.setting(workload)
     programs = [p for p in enumerated(workload, setting) if p.id in VARIANTS.values()]
     decision = replace(
         decide(workload, setting), candidates=tuple(Priced(program, price(program, setting)) for program in programs)
     )
     torch.manual_seed(0)
 
-    def draw(*size: int, trains: bool = True) -> torch.Tensor:
-        return torch.randn(size, device=device, dtype=DTYPES[dtype]).requires_grad_(trains)
-
-    x, weight = draw(tokens, in_features), draw(out_features, in_features, trains=False)
-    lora_A, lora_B = draw(rank, in_features), draw(out_features, rank)
-    grad_output = draw(tokens, out_features, trains=False)
+    problem = Problem(point, device, TORCH_DTYPES[dtype])
     with tempfile.TemporaryDirectory() as folder:
-        module = render_module(
-            Layer(in_features, out_features, False, 1, ("linear",)),
-            rank,
-            workload,
-            (Range(decision, None),),
-            Path(folder) / f"m{tokens}_{in_features}_{out_features}",
-            all_variants=True,
-        )
-
-        def forward(variant: str | None) -> torch.Tensor:
-            if variant is None:
-                return F.linear(x, weight)
-            output: torch.Tensor = module.lora_linear(x, weight, lora_A, lora_B, scaling=0.5, variant=variant)
-            return output
-
-        def step(variant: str | None) -> None:
-            torch.autograd.grad(forward(variant), x if variant is None else (x, lora_A, lora_B), grad_output)
-
+        place = Path(folder) / text.replace(":", "_")
+        module = render_module(point.layer, rank, workload, (Range(decision, None),), place, all_variants=True)
         named: dict[str, str | None] = {FROZEN: None}
         named |= {name: variant for name, variant in VARIANTS.items() if variant in module.VARIANTS}
         pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         runs: dict[str, Callable[[], object]] = {}
         for name, variant in named.items():
-            run = functools.partial(step, variant)
-            if device.type == "cuda":
-                stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-                with torch.cuda.stream(stream):
-                    run()
-                torch.cuda.synchronize()
-                run_once: Callable[[], object] = captured(run, pool=pool)
-            else:
-                run_once = run
-            runs[name] = run_once
+            run = functools.partial(problem.step, module, variant)
+            runs[name] = captured(run, pool=pool) if device.type == "cuda" else run
         times = interleaved(runs, ROUNDS, device, warmups=2)
         for variant in named.values():
-            step(variant)  # workspaces of libraries are there before memory is counted
+            problem.step(module, variant)  # workspaces of libraries are there before memory is counted
         return {
             name: {
                 "over_frozen": round(
                     statistics.median(a / b for a, b in zip(times[name], times[FROZEN], strict=True)), 4
                 ),
                 "us": round(statistics.median(times[name]) * 1e6, 1),
-                "saved_bytes": saved_bytes(functools.partial(forward, variant), (weight, lora_A, lora_B)),
-                "peak_bytes": peak_bytes(functools.partial(step, variant), device),
+                "saved_bytes": saved_bytes(
+                    functools.partial(problem.forward, module, variant),
+                    (problem.weight, problem.lora_A, problem.lora_B),
+                ),
+                "peak_bytes": peak_bytes(functools.partial(problem.step, module, variant), device),
             }
             for name, variant in named.items()
         }
@@ -138,11 +108,10 @@ def print_table(rows: dict[str, dict[str, dict[str, float]]]) -> None:
 
 
 def draw_figure(rows: dict[str, dict[str, dict[str, float]]], title: str, path: Path) -> None:
-    """Time over frozen against saved bytes over the frozen linear's input, one panel a shape."""
+    """Time over the frozen linear's, one panel a shape."""
     import matplotlib
 
     matplotlib.use("agg")
-    matplotlib.rcParams["svg.hashsalt"] = "runlora-gen"
     from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(
@@ -158,14 +127,14 @@ def draw_figure(rows: dict[str, dict[str, dict[str, float]]], title: str, path: 
         )
     panels[0, 0].invert_yaxis()  # shared
     figure.suptitle(title)
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    figure.savefig(path, dpi=150)
 
 
 def main() -> None:
     """Measure, print the table, write JSON and figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--dtype", choices=DTYPES)
+    parser.add_argument("--dtype", choices=TORCH_DTYPES)
     parser.add_argument("--profile", help="device profile whose kernel constants are used")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--shapes", help="TOKENS:INxOUT, separated by spaces")
@@ -184,10 +153,9 @@ def main() -> None:
             shape: measure_shape(shape, options.rank, dtype, profile, device)
             for shape in (options.shapes or SHAPES[options.device]).split()
         }
-        machine = torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine()
         report = {
             "date": datetime.date.today().isoformat(),
-            "machine": machine,
+            "machine": machine_name(device),
             "torch": torch.__version__,
             "dtype": dtype,
             "rank": options.rank,

@@ -29,15 +29,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from runlora_gen.choose import Range, decide_ranges, setting_for
-from runlora_gen.measure.clock import Run, captured, interleaved
+from runlora_gen.measure.clock import Run, captured, interleaved, repeated
+from runlora_gen.measure.machine import machine_name
 from runlora_gen.measure.memory import peak_bytes, saved_bytes
 from runlora_gen.measure.modules import import_file, render_module
+from runlora_gen.measure.problem import TORCH_DTYPES, Point
 from runlora_gen.spec.architecture import load_architecture
 from runlora_gen.spec.layers import Layer, layers
 from runlora_gen.spec.workload import Workload
 from torch import Tensor, nn
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 REFERENCE = "peft"
 FLOOR = "frozen"
 
@@ -144,31 +145,8 @@ def generate(
     return render_module(layer, rank, workload, ranges, folder), ranges[-1].decision.chosen.program.id
 
 
-def replayed(module: nn.Module, x: Tensor, grad_output: Tensor) -> Run:
-    """One step as the replay of a CUDA graph."""
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step(module, x, grad_output)
-    torch.cuda.current_stream().wait_stream(stream)
-    x.grad = None
-    module.zero_grad(set_to_none=True)
-    return captured(lambda: module(x).backward(grad_output))
-
-
 #: Steps that a GPU runs back to back for one timing: as in training, the host may run ahead of the device.
 STEPS = 4
-
-
-def repeated(run: Run) -> Run:
-    """Several calls, back to back."""
-
-    def repeat() -> None:
-        for _ in range(STEPS):
-            run()
-
-    return repeat
 
 
 def measure(
@@ -198,7 +176,7 @@ def measure(
             module = make()
             step(module, x, grad_output)
             if device.type == "cuda":
-                replays[name] = replayed(module, x, grad_output)
+                replays[name] = captured(functools.partial(step, module, x, grad_output), warmups=3)
             modules[name] = module
             results[name] = {}
         except Exception as error:
@@ -209,7 +187,7 @@ def measure(
     modes: dict[str, dict[str, Run]] = {"eager": {**eager}, "graph": replays}
     for mode, runs in modes.items():
         if steps > 1:
-            runs = {name: repeated(run) for name, run in runs.items()}
+            runs = {name: repeated(run, steps) for name, run in runs.items()}
         times = interleaved(runs, rounds, device, warmups=2, eager=mode == "eager")
         for name, values in times.items():
             results[name][mode] = {
@@ -242,14 +220,8 @@ def environment() -> dict[str, Any]:
     for name in ("peft", "triton"):
         versions[name] = importlib.metadata.version(name)
     if torch.cuda.is_available():
-        return {"machine": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "versions": versions}
-    cpu = platform.processor() or platform.machine()
-    if (info := Path("/proc/cpuinfo")).exists():
-        models = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        cpu = f"{len(models)} x {models[0]}" if models else cpu
-    return {"machine": cpu, "threads": torch.get_num_threads(), "versions": versions}
+        return {"machine": machine_name(torch.device("cuda")), "cuda": torch.version.cuda, "versions": versions}
+    return {"machine": machine_name(torch.device("cpu")), "versions": versions}
 
 
 def print_row(row: dict[str, Any]) -> None:
@@ -279,9 +251,8 @@ def wanted(options: argparse.Namespace) -> Iterator[tuple[int, Layer, int]]:
     for rank in map(int, options.rank.split(",")):
         if options.shapes:
             for text in options.shapes.split(","):
-                tokens, _, shape = text.partition(":")
-                in_features, _, out_features = shape.partition("x")
-                yield int(tokens), Layer(int(in_features), int(out_features), False, 1, ("linear",)), rank
+                point = Point.parse(text, rank)
+                yield point.tokens, point.layer, rank
         else:
             for layer in layers(load_architecture(options.arch)):
                 yield options.tokens, layer, rank
@@ -294,7 +265,7 @@ def main() -> None:
     parser.add_argument("--shapes", help="comma list of TOKENS:INxOUT, instead of --arch and --tokens")
     parser.add_argument("--rank", default="8,128", help="comma list")
     parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--dtype", choices=TORCH_DTYPES, default="fp32")
     parser.add_argument("--profile", default="cpu", help="device profile that the choice is made for")
     parser.add_argument("--rival", action="append", default=[], metavar="NAME=FILE", help="another contender")
     parser.add_argument("--skip", default="", help="comma list of contenders to leave out")
@@ -309,7 +280,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for tokens, layer, rank in wanted(options):
             # Never keep more than PEFT: the input and x lora_Aᵀ.
-            limit = tokens * (layer.in_features + rank) * DTYPES[options.dtype].itemsize
+            limit = tokens * (layer.in_features + rank) * TORCH_DTYPES[options.dtype].itemsize
             workload = Workload(tokens=(tokens,), dtype=options.dtype, device=options.profile, max_saved_bytes=limit)
             place = Path(folder) / str(len(rows))
             torch_only = replace(workload, kernels=False)
@@ -326,7 +297,7 @@ def main() -> None:
                 generated[name], chosen[name] = generate(
                     layer, rank, load_, place / f"v{number}_{len(rows)}", paper=paper
                 )
-            result = measure(layer, rank, tokens, DTYPES[options.dtype], generated, rivals, options.rounds, skip)
+            result = measure(layer, rank, tokens, TORCH_DTYPES[options.dtype], generated, rivals, options.rounds, skip)
             rows.append({"tokens": tokens, "shape": layer.name, "rank": rank, "chosen": chosen, "results": result})
             print_row(rows[-1])
             if options.json:

@@ -1,7 +1,7 @@
 """The check of the cost model: predicted against measured time of all variants, end to end, and what a choice costs.
 
     python tools/validate_cost_model.py measure --device cuda -o tools/results/variants_h200_bf16.json
-    python tools/validate_cost_model.py report tools/results/variants_h200_bf16.json --profile h200 --figure docs/x.svg
+    python tools/validate_cost_model.py report tools/results/variants_h200_bf16.json --profile h200 --figure docs/x.png
 
 ``measure`` runs forward and backward of every enumerated program, and of the ten predicted fastest with every choice
 of kernels for single products; on a GPU as the replay of a CUDA graph, all of a shape interleaved in random order.
@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import itertools
 import json
 import math
-import platform
 import statistics
 import sys
 import tempfile
@@ -30,19 +30,19 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from runlora_gen.algebra.enumerate import Program
-from runlora_gen.algebra.operations import Fused, dimensions, signature
-from runlora_gen.algebra.table import KERNELS, TWINS, runs
-from runlora_gen.choose import Priced, Range, decide, enumerated, programs_for, setting_for
-from runlora_gen.cost.lower import with_kernels
-from runlora_gen.cost.price import Setting, price, price_frozen
+from runlora_gen.algebra.operations import Fused
+from runlora_gen.choose import Priced, Range, decide, enumerated, programs_for
+from runlora_gen.cost.lower import choices, with_kernels
+from runlora_gen.cost.price import Setting, price
+from runlora_gen.emit.code import results_of
+from runlora_gen.emit.nodes import kernel_constants
 from runlora_gen.measure.clock import captured, interleaved, seconds
+from runlora_gen.measure.machine import machine_name
 from runlora_gen.measure.modules import render_module
-from runlora_gen.spec.layers import Layer
+from runlora_gen.measure.problem import TORCH_DTYPES, Point, Problem
 from runlora_gen.spec.workload import Workload
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FROZEN = "frozen"
 LEAST_S = 2e-4
 #: Shapes that no tuning grid holds: Llama's sizes from 60m to 70b, TOKENS:INxOUT:RANK.
@@ -63,13 +63,6 @@ _TICKS = (0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 4, 5)
 LOWERED = 10
 
 
-def parse_shape(text: str) -> tuple[int, int, int, int]:
-    """Tokens, in_features, out_features and rank of ``TOKENS:INxOUT:RANK``."""
-    tokens, shape, rank = text.split(":")
-    in_features, out_features = shape.split("x")
-    return int(tokens), int(in_features), int(out_features), int(rank)
-
-
 def workload_for(dtype: str, profile: str) -> Workload:
     """Everything allowed that loses no updates, as the device alone sees it."""
     return Workload(dtype=dtype, device=profile, launch="graph")
@@ -77,13 +70,7 @@ def workload_for(dtype: str, profile: str) -> Workload:
 
 def variants(program: Program, setting: Setting) -> list[Program]:
     """A program with every choice of kernels for its single products."""
-    twins = [t for t in TWINS.values() if runs(t.kernel, dtype=setting.dtype.name, rank=setting.rank)]
-    found = {}
-    for count in range(len(twins) + 1):
-        for chosen in itertools.combinations(twins, count):
-            lowered = with_kernels(program, chosen)
-            found[lowered.id] = lowered
-    return list(found.values())
+    return [with_kernels(program, chosen) for chosen in choices(program, setting)]
 
 
 def candidates(workload: Workload, setting: Setting) -> list[Program]:
@@ -101,42 +88,20 @@ def candidates(workload: Workload, setting: Setting) -> list[Program]:
 def measure_shape(
     module: ModuleType,
     programs: Sequence[Program],
-    setting: Setting,
+    point: Point,
     device: torch.device,
     dtype: torch.dtype,
     rounds: int,
 ) -> dict[str, float]:
     """Seconds of a step of every program, and of the frozen linear."""
     torch.manual_seed(0)
-    dims = setting.dims
-
-    def draw(*names: str, trains: bool = True) -> torch.Tensor:
-        return torch.randn([dims[name] for name in names], device=device, dtype=dtype).requires_grad_(trains)
-
-    x, weight, lora_A, lora_B = draw("T", "I"), draw("O", "I", trains=False), draw("R", "I"), draw("O", "R")
-    grad_output = draw("T", "O", trains=False)
-
-    def step(variant: str) -> None:
-        if variant == FROZEN:
-            torch.autograd.grad(F.linear(x, weight), x, grad_output)
-        else:
-            output = module.lora_linear(x, weight, lora_A, lora_B, scaling=0.5, variant=variant)
-            torch.autograd.grad(output, (x, lora_A, lora_B), grad_output)
-
+    problem = Problem(point, device, dtype)
     pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
     steps: dict[str, Callable[[], object]] = {}
     calls: dict[str, int] = {}
     for name in (FROZEN, *(program.id for program in programs)):
-
-        def run(name: str = name) -> None:
-            step(name)
-
+        run = functools.partial(problem.step, module, None if name == FROZEN else name)
         if device.type == "cuda":
-            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                run()
-            torch.cuda.current_stream().wait_stream(stream)
             once = captured(run, pool=pool)
             once()
             calls[name] = max(1, math.ceil(LEAST_S / seconds(once, device)))
@@ -156,11 +121,10 @@ def measure(options: argparse.Namespace) -> None:
     modules: dict[frozenset[str], ModuleType] = {}
     with tempfile.TemporaryDirectory() as folder:
         for number, text in enumerate(options.shapes.split()):
-            tokens, in_features, out_features, rank = parse_shape(text)
+            point = Point.parse(text)
             workload = workload_for(options.dtype, options.profile)
-            setting = setting_for(workload, in_features, out_features, rank, False, tokens)
+            setting = point.setting(workload)
             programs = candidates(workload, setting)
-            layer = Layer(in_features, out_features, False, 1, ("linear",))
             # A module of many variants takes seconds to make: one serves all shapes that have the same programs.
             ids = frozenset(program.id for program in programs)
             if ids not in modules:
@@ -169,14 +133,14 @@ def measure(options: argparse.Namespace) -> None:
                     candidates=tuple(Priced(program, price(program, setting)) for program in programs),
                 )
                 place = Path(folder) / f"m{number}"
-                modules[ids] = render_module(layer, rank, workload, (Range(decision, None),), place, all_variants=True)
+                modules[ids] = render_module(
+                    point.layer, point.rank, workload, (Range(decision, None),), place, all_variants=True
+                )
             module = modules[ids]
             tiles: Any = getattr(module, "_TILES", {})
             for operation in {op for p in programs for op in p.operations if isinstance(op, Fused)}:
-                at = tuple(setting.dims[d] for d in dimensions(operation))
-                tuned = setting.device.tiles_for(signature(operation), options.dtype, at)
-                tiles[", ".join(map(str, operation.outputs))] = {**KERNELS[operation.kernel].tiles, **(tuned or {})}
-            times = measure_shape(module, programs, setting, device, DTYPES[options.dtype], options.rounds)
+                tiles[results_of(operation)] = kernel_constants(operation, setting)
+            times = measure_shape(module, programs, point, device, TORCH_DTYPES[options.dtype], options.rounds)
             rows.append({"shape": text, "us": {name: round(time * 1e6, 2) for name, time in times.items()}})
             print(f"{text}: {len(times)} steps, frozen {times[FROZEN] * 1e6:.1f} us", file=sys.stderr, flush=True)
             if device.type == "cuda":
@@ -186,10 +150,9 @@ def measure(options: argparse.Namespace) -> None:
 
 def _report(options: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, Any]:
     names = sorted({name for row in rows for name in row["us"]})
-    machine = torch.cuda.get_device_name() if options.device == "cuda" else platform.processor() or platform.machine()
     return {
         "date": datetime.date.today().isoformat(),
-        "machine": machine,
+        "machine": machine_name(torch.device(options.device)),
         "torch": torch.__version__,
         "dtype": options.dtype,
         "names": names,
@@ -210,9 +173,8 @@ def ranks(values: Sequence[float]) -> list[float]:
 
 def judge(row: dict[str, float], text: str, dtype: str, profile: str) -> dict[str, Any]:
     """Predicted against measured on one shape."""
-    tokens, in_features, out_features, rank = parse_shape(text)
     workload = workload_for(dtype, profile)
-    setting = setting_for(workload, in_features, out_features, rank, False, tokens)
+    setting = Point.parse(text).setting(workload)
     programs = {program.id: program for base in enumerated(workload, setting) for program in variants(base, setting)}
     measured = {name: time for name, time in row.items() if name in programs}
     predicted = {name: price(programs[name], setting).time_s * 1e6 for name in measured}
@@ -227,8 +189,6 @@ def judge(row: dict[str, float], text: str, dtype: str, profile: str) -> dict[st
             ranks([predicted[n] for n in measured]), ranks([measured[n] for n in measured])
         ),
         "frozen": row[FROZEN],
-        "predicted_frozen": price_frozen(setting) * 1e6,
-        "best": best,
         "points": [(predicted[name], measured[name]) for name in measured],
         "tuned": _tuned(setting),
     }
@@ -261,10 +221,11 @@ def report(options: argparse.Namespace) -> None:
     print("| tokens, in→out, rank | programs | Spearman | chosen by time | regret | by FLOPs | by FLOPs, torch only |")
     print("|---|---|---|---|---|---|---|")
     for j in judged:
-        tokens, in_features, out_features, rank = parse_shape(j["shape"])
+        point = Point.parse(j["shape"])
         mark = " (tuned on)" if j["tuned"] else ""
         print(
-            f"| {tokens}, {in_features}→{out_features}, {rank}{mark} | {j['programs']} | {j['spearman']:.3f} "
+            f"| {point.tokens}, {point.in_features}→{point.out_features}, {point.rank}{mark} "
+            f"| {j['programs']} | {j['spearman']:.3f} "
             f"| {j['chosen']} | {j['time']:.3f} | {j['flops']:.3f} | {j['torch_flops']:.3f} |"
         )
     held = [j for j in judged if not j["tuned"]]
@@ -282,13 +243,12 @@ def draw(judged: list[dict[str, Any]], data: dict[str, Any], path: Path) -> None
     import matplotlib
 
     matplotlib.use("agg")
-    matplotlib.rcParams["svg.hashsalt"] = "runlora-gen"
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6, 6), layout="constrained")
     for j in judged:
         predicted, measured = ([point[i] / j["frozen"] for point in j["points"]] for i in range(2))
-        axes.scatter(predicted, measured, s=3, alpha=0.5, linewidths=0, rasterized=True)
+        axes.scatter(predicted, measured, s=3, alpha=0.5, linewidths=0)
     low, high = axes.get_xlim()[0], max(axes.get_xlim()[1], axes.get_ylim()[1])
     axes.plot([low, high], [low, high], color="black", linewidth=0.8)
     axes.set(
@@ -303,7 +263,7 @@ def draw(judged: list[dict[str, Any]], data: dict[str, Any], path: Path) -> None
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter("")
-    figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+    figure.savefig(path, dpi=150)
 
 
 def main() -> None:
@@ -312,7 +272,7 @@ def main() -> None:
     commands = parser.add_subparsers(required=True)
     measuring = commands.add_parser("measure", help="run all variants")
     measuring.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    measuring.add_argument("--dtype", choices=DTYPES)
+    measuring.add_argument("--dtype", choices=TORCH_DTYPES)
     measuring.add_argument(
         "--profile", help="device profile: which kernels' constants and single-product kernels to run"
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from .algebra.enumerate import Program, enumerate_programs
 from .algebra.table import STOCHASTIC_MERGE, rows
-from .cost.device import load_device
+from .cost.device import load_device, on_16_bytes
 from .cost.lower import lowered, with_kernels
 from .cost.price import DTYPES, Cost, Setting, is_priced, price
 from .spec.architecture import Architecture
@@ -146,7 +146,7 @@ def enumerated(workload: Workload, setting: Setting) -> tuple[Program, ...]:
 
 def _kernels(workload: Workload, setting: Setting) -> bool:
     device, dtype = setting.device, setting.dtype
-    aligned = all(side * dtype.bytes % 16 == 0 for side in (setting.in_features, setting.out_features))
+    aligned = on_16_bytes(dtype.bytes, setting.in_features, setting.out_features)
     measured = dtype.half or bool(device.meter.times_for(dtype.name))
     return workload.kernels and device.kernels and aligned and measured
 
@@ -246,6 +246,25 @@ def check_saved_limit(architecture: Architecture, ranks: Sequence[int], workload
     )
     if least > workload.max_saved_bytes:
         raise _infeasible(workload.max_saved_bytes, least, setting)
+
+
+def check_merge_rounding(workload: Workload) -> None:
+    """Refuse stochastic rounding where nothing would be rounded so.
+
+    Raises:
+        SpecError: naming what it needs.
+    """
+    if workload.merge_rounding != "stochastic":
+        return
+    if not workload.allow_lossy_merge:
+        needs = "--allow-lossy-merge: without it nothing is merged into 16 bits"
+    elif not DTYPES[workload.dtype].half:
+        needs = "--dtype bf16 or fp16: fp32 keeps small updates"
+    elif not (workload.kernels and load_device(workload.device).kernels):
+        needs = "fused kernels: a --device that has them, and no --no-kernels"
+    else:
+        return
+    raise SpecError(f"--merge-rounding: stochastic needs {needs}")
 
 
 def _infeasible(limit: int, least: int, setting: Setting) -> SpecError:

@@ -17,7 +17,7 @@ from . import __version__
 from .spec.architecture import Architecture, architecture_names, load_architecture
 from .spec.errors import SpecError, shorten
 from .spec.layers import layers
-from .spec.workload import MAX_TOKENS, Workload, check_ranks, parse_counts, parse_shapes, parse_train
+from .spec.workload import DTYPE_NAMES, MAX_TOKENS, Workload, check_ranks, parse_counts, parse_shapes, parse_train
 
 EXIT_STALE = 1
 EXIT_BAD_INPUT = 2
@@ -43,7 +43,7 @@ _SPEC_OPTIONS = (
     click.option(
         "--tokens", metavar="T", multiple=True, help="Tokens a step (batch × sequence); several allowed. [4096]"
     ),
-    click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), default="bf16", show_default=True),
+    click.option("--dtype", type=click.Choice(DTYPE_NAMES), default="bf16", show_default=True),
     click.option("--train", metavar="a,b|a|b", default="a,b", show_default=True, help="Which factors train."),
     click.option("--no-input-grad", is_flag=True, help="The input needs no gradient (a first layer)."),
     click.option("--criterion", type=click.Choice(["time", "flops", "memory"]), default="time", show_default=True),
@@ -113,27 +113,13 @@ def _read_spec(options: dict[str, Any]) -> tuple[Architecture, tuple[int, ...], 
     )
     from .cost.device import load_device
 
-    device = load_device(workload.device)
-    if workload.merge_rounding == "stochastic":
-        _check_stochastic_merge(workload, device.kernels)
-    if limit is not None:
-        from .choose import check_saved_limit
+    load_device(workload.device)
+    if workload.merge_rounding == "stochastic" or limit is not None:
+        from .choose import check_merge_rounding, check_saved_limit
 
+        check_merge_rounding(workload)
         check_saved_limit(architecture, ranks, workload)
     return architecture, ranks, workload
-
-
-def _check_stochastic_merge(workload: Workload, kernels: bool) -> None:
-    """Refuse stochastic rounding where nothing would be rounded so."""
-    if not workload.allow_lossy_merge:
-        needs = "--allow-lossy-merge: without it nothing is merged into 16 bits"
-    elif workload.dtype == "fp32":
-        needs = "--dtype bf16 or fp16: fp32 keeps small updates"
-    elif not (kernels and workload.kernels):
-        needs = "fused kernels: a --device that has them, and no --no-kernels"
-    else:
-        return
-    raise SpecError(f"--merge-rounding: stochastic needs {needs}")
 
 
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
@@ -293,9 +279,7 @@ def verify(path: Path, examples: int, quiet: bool) -> None:
 @click.option("--shapes", metavar="IxO", multiple=True, help="Measure at these shapes, such as 4096x4096,4096x11008.")
 @click.option("--tokens", metavar="T", multiple=True, help="Token counts to measure at.")
 @click.option("--rank", "-r", metavar="R", multiple=True, help="Ranks to measure at.")
-@click.option(
-    "--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), multiple=True, help="[bf16; on a CPU fp32]; repeat it."
-)
+@click.option("--dtype", type=click.Choice(DTYPE_NAMES), multiple=True, help="[bf16; on a CPU fp32]; repeat it.")
 @click.option("--title", help="How people call the machine.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
 def tune(

@@ -115,11 +115,21 @@ def test_every_kernel_has_its_templates_calls_and_helpers() -> None:
     assert used.keys() == KERNELS.keys()
     for name, kernel in KERNELS.items():
         assert all((folder / f"{name}{part}.jinja").is_file() for part in ("", "_launch", "_operator"))
-        assert all(f'"{helper}" in module.helpers' in helpers for helper in kernel.helpers)
-        assert kernel.tiles.keys() == kernel.small_tiles.keys()
+        assert all(f'"{helper}" in module.helpers' in helpers for helper in kernel.helpers - {"F"})
+        assert kernel.small_tiles.keys() == (kernel.tiles.keys() if "descriptors" in kernel.helpers else set())
         assert all(candidate.keys() <= kernel.tiles.keys() for candidate in kernel.candidates)
-    calls = {line(operation) for operation in OPERATIONS if isinstance(operation, Fused)}
-    assert len(calls) == sum(len(kernel.calls) for kernel in KERNELS.values())
+
+
+def test_calls_follow_from_the_formulas() -> None:
+    assert {line(operation) for operation in OPERATIONS if isinstance(operation, Fused)} == {
+        'Y = _fused_gemm(X, W, S, B, b, tiles="Y")',
+        'dX = _fused_gemm(dY, W.t(), P, A.t(), None, tiles="dX")',
+        'P, dB = _p_db(dY, B, S, scaling, B_dtype, tiles="P, dB")',
+        'S = _x_at(X, A, scaling, tiles="S")',
+        'dA = _pt_x(P, X, A_dtype, tiles="dA")',
+        'M = _merge(W, A, B, scaling, tiles="M")',
+        'M = _merge_stochastic(W, A, B, scaling, seed, tiles="M")',
+    }
 
 
 def test_twins_are_of_products_that_the_table_has() -> None:

@@ -9,7 +9,7 @@ The paper is "Run LoRA Run" (arXiv 2312.03415); it writes W as I×O, U for Aᵀ 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .operations import SYMBOLS, Fused, Operation, Symbol, parse
 
@@ -27,11 +27,6 @@ class Way:
     def saved(self) -> bool:
         """Whether the forward keeps the target for the backward instead of computing it again."""
         return not self.operations
-
-    @property
-    def kernels(self) -> frozenset[str]:
-        """The fused kernels that this row needs; without them it can't be chosen."""
-        return frozenset(operation.kernel for operation in self.operations if isinstance(operation, Fused))
 
     @property
     def reads(self) -> frozenset[Symbol]:
@@ -88,22 +83,26 @@ class Kernel:
     Attributes:
         launches: of one call. A product that is split because few tokens or features would leave the machine idle
             takes one more, to add up its parts; that is not counted.
-        calls: by the results of one call, the expression that computes them in the emitted code.
+        call: the arguments of its call in the emitted code, from the parts of the operation: ``left0`` is the left
+            operand of the first part as the formula has it, ``left0T`` its transpose; likewise ``right`` and
+            ``addend``; ``bias`` is b or None, ``dtypes`` are those of results that are gradients of parameters.
         tiles: its compile-time constants where none were tuned, for 16-bit operands on GPUs that have tensor
             descriptors and 227 KiB of shared memory a block.
-        small_tiles: the same for operands and GPUs (from sm_80 on) where that does not hold.
+        small_tiles: the same for operands and GPUs (from sm_80 on) where that does not hold; empty for a kernel that
+            uses no descriptors and has one set.
         candidates: constants that ``tune`` tries in place of those of ``tiles``.
         dtypes: dtypes that it takes.
         largest_rank: above it the kernel is no candidate.
-        helpers: what it uses of the helpers in ``templates/kernels/support.jinja`` and ``tiles.jinja``.
+        helpers: what it uses of the helpers in ``templates/kernels/support.jinja`` and ``tiles.jinja``,
+            and ``F`` for torch.nn.functional.
         priced_as: the kernel whose measured efficiency stands for its own.
         seeded: whether it draws random numbers, from the emitted code's variable ``seed``.
     """
 
     launches: int
-    calls: Mapping[str, str]
+    call: str
     tiles: Mapping[str, int]
-    small_tiles: Mapping[str, int]
+    small_tiles: Mapping[str, int] = field(default_factory=dict)
     candidates: Sequence[Mapping[str, int]] = ()
     dtypes: frozenset[str] = frozenset({"bf16", "fp16", "fp32"})
     largest_rank: int | None = None
@@ -116,19 +115,16 @@ class Kernel:
 KERNELS: Mapping[str, Kernel] = {
     "fused_gemm": Kernel(
         launches=1,
-        calls={
-            "Y": '_fused_gemm(X, W, S, B, b, tiles="Y")',
-            "dX": '_fused_gemm(dY, W.t(), P, A.t(), None, tiles="dX")',
-        },
+        call="{left1}, {right1T}, {left0}, {right0T}, {bias}",
         tiles={"BM": 128, "BN": 256, "BK": 64, "GROUP_M": 8, "SUBTILES": 2, "PARTS": 2, "WARPS": 8, "STAGES": 4},
         small_tiles={"BM": 128, "BN": 128, "BK": 32, "GROUP_M": 8, "SUBTILES": 1, "PARTS": 1, "WARPS": 8, "STAGES": 3},
         candidates=({"GROUP_M": 16}, {"BN": 128, "SUBTILES": 1}),
         dtypes=frozenset({"bf16", "fp16"}),  # its tiles fill the shared memory with 16-bit operands
-        helpers=frozenset({"multiprocessors", "rank_wide"}),
+        helpers=frozenset({"F", "descriptors", "multiprocessors", "rank_wide"}),
     ),
     "p_db": Kernel(
         launches=2,  # the second one adds up the partial sums of the first
-        calls={"P, dB": '_p_db(dY, B, S, scaling, B_dtype, tiles="P, dB")'},
+        call="{left0}, {right0}, {right1}, scaling, {dtypes}",
         tiles={"BT": 512, "BO": 64, "WARPS": 4, "STAGES": 3},
         small_tiles={"BT": 128, "BO": 64, "WARPS": 4, "STAGES": 3},
         candidates=({"BT": 256}, {"BT": 256, "WARPS": 8, "BO": 128}),
@@ -136,39 +132,37 @@ KERNELS: Mapping[str, Kernel] = {
         dtypes=frozenset({"bf16", "fp16"}),
         # Faster than two products at ranks 8 and 16, slower at 128, where its accumulators leave the registers.
         largest_rank=32,
-        helpers=frozenset({"fitting", "multiprocessors", "rank_wide", "sum_parts"}),
+        helpers=frozenset({"descriptors", "fitting", "multiprocessors", "rank_wide", "sum_parts"}),
     ),
     "x_at": Kernel(
         launches=1,
-        calls={"S": '_x_at(X, A, scaling, tiles="S")'},
+        call="{left0}, {right0T}, scaling",
         tiles={"BT": 64, "BI": 256, "WARPS": 4, "STAGES": 4},
         small_tiles={"BT": 64, "BI": 64, "WARPS": 4, "STAGES": 3},
         candidates=({"BI": 128}, {"BT": 128, "BI": 128}),
         largest_rank=128,
-        helpers=frozenset({"fitting", "multiprocessors", "rank_wide", "splits", "sum_parts"}),
+        helpers=frozenset({"descriptors", "fitting", "multiprocessors", "rank_wide", "splits", "sum_parts"}),
     ),
     "pt_x": Kernel(
         launches=1,
-        calls={"dA": '_pt_x(P, X, A_dtype, tiles="dA")'},
+        call="{left0T}, {right0}, {dtypes}",
         tiles={"BT": 256, "BI": 64, "WARPS": 4, "STAGES": 4},
         small_tiles={"BT": 64, "BI": 64, "WARPS": 4, "STAGES": 3},
         candidates=({"BT": 64, "BI": 128, "STAGES": 5}, {"BT": 128, "BI": 64}),
         largest_rank=128,
-        helpers=frozenset({"fitting", "multiprocessors", "splits", "sum_parts"}),
+        helpers=frozenset({"descriptors", "fitting", "multiprocessors", "splits", "sum_parts"}),
     ),
     "merge": Kernel(
         launches=1,
-        calls={"M": '_merge(W, A, B, scaling, tiles="M")'},
+        call="{addend0}, {right0}, {left0}, scaling",
         tiles={"BO": 32, "BI": 128, "WARPS": 4, "STAGES": 3},
-        small_tiles={"BO": 32, "BI": 128, "WARPS": 4, "STAGES": 3},
         candidates=({"BO": 64}, {"BI": 256}),
         helpers=frozenset({"merged_tile"}),
     ),
     "merge_stochastic": Kernel(
         launches=2,  # the first one draws the seed
-        calls={"M": '_merge_stochastic(W, A, B, scaling, seed, tiles="M")'},
+        call="{addend0}, {right0}, {left0}, scaling, seed",
         tiles={"BO": 32, "BI": 128, "WARPS": 4, "STAGES": 3},
-        small_tiles={"BO": 32, "BI": 128, "WARPS": 4, "STAGES": 3},
         dtypes=frozenset({"bf16", "fp16"}),
         helpers=frozenset({"merged_tile"}),
         priced_as="merge",
@@ -176,18 +170,17 @@ KERNELS: Mapping[str, Kernel] = {
     ),
 }
 
+
+def _by_product(*formulas: str) -> Mapping[Operation, Fused]:
+    """Kernels for single products, by these."""
+    return {fused.parts[0]: fused for fused in map(parse, formulas) if isinstance(fused, Fused)}
+
+
 #: Kernels for single products of the table, beside torch's own: they make no other programs, the price decides which of
 #: the two computes the product.
-TWINS: Mapping[Operation, Fused] = {
-    fused.parts[0]: fused
-    for fused in map(parse, ("x_at: S = s * X @ A.T", "pt_x: dA = P.T @ X", "merge: M = W + s * B @ A"))
-    if isinstance(fused, Fused)
-}
+TWINS = _by_product("x_at: S = s * X @ A.T", "pt_x: dA = P.T @ X", "merge: M = W + s * B @ A")
 #: What takes the place of products where a merged weight is rounded stochastically: torch has no such rounding.
-STOCHASTIC_MERGE: Mapping[Operation, Fused] = {
-    fused.parts[0]: fused for fused in map(parse, ("merge_stochastic: M = W + s * B @ A",)) if isinstance(fused, Fused)
-}
-
+STOCHASTIC_MERGE = _by_product("merge_stochastic: M = W + s * B @ A")
 
 #: Every operation that a program may hold, each once.
 OPERATIONS: tuple[Operation, ...] = tuple(

@@ -22,9 +22,9 @@ import tomllib
 from ..algebra.operations import dimensions, signature
 from ..algebra.table import KERNELS, OPERATIONS
 from ..spec.errors import SpecError, nearest, shorten
+from ..spec.workload import DTYPE_NAMES
 
 _FOLDER = Path(__file__).parent / "devices"
-DTYPE_NAMES = ("bf16", "fp16", "fp32")
 
 #: Dimensions of a measured operation, and what was measured.
 Times = Mapping[str, tuple[tuple[tuple[int, ...], float], ...]]
@@ -79,7 +79,7 @@ class DeviceProfile:
 
     def tiles_for(self, signature: str, dtype: str, at: tuple[int, ...]) -> Mapping[str, int] | None:
         """What to replace of a kernel's constants: the best at the nearest size where it was tuned; None if never."""
-        tuned = _of_dtype(self.meter.tiles, dtype).get(signature, ())
+        tuned = _of_dtype(self.tiles, dtype).get(signature, ())
         return min(tuned, key=lambda row: (distance(row[0], at), row[0]))[1] if tuned else None
 
 
@@ -88,6 +88,11 @@ def _of_dtype(by_dtype: Mapping[str, Any], dtype: str) -> Mapping[str, Any]:
     stand_in = halves[1 - halves.index(dtype)] if dtype in halves else dtype
     found: Mapping[str, Any] = by_dtype.get(dtype, by_dtype.get(stand_in, {}))
     return found
+
+
+def on_16_bytes(itemsize: int, *lengths: int) -> bool:
+    """Whether contiguous rows of these lengths start on 16 bytes, as cuBLAS and tensor descriptors want them."""
+    return all(length * itemsize % 16 == 0 for length in lengths)
 
 
 def distance(first: tuple[int, ...], second: tuple[int, ...]) -> float:

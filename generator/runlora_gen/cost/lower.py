@@ -13,8 +13,8 @@ from ..algebra.table import TWINS, runs
 from .price import Setting, elapsed, is_priced, price_operation, wanted_operations
 
 
-def lowered(program: Program, setting: Setting) -> Program:
-    """The program with those kernels of ``TWINS`` that make it fastest in a setting; ties go to torch.
+def choices(program: Program, setting: Setting) -> list[tuple[Fused, ...]]:
+    """Every set of kernels of ``TWINS`` that can take torch's place in a program, the empty one first.
 
     Each product is computed in one way wherever the program computes it.
     """
@@ -25,8 +25,12 @@ def lowered(program: Program, setting: Setting) -> Program:
         and runs(twin.kernel, dtype=setting.dtype.name, rank=setting.rank)
         and is_priced(twin, setting.dtype, setting.device)
     ]
-    subsets = [chosen for n in range(len(available) + 1) for chosen in itertools.combinations(available, n)]
-    best = min(subsets, key=lambda chosen: (*_time(program, chosen, setting), len(chosen)))
+    return [chosen for count in range(len(available) + 1) for chosen in itertools.combinations(available, count)]
+
+
+def lowered(program: Program, setting: Setting) -> Program:
+    """The program with those kernels for single products that make it fastest in a setting; ties go to torch."""
+    best = min(choices(program, setting), key=lambda chosen: (*_time(program, chosen, setting), len(chosen)))
     return with_kernels(program, best)
 
 

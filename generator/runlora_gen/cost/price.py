@@ -22,7 +22,7 @@ from ..algebra.operations import (
 )
 from ..algebra.schedule import dependents, schedule
 from ..algebra.table import KERNELS, PARAMETERS
-from .device import DeviceProfile, distance
+from .device import DeviceProfile, distance, on_16_bytes
 from .rounding import merge_error, rounding_error, update_std
 
 
@@ -242,10 +242,9 @@ def is_priced(operation: Operation, dtype: DType, device: DeviceProfile) -> bool
 
 
 def _aligned(operation: Operation, at: tuple[int, ...], dtype: DType) -> bool:
-    """Whether the rows of all its matrices start on 16 bytes."""
-    return all(
-        name == "T" or size * dtype.bytes % 16 == 0 for name, size in zip(dimensions(operation), at, strict=True)
-    )
+    """Whether the rows of its large matrices start on 16 bytes."""
+    features = [size for name, size in zip(dimensions(operation), at, strict=True) if name in "IO"]
+    return on_16_bytes(dtype.bytes, *features)
 
 
 def measured_as(operation: Operation) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from ..algebra.operations import SYMBOLS, Fused, Matmul, Operand, Operation, Symbol, products
+from dataclasses import replace
+
+from ..algebra.operations import SYMBOLS, Fused, Matmul, Operand, Operation, products
 from ..algebra.table import KERNELS
 
 #: Gradients of parameters that may have another dtype than the activations, and the variable that holds it.
@@ -24,16 +26,10 @@ def uses_accumulate(operation: Operation) -> bool:
     return any(isinstance(product, Matmul) and product.accumulate for product in products(operation))
 
 
-def dtypes_of(operation: Operation) -> set[Symbol]:
-    """The gradients whose dtype the line reads."""
-    return {out for out in operation.outputs if out in DTYPE_OF}
-
-
 def line(operation: Operation) -> str:
     """The statement that computes an operation."""
     if isinstance(operation, Fused):
-        results = ", ".join(map(str, operation.outputs))
-        return f"{results} = {KERNELS[operation.kernel].calls[results]}"
+        return f"{results_of(operation)} = {_call(operation)}"
     if not isinstance(operation, Matmul):
         return f"{operation.out} = {operation.operand}.sum(0)"
     out, left, right = str(operation.out), _operand(operation.left), _operand(operation.right)
@@ -50,6 +46,26 @@ def line(operation: Operation) -> str:
     if operation.out in DTYPE_OF:
         value = f"{value if operation.scaled else f'({value})'}.to({DTYPE_OF[operation.out]})"
     return f"{out} = {value}"
+
+
+def results_of(operation: Operation) -> str:
+    """What the line assigns to."""
+    return ", ".join(map(str, operation.outputs))
+
+
+def _call(operation: Fused) -> str:
+    """The call of a kernel's wrapper, with the operands of its parts where the kernel wants them."""
+    values = {
+        "bias": "None" if operation.bias is None else str(operation.bias),
+        "dtypes": ", ".join(DTYPE_OF[out] for out in operation.outputs if out in DTYPE_OF),
+    }
+    for number, part in enumerate(operation.parts):
+        for side, operand in (("left", part.left), ("right", part.right)):
+            values[f"{side}{number}"] = _operand(operand)
+            values[f"{side}{number}T"] = _operand(replace(operand, transposed=not operand.transposed))
+        values[f"addend{number}"] = str(part.addend)
+    arguments = KERNELS[operation.kernel].call.format(**values)
+    return f'_{operation.kernel}({arguments}, tiles="{results_of(operation)}")'
 
 
 def _operand(operand: Operand) -> str:

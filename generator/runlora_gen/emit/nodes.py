@@ -22,7 +22,7 @@ from ..cost.price import (
 )
 from ..spec.layers import Layer
 from ..spec.workload import Workload
-from .code import DTYPE_OF, line, uses_accumulate, uses_scaled_mm, uses_scaling
+from .code import DTYPE_OF, line, results_of, uses_accumulate, uses_scaled_mm, uses_scaling
 
 #: Columns of a docstring's text.
 _DOC_WIDTH = 112
@@ -89,7 +89,7 @@ class ModuleNode:
     trains_B: bool
     scaled_mm: bool
     accumulates: bool
-    linear: bool  # whether F.linear is used
+    functional: bool  # whether torch.nn.functional is used
     kernels: tuple[str, ...]  # fused kernels that it brings
     helpers: frozenset[str]  # what these need of the kernels' common code
     largest_ranks: Mapping[str, int]  # above it a kernel is slower than torch
@@ -149,6 +149,7 @@ def module_node(
     operations = [op for _, candidate, _ in described.values() for op in candidate.program.operations]
     fused = list(dict.fromkeys(op for op in operations if isinstance(op, Fused)))
     kernels = tuple(sorted({op.kernel for op in fused}))
+    helpers = frozenset[str]().union(*(KERNELS[kernel].helpers for kernel in kernels))
     # One set of constants for all token counts: those of the largest, where a step takes longest.
     setting = replace(ranges[-1].decision.setting, tokens=max(workload.tokens))
     wanted = goals(workload)
@@ -172,24 +173,26 @@ def module_node(
         trains_B="dB" in wanted,
         accumulates=any(map(uses_accumulate, operations)),
         scaled_mm=any(map(uses_scaled_mm, operations)),
-        linear="fused_gemm" in kernels or any("F.linear" in line(operation) for operation in operations),
+        functional="F" in helpers or any("F." in line(operation) for operation in operations),
         kernels=kernels,
-        helpers=frozenset().union(*(KERNELS[kernel].helpers for kernel in kernels)),
+        helpers=helpers,
         largest_ranks={kernel: limit for kernel in kernels if (limit := KERNELS[kernel].largest_rank)},
-        tiles=tuple(_tiles(op, {**KERNELS[op.kernel].tiles, **(_tuned(op, setting) or {})}) for op in fused),
-        small_tiles=tuple(_tiles(op, KERNELS[op.kernel].small_tiles) for op in fused),
+        tiles=tuple((results_of(op), tuple(kernel_constants(op, setting).items())) for op in fused),
+        small_tiles=tuple(
+            (results_of(op), tuple(small.items())) for op in fused if (small := KERNELS[op.kernel].small_tiles)
+        ),
         tiles_note=_tiles_note(fused, setting),
     )
 
 
-def _tiles(operation: Fused, constants: Mapping[str, int]) -> tuple[str, tuple[tuple[str, int], ...]]:
-    return ", ".join(map(str, operation.outputs)), tuple(constants.items())
+def kernel_constants(operation: Fused, setting: Setting) -> Mapping[str, int]:
+    """The compile-time constants of a kernel in a setting: its own, and what the device profile has in their place."""
+    return {**KERNELS[operation.kernel].tiles, **(_tuned(operation, setting) or {})}
 
 
 def _tuned(operation: Fused, setting: Setting) -> Mapping[str, int] | None:
-    """The constants of the device profile, for the token count of the setting; None if it has none."""
     at = tuple(setting.dims[d] for d in dimensions(operation))
-    return setting.device.tiles_for(signature(operation), setting.dtype.name, at)
+    return setting.device.meter.tiles_for(signature(operation), setting.dtype.name, at)
 
 
 def _tiles_note(fused: Sequence[Fused], setting: Setting) -> str:

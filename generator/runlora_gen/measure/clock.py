@@ -16,16 +16,32 @@ Run = Callable[[], object]
 _HEAD_START = 200_000
 
 
-def captured(run: Run, calls: int = 1, *, pool: Any = None) -> Run:
-    """The replay of a CUDA graph that holds some calls of ``run``, which must have run before.
+def captured(run: Run, calls: int = 1, *, pool: Any = None, warmups: int = 1) -> Run:
+    """The replay of a CUDA graph that holds some calls of ``run``, made after some more on another stream.
 
     Graphs of one pool (``torch.cuda.graph_pool_handle()``) share their memory: they must not run side by side.
     """
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(warmups):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):
         for _ in range(calls):
             run()
     return graph.replay
+
+
+def repeated(run: Run, calls: int) -> Run:
+    """Some calls, back to back."""
+
+    def repeat() -> None:
+        for _ in range(calls):
+            run()
+
+    return repeat
 
 
 def interleaved(

@@ -10,12 +10,13 @@ from pathlib import Path
 from types import ModuleType
 
 from ..algebra.table import TWINS
-from ..choose import Priced, Range, decide, setting_for
+from ..choose import Priced, Range, decide
 from ..cost.lower import with_kernels
 from ..emit.nodes import module_name, module_node
 from ..emit.render import Header, render
 from ..spec.layers import Layer
 from ..spec.workload import Workload
+from .problem import Point
 
 
 def render_module(
@@ -41,11 +42,11 @@ def import_file(path: Path, name: str) -> ModuleType:
 
 def module_of_everything(workload: Workload, path: Path) -> ModuleType:
     """A module with every operation and, where the workload's device has them, every kernel of the table."""
-    layer = Layer(64, 64, False, 1, ("linear",))
-    setting = setting_for(workload, layer.in_features, layer.out_features, 8, layer.bias, 4096)
+    point = Point(4096, 64, 64, 8)
+    setting = point.setting(workload)
     decision = decide(workload, setting)
     if workload.kernels and setting.device.kernels:
         twins = tuple(TWINS.values())
         programs = [Priced(with_kernels(c.program, twins), c.cost) for c in decision.candidates]
         decision = replace(decision, candidates=(*decision.candidates, *programs))
-    return render_module(layer, 8, workload, (Range(decision, None),), path, all_variants=True)
+    return render_module(point.layer, point.rank, workload, (Range(decision, None),), path, all_variants=True)

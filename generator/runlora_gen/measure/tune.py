@@ -14,7 +14,6 @@ import json
 import math
 import multiprocessing
 import os
-import platform
 import re
 import statistics
 import tempfile
@@ -36,13 +35,14 @@ from ..algebra.table import KERNELS, OPERATIONS, rows, runs
 from ..choose import goals
 from ..cost.device import check_title, parse_profile
 from ..cost.price import wanted_operations
-from ..emit.code import line
+from ..emit.code import line, results_of
 from ..spec.errors import SpecError, shorten
 from ..spec.workload import Workload
-from .clock import captured, interleaved, seconds
+from .clock import captured, interleaved, repeated, seconds
+from .machine import machine_name
 from .modules import module_of_everything
+from .problem import TORCH_DTYPES, Point, Problem
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ROUNDS = 7
 #: A timing lasts at least so long: shorter ones are repeated.
 LEAST_S = 2e-4
@@ -76,21 +76,6 @@ GRID: Mapping[str, tuple[tuple[tuple[int, int], ...], tuple[int, ...], tuple[int
     ),
     "cpu": (((256, 1024), (512, 512), (1024, 256), (1024, 1024), (1024, 4096)), (256, 1024, 4096), (8, 32, 128)),
 }
-
-
-@dataclass(frozen=True)
-class Point:
-    """A size at which operations are measured."""
-
-    tokens: int
-    in_features: int
-    out_features: int
-    rank: int
-
-    @property
-    def dims(self) -> dict[str, int]:
-        """By the names that symbols use."""
-        return {"T": self.tokens, "I": self.in_features, "O": self.out_features, "R": self.rank}
 
 
 @dataclass(frozen=True)
@@ -147,7 +132,7 @@ def tune(
     with _Workbench(machine) as bench, _progress(quiet) as progress:
         if not profile:
             basics = progress.add_task("bandwidth, rates, launches", total=None)
-            profile = {"title": title or _plain(_name(machine)), "source": _source(machine), **_basics(bench)}
+            profile = {"title": title or _plain(machine_name(machine)), "source": _source(machine), **_basics(bench)}
             _write(output, profile)
             progress.remove_task(basics)
         missing = [(d, point) for d in dtypes for point in sizes if bench.trials(d, point, profile)]
@@ -204,9 +189,9 @@ class _Workbench:
 
     def takes_large_tiles(self, dtype: str, point: Point) -> bool:
         """Whether kernels run with the tuned constants here, and not with those for other GPUs and operands."""
-        rows = (point.in_features, point.out_features)
-        on_16_bytes = all(features * DTYPES[dtype].itemsize % 16 == 0 for features in rows)
-        return on_16_bytes and (not self.on_gpu or torch.cuda.get_device_capability(self.device)[0] in (9, 10))
+        sides = (point.in_features, point.out_features)
+        matrices = [torch.empty(2, side, device=self.device, dtype=TORCH_DTYPES[dtype]) for side in sides]
+        return bool(self.module._tma_serves(*matrices))
 
     def runner(
         self, trial: Trial, sets: Sequence[Mapping[Symbol, torch.Tensor]], dtype: torch.dtype
@@ -216,10 +201,9 @@ class _Workbench:
         symbols = sorted({*operation.reads, *(operation.outputs if operation.accumulate else ())})
         statement = line(operation)
         if trial.constants:
-            result = ", ".join(map(str, operation.outputs))
+            result = results_of(operation)
             key = f"{result} {dict(trial.constants)}".replace('"', "")
             self.module._TILES[key] = {**self.module._TILES[result], **dict(trial.constants)}
-            self.module._SMALL_TILES[key] = self.module._SMALL_TILES[result]
             statement = statement.replace(f'tiles="{result}"', f'tiles="{key}"')
         namespace = {**vars(self.module), "scaling": 0.5, "b": None, "A_dtype": dtype, "B_dtype": dtype}
         exec(f"def run({', '.join(map(str, symbols))}):\n    {statement}\n", namespace)
@@ -250,12 +234,12 @@ class _Workbench:
 def _measure(bench: _Workbench, profile: dict[str, Any], dtype: str, point: Point) -> None:
     """Time what is not known of one size, and put it into the profile."""
     trials = bench.trials(dtype, point, profile)
-    sets = bench.sets(point, trials, DTYPES[dtype])
+    sets = bench.sets(point, trials, TORCH_DTYPES[dtype])
     pool = torch.cuda.graph_pool_handle() if bench.on_gpu else None
     timed: dict[Trial, Callable[[], object]] = {}
     calls: dict[Trial, int] = {}
     for trial in trials:
-        run = bench.runner(trial, sets, DTYPES[dtype])
+        run = bench.runner(trial, sets, TORCH_DTYPES[dtype])
         try:
             run()
         except Exception as error:
@@ -264,7 +248,7 @@ def _measure(bench: _Workbench, profile: dict[str, Any], dtype: str, point: Poin
             raise
         run()
         calls[trial] = max(1, math.ceil(LEAST_S / seconds(run, bench.device)))
-        timed[trial] = captured(run, calls[trial], pool=pool) if bench.on_gpu else _repeated(run, calls[trial])
+        timed[trial] = captured(run, calls[trial], pool=pool) if bench.on_gpu else repeated(run, calls[trial])
     medians = {
         trial: statistics.median(times) / calls[trial] / len(sets)
         for trial, times in interleaved(timed, ROUNDS, bench.device).items()
@@ -277,14 +261,6 @@ def _measure(bench: _Workbench, profile: dict[str, Any], dtype: str, point: Poin
         if isinstance(operation, Fused) and bench.takes_large_tiles(dtype, point):
             tiles = profile["tiles"].setdefault(dtype, {}).setdefault(signature(operation), [])
             tiles.append([*at, dict(best.constants)])
-
-
-def _repeated(run: Callable[[], object], calls: int) -> Callable[[], None]:
-    def repeat() -> None:
-        for _ in range(calls):
-            run()
-
-    return repeat
 
 
 def _at(operation: Operation, point: Point) -> list[int]:
@@ -324,7 +300,7 @@ def _compile(dtype: str, rank: int, share: int, of: int) -> None:
         trials = [t for t in _compiler.trials(dtype, point, nothing) if isinstance(t.operation, Fused)]
         for trial in trials[share::of]:
             with contextlib.suppress(Exception):  # what fails here fails again, and loudly, when it is measured
-                _compiler.runner(trial, _compiler.sets(point, [trial], DTYPES[dtype])[:1], DTYPES[dtype])()
+                _compiler.runner(trial, _compiler.sets(point, [trial], TORCH_DTYPES[dtype])[:1], TORCH_DTYPES[dtype])()
     torch.cuda.synchronize()
 
 
@@ -339,13 +315,13 @@ def _basics(bench: _Workbench) -> dict[str, Any]:
     pair = torch.randn(2, 2**28 if on_gpu else 2**25, device=device)
     copied = pair.nbytes / best(lambda: pair[1].copy_(pair[0]))
     rates = {}
-    for name, dtype in DTYPES.items():
+    for name, dtype in TORCH_DTYPES.items():
         size = (8192 if dtype.itemsize == 2 else 4096) if on_gpu else 1024
         left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
         rates[name] = float(f"{2 * size**3 / best(lambda: left @ right) / 1e12:.4g}")  # noqa: B023
     tiny = torch.randn(8, 8, device=device)
     calls = 500
-    run = _repeated(lambda: torch.add(tiny, tiny, out=tiny), calls)
+    run = repeated(lambda: torch.add(tiny, tiny, out=tiny), calls)
     run()
     launch_s = best(captured(run) if on_gpu else run) / calls
     plain, kernels = _host_seconds(bench)
@@ -364,28 +340,18 @@ def _basics(bench: _Workbench) -> dict[str, Any]:
 
 def _host_seconds(bench: _Workbench) -> tuple[float, float | None]:
     """Host seconds of one operator, and of one kernel's launch, in an eager step, autograd's share included."""
-    shapes = {"x": (1024, 256), "weight": (256, 256), "lora_A": (8, 256), "lora_B": (256, 8)}
-    dtype = torch.bfloat16 if bench.on_gpu else torch.float32
-    tensors = {name: torch.randn(shape, device=bench.device, dtype=dtype) for name, shape in shapes.items()}
-    for name in ("x", "lora_A", "lora_B"):
-        tensors[name].requires_grad_()
-    if not bench.on_gpu:  # operators wait for their results there: what counts is the call alone
-        tensors = {
-            name: tensor[:8, :8].detach().requires_grad_(tensor.requires_grad) for name, tensor in tensors.items()
-        }
+    # Operators of a CPU wait for their results: there what counts is the call alone.
+    point, dtype = (Point(1024, 256, 256, 8), "bf16") if bench.on_gpu else (Point(8, 8, 8, 8), "fp32")
+    problem = Problem(point, bench.device, TORCH_DTYPES[dtype])
 
     def step_seconds(variant: str, steps: int = 50) -> float:
-        def step() -> None:
-            output = bench.module.lora_linear(**tensors, scaling=0.5, variant=variant)
-            output.backward(output.detach())
-
         times = []
         for _ in range(5):
             if bench.on_gpu:
                 torch.cuda.synchronize()
             start = time.perf_counter()
             for _ in range(steps):
-                step()
+                problem.step(bench.module, variant)
             if bench.on_gpu:
                 torch.cuda.synchronize()
             times.append((time.perf_counter() - start) / steps)
@@ -456,17 +422,6 @@ def _row(row: Sequence[Any]) -> str:
     return f"[{', '.join(map(str, (*row[:-1], last)))}]"
 
 
-def _name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    models = {
-        text.split(":", 1)[1].strip()
-        for text in (Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ())
-        if text.startswith("model name")
-    }
-    return f"{torch.get_num_threads()} threads of {', '.join(sorted(models)) or platform.machine()}"
-
-
 def _plain(name: str) -> str:
     """A driver's name as a title."""
     return re.sub(r"[^A-Za-z0-9 ()@.,:+/_-]", " ", name)[:60]
@@ -476,7 +431,7 @@ def _source(device: torch.device) -> str:
     software = f"torch {torch.__version__}"
     if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
         software += f", Triton {version('triton')}"
-    return f"measured by runlora-gen tune on {_name(device)}, {software}"
+    return f"measured by runlora-gen tune on {machine_name(device)}, {software}"
 
 
 def _progress(quiet: bool) -> Progress:

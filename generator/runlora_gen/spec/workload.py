@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from .architecture import Architecture
 from .errors import SpecError, shorten
 
+#: The dtypes that layers are generated for.
+DTYPE_NAMES = ("bf16", "fp16", "fp32")
 #: Above this, byte counts of a layer leave 64 bits; no training step is near it.
 MAX_TOKENS = 2**31
 

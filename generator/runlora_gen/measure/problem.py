@@ -1,0 +1,74 @@
+"""One LoRA linear at a size, with random operands: what tools and ``tune`` run steps of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..choose import setting_for
+from ..cost.price import Setting
+from ..spec.layers import Layer
+from ..spec.workload import Workload
+
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Point:
+    """A size: tokens, in_features, out_features and rank."""
+
+    tokens: int
+    in_features: int
+    out_features: int
+    rank: int
+
+    @classmethod
+    def parse(cls, text: str, rank: int | None = None) -> Point:
+        """The size that ``TOKENS:INxOUT:RANK`` names, or without ``:RANK`` where the rank is given."""
+        tokens, shape, *own = text.split(":")
+        in_features, out_features = shape.split("x")
+        return cls(int(tokens), int(in_features), int(out_features), int(own[0]) if rank is None else rank)
+
+    @property
+    def dims(self) -> dict[str, int]:
+        """By the names that symbols use."""
+        return {"T": self.tokens, "I": self.in_features, "O": self.out_features, "R": self.rank}
+
+    @property
+    def layer(self) -> Layer:
+        """A lone linear of this shape, without a bias."""
+        return Layer(self.in_features, self.out_features, False, 1, ("linear",))
+
+    def setting(self, workload: Workload) -> Setting:
+        """The setting in which it is priced."""
+        return setting_for(workload, self.in_features, self.out_features, self.rank, False, self.tokens)
+
+
+class Problem:
+    """Operands of a LoRA linear and an output gradient, all random: zeros are faster than numbers."""
+
+    def __init__(self, point: Point, device: torch.device, dtype: torch.dtype) -> None:
+        def draw(names: str, trains: bool) -> Tensor:
+            size = [point.dims[name] for name in names]
+            return torch.randn(size, device=device, dtype=dtype).requires_grad_(trains)
+
+        self.x, self.weight = draw("TI", True), draw("OI", False)
+        self.lora_A, self.lora_B = draw("RI", True), draw("OR", True)
+        self.grad_output = draw("TO", False)
+
+    def forward(self, module: ModuleType, variant: str | None) -> Tensor:
+        """The output of a variant of a generated module; of the frozen linear for None."""
+        if variant is None:
+            return F.linear(self.x, self.weight)
+        operands = (self.x, self.weight, self.lora_A, self.lora_B)
+        output: Tensor = module.lora_linear(*operands, scaling=0.5, variant=variant)
+        return output
+
+    def step(self, module: ModuleType, variant: str | None) -> None:
+        """Forward and backward of a variant, or of the frozen linear for None."""
+        wanted = (self.x,) if variant is None else (self.x, self.lora_A, self.lora_B)
+        torch.autograd.grad(self.forward(module, variant), wanted, self.grad_output)
