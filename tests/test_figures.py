@@ -136,7 +136,8 @@ def test_the_kernels_times_are_those_of_the_profile() -> None:
             f"{show(us('p_db: P = s dY B, dB = dYᵀ S', t, o, r))} ({show(two)})",
             f"{show(us('fused_gemm: Y = S Bᵀ + b + X Wᵀ', t, i, o, r))} "
             f"({show(us('Y = X Wᵀ + b', t, i, o))}, {show(forward)})",
-            f"{show(us('fused_gemm: dX = P A + dY W', t, i, o, r))} ({show(us('dX = dY W', t, i, o))}, {show(backward)})",
+            f"{show(us('fused_gemm: dX = P A + dY W', t, i, o, r))} "
+            f"({show(us('dX = dY W', t, i, o))}, {show(backward)})",
         )
         assert f"| {' | '.join(cells)} |" in document
     for i, o in ((5120, 5120), (5120, 13824)):
