@@ -1,16 +1,26 @@
-"""The choice: the best program under a criterion and constraints, from the Pareto front, and why the runner-up lost."""
+"""The choice in one setting: the best program under a criterion and constraints, and why the runner-up lost."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import lru_cache
 
-from .algebra.enumerate import Program, enumerate_programs
-from .algebra.table import STOCHASTIC_MERGE, rows
+from .algebra.enumerate import Phase, Program, enumerate_backwards, enumerate_forwards, enumerate_programs, pair
+from .algebra.operations import Fused, Symbol
+from .algebra.table import STOCHASTIC_MERGE, Way, rows
 from .cost.device import load_device, on_16_bytes
-from .cost.lower import lowered, with_kernels
-from .cost.price import DTYPES, Cost, Setting, is_priced, price
+from .cost.lower import (
+    available,
+    lowered,
+    lowered_phase,
+    phase_time,
+    phase_with_kernels,
+    subsets,
+    with_kernels,
+)
+from .cost.price import DEVICE_BOUND, DTYPES, Cost, Setting, is_priced, price, price_phase, rounded, weighted
 from .spec.architecture import Architecture
 from .spec.errors import SpecError
 from .spec.layers import layers
@@ -58,9 +68,9 @@ def show_time(seconds: float) -> str:
 
 
 QUANTITIES: Mapping[str, Quantity] = {
-    # The same operations summed in another order differ in the last bits: that is a tie.
-    "time": Quantity("time", lambda cost: float(f"{cost.time_s:.12g}"), show_time),
-    "device": Quantity("time on the device", lambda cost: float(f"{cost.device_s:.12g}"), show_time),
+    "time": Quantity("time", lambda cost: cost.time_s, show_time),
+    "device": Quantity("time on the device", lambda cost: rounded(cost.device_s), show_time),
+    "host": Quantity("time on the host", lambda cost: rounded(cost.host_s), show_time),
     "memory": Quantity("saved + workspace", lambda cost: cost.memory_bytes, show_bytes),
     "saved": Quantity("saved", lambda cost: cost.saved_bytes, show_bytes),
     "flops": Quantity("FLOPs", lambda cost: cost.flops, show_count),
@@ -72,7 +82,7 @@ QUANTITIES: Mapping[str, Quantity] = {
 #: What may be traded against each other. Bytes and launches are not here: they matter through the time.
 PARETO = ("time", "saved", "memory", "flops", "error")
 #: After the criterion, ties are broken by these in order, and at last by the program's id.
-TIE_BREAK = (*PARETO, "device", "bytes", "launches")
+TIE_BREAK = ("time", "device", "host", *PARETO[1:], "bytes", "launches")
 
 CRITERIA = ("time", "flops", "memory")
 
@@ -83,6 +93,7 @@ class Decision:
 
     Attributes:
         setting: the circumstances.
+        host_share: how much of the time is the host's: see :func:`~.cost.price.weighted`.
         candidates: every program with its price, in the order of the enumeration.
         front: ids of those on the Pareto front.
         chosen: the winner under the criterion and the constraints.
@@ -93,6 +104,7 @@ class Decision:
     """
 
     setting: Setting
+    host_share: float
     candidates: tuple[Priced, ...]
     front: frozenset[str]
     chosen: Priced
@@ -107,6 +119,7 @@ def goals(workload: Workload) -> tuple[str, ...]:
     return tuple(name for name, needed in wanted.items() if needed)
 
 
+@lru_cache(maxsize=65536)
 def setting_for(workload: Workload, in_features: int, out_features: int, rank: int, bias: bool, tokens: int) -> Setting:
     """The setting in which a layer shape of this workload is priced: the bias frozen."""
     return Setting(
@@ -115,15 +128,23 @@ def setting_for(workload: Workload, in_features: int, out_features: int, rank: i
         out_features=out_features,
         rank=rank,
         dtype=DTYPES[workload.dtype],
+        adapter_dtype=DTYPES[workload.adapter_dtype],
         bias=bias,
         gradients=frozenset(goals(workload)) - {"db"},
         device=load_device(workload.device),
-        launch=workload.launch,
     )
 
 
 def enumerated(workload: Workload, setting: Setting) -> tuple[Program, ...]:
-    """Every program that can serve, its single products computed by torch.
+    """Every program that can serve, its single products computed by torch."""
+    programs = enumerate_programs(goals(workload), table=_table(workload, setting), casts=setting.casts)
+    if workload.merge_rounding == "stochastic":
+        programs = tuple(with_kernels(p, tuple(STOCHASTIC_MERGE.values()), replacing=True) for p in programs)
+    return programs
+
+
+def _table(workload: Workload, setting: Setting) -> tuple[Way, ...]:
+    """The rows that can serve.
 
     With fused kernels where the device has them and the workload allows them, and where they were measured if
     torch's products were. In fp32 only if they were measured: the roofline takes them for as fast as cuBLAS. Not
@@ -131,17 +152,12 @@ def enumerated(workload: Workload, setting: Setting) -> tuple[Program, ...]:
     than torch.
     """
     dtype = setting.dtype
-    table = rows(
+    return rows(
         kernels=_kernels(workload, setting),
         dtype=dtype.name,
         rank=setting.rank,
         known=lambda operation: is_priced(operation, dtype, setting.device),
     )
-    programs = enumerate_programs(goals(workload), table=table)
-    if workload.merge_rounding == "stochastic":
-        merges = tuple(STOCHASTIC_MERGE.values())
-        programs = tuple(with_kernels(program, merges, replacing=True) for program in programs)
-    return programs
 
 
 def _kernels(workload: Workload, setting: Setting) -> bool:
@@ -151,36 +167,126 @@ def _kernels(workload: Workload, setting: Setting) -> bool:
     return workload.kernels and device.kernels and aligned and measured
 
 
-def programs_for(workload: Workload, setting: Setting) -> tuple[Program, ...]:
+def programs_for(workload: Workload, setting: Setting, host_share: float = DEVICE_BOUND) -> tuple[Program, ...]:
     """Every program that can serve, each with those kernels for single products that make it fastest."""
     programs = enumerated(workload, setting)
-    return tuple(lowered(p, setting) for p in programs) if _kernels(workload, setting) else programs
+    return tuple(lowered(p, setting, host_share) for p in programs) if _kernels(workload, setting) else programs
 
 
-def decide(workload: Workload, setting: Setting) -> Decision:
+def decide(workload: Workload, setting: Setting, host_share: float = DEVICE_BOUND) -> Decision:
     """Price every program and choose.
 
     Raises:
         SpecError: no program meets ``max_saved_bytes``; the message names the closest feasible value.
     """
-    candidates = tuple(Priced(p, price(p, setting)) for p in programs_for(workload, setting))
+    candidates = tuple(
+        Priced(p, price(p, setting, host_share)) for p in programs_for(workload, setting, host_share)
+    )
     front = pareto_front(candidates)
     lossless = [c for c in candidates if not c.program.lossy_in_16_bit]
     allowed = lossless if setting.dtype.half and not workload.allow_lossy_merge else candidates
-    ranked = _rank(_within(allowed, workload, setting), workload.criterion)
-    fallback = ranked[0]
+    order = ranked(within(allowed, workload, setting), workload.criterion)
+    fallback = order[0]
     if fallback.program.lossy_in_16_bit and not workload.allow_lossy_merge:
-        fallback = _rank(_within(lossless, workload, setting), workload.criterion)[0]
-    runner_up = ranked[1] if len(ranked) > 1 else None
+        fallback = ranked(within(lossless, workload, setting), workload.criterion)[0]
+    runner_up = order[1] if len(order) > 1 else None
     return Decision(
         setting=setting,
+        host_share=host_share,
         candidates=candidates,
         front=front,
-        chosen=ranked[0],
+        chosen=order[0],
         fallback=fallback,
         runner_up=runner_up,
-        reason=_why(ranked[0], runner_up, workload.criterion),
+        reason=_why(order[0], runner_up, workload.criterion),
     )
+
+
+def fastest(workload: Workload, setting: Setting, host_share: float = DEVICE_BOUND, *, merging: bool = True) -> Priced:
+    """What ``decide`` chooses under the criterion time and without a limit on saved bytes, without pricing every program.
+
+    Times add up: for what is kept, and for kernels in place of single products, the fastest program is the fastest
+    forward with the fastest backward. ``merging``: whether programs that lose updates in 16 bits may win.
+    """
+
+    def timed(phases: Sequence[Phase], kernels: tuple[Fused, ...]) -> list[tuple[float, Phase]]:
+        times = [
+            (weighted(*phase_time(phase, kernels, setting), host_share), phase)
+            for phase in phases
+            if merging or not phase.lossy_in_16_bit
+        ]
+        return sorted(times, key=lambda pair: pair[0])
+
+    twins = available(setting) if _kernels(workload, setting) else ()
+    pairs = [
+        (timed(forwards, kernels), timed(backwards, kernels))
+        for forwards, backwards in _by_kept(workload, _table(workload, setting), setting.casts)
+        for kernels in subsets(twins)
+    ]
+    pairs = [(forwards, backwards) for forwards, backwards in pairs if forwards and backwards]
+    least = rounded(min(forwards[0][0] + backwards[0][0] for forwards, backwards in pairs))
+    tied: dict[str, Program] = {}
+    for forwards, backwards in pairs:
+        for first_s, forward in itertools.takewhile(lambda f: rounded(f[0] + backwards[0][0]) <= least, forwards):
+            for _, backward in itertools.takewhile(lambda b: rounded(first_s + b[0]) <= least, backwards):
+                program = pair(forward, backward)
+                program = lowered(program, setting, host_share) if twins else program
+                tied.setdefault(program.id, program)
+    return ranked([Priced(p, price(p, setting, host_share)) for p in tied.values()], "time")[0]
+
+
+def _by_kept(
+    workload: Workload, table: tuple[Way, ...], casts: bool
+) -> Iterable[tuple[tuple[Phase, ...], tuple[Phase, ...]]]:
+    """The forwards and the backwards of all programs, by what is kept: every pair of both is a program."""
+    replaced = tuple(STOCHASTIC_MERGE.values()) if workload.merge_rounding == "stochastic" else ()
+    return _paired(goals(workload), table, casts, replaced)
+
+
+@lru_cache
+def _paired(
+    goals: tuple[str, ...], table: tuple[Way, ...], casts: bool, replaced: tuple[Fused, ...]
+) -> tuple[tuple[tuple[Phase, ...], tuple[Phase, ...]], ...]:
+    backwards: dict[tuple[Symbol, ...], list[Phase]] = {}
+    for phase in enumerate_backwards(goals, table=table, casts=casts):
+        backwards.setdefault(phase.saved, []).append(phase_with_kernels(phase, replaced))
+    return tuple(
+        (
+            tuple(phase_with_kernels(f, replaced) for f in enumerate_forwards(table=table, casts=casts, keeps=kept)),
+            tuple(phases),
+        )
+        for kept, phases in backwards.items()
+    )
+
+
+@dataclass(frozen=True)
+class ForwardDecision:
+    """The fastest way to compute Y alone, where no gradient is wanted, and on 16-bit weights if that differs."""
+
+    setting: Setting
+    host_share: float
+    chosen: Phase
+    fallback: Phase
+
+
+def decide_forward(workload: Workload, setting: Setting, host_share: float = DEVICE_BOUND) -> ForwardDecision:
+    """Choose the fastest forward, whatever the criterion is for training: nothing is kept."""
+
+    def key(phase: Phase) -> tuple[float | str, ...]:
+        cost = price_phase(phase, setting)
+        return cost.weighted_s(host_share), cost.device_s, cost.workspace_bytes, cost.launches, phase.name()
+
+    phases = enumerate_forwards(table=_table(workload, setting), casts=setting.casts)
+    if workload.merge_rounding == "stochastic":
+        phases = tuple(phase_with_kernels(phase, tuple(STOCHASTIC_MERGE.values())) for phase in phases)
+    if _kernels(workload, setting):
+        phases = tuple(lowered_phase(phase, setting, host_share) for phase in phases)
+    lossless = [phase for phase in phases if not phase.lossy_in_16_bit]
+    fallback = min(lossless, key=key)
+    chosen = fallback if setting.dtype.half and not workload.allow_lossy_merge else min(phases, key=key)
+    if workload.allow_lossy_merge:
+        fallback = chosen
+    return ForwardDecision(setting, host_share, chosen, fallback)
 
 
 def pareto_front(candidates: Iterable[Priced]) -> frozenset[str]:
@@ -208,11 +314,17 @@ def _key(candidate: Priced, quantities: Sequence[str]) -> tuple[float | str, ...
     return (*_values(candidate, quantities), candidate.program.id)
 
 
-def _rank(candidates: Iterable[Priced], criterion: str) -> list[Priced]:
+def ranked(candidates: Iterable[Priced], criterion: str) -> list[Priced]:
+    """From the best to the worst."""
     return sorted(candidates, key=lambda candidate: _key(candidate, (criterion, *TIE_BREAK)))
 
 
-def _within(candidates: Sequence[Priced], workload: Workload, setting: Setting) -> list[Priced]:
+def within(candidates: Sequence[Priced], workload: Workload, setting: Setting) -> list[Priced]:
+    """Those that keep to the limit on saved bytes.
+
+    Raises:
+        SpecError: there are none; the message names the closest feasible value.
+    """
     limit = workload.max_saved_bytes
     if limit is None:
         return list(candidates)
@@ -287,65 +399,3 @@ def _why(chosen: Priced, runner_up: Priced | None, criterion: str) -> str:
                 shown = f"{quantity.show(best)}, by {other / best - 1:.1g} of it"
             return f"{runner_up.program.id} is {equal}worse in {quantity.title}: {shown}"
     return f"{runner_up.program.id} has the same price; the name decides"
-
-
-@dataclass(frozen=True)
-class Range:
-    """One decision and the token counts for which it stands: up to ``last_tokens``, or without an end if None."""
-
-    decision: Decision
-    last_tokens: int | None
-
-
-def decide_ranges(workload: Workload, setting: Setting) -> tuple[Range, ...]:
-    """The best variant for each range of tokens, with thresholds at the computed crossovers.
-
-    Between two wanted token counts with different winners (chosen, fallback) the threshold is the last count at
-    which the first winner is still at least as good, found by bisection. Neighbours with the same winner become one
-    range, also where they differ only in kernels for single products and the price hardly tells them apart.
-    """
-    decisions = [decide(workload, replace(setting, tokens=tokens)) for tokens in sorted(set(workload.tokens))]
-    ranges: list[Range] = []
-    current = decisions[0]
-    for following in decisions[1:]:
-        if _winners(following) != _winners(current) and not _nearly_the_same(current, following):
-            ranges.append(Range(current, _crossover(workload, current, following)))
-            current = following
-    return (*ranges, Range(current, None))
-
-
-#: Between measured sizes prices are no finer than this: two runs of ``tune`` agree within 3 % on single operations.
-_RESOLUTION = 0.01
-
-
-def _nearly_the_same(low: Decision, high: Decision) -> bool:
-    """Whether the winners differ only in which single products are a kernel's, and that makes no difference at high."""
-    pairs = ((low.chosen, high.chosen), (low.fallback, high.fallback))
-    return all(
-        first.program.plain_id == second.program.plain_id
-        and price(first.program, high.setting).time_s <= second.cost.time_s * (1 + _RESOLUTION)
-        for first, second in pairs
-    )
-
-
-def _winners(decision: Decision) -> tuple[str, str]:
-    return decision.chosen.program.id, decision.fallback.program.id
-
-
-def _crossover(workload: Workload, low: Decision, high: Decision) -> int:
-    """The last token count, from low's on and below high's, at which low's winner still ranks before high's.
-
-    Where a limit on saved bytes is given: and at which it still keeps to that limit.
-    """
-    criterion = workload.criterion
-    first, last = low.setting.tokens, high.setting.tokens
-    pair = (low.chosen.program, high.chosen.program)
-    if pair[0] == pair[1]:
-        pair = (low.fallback.program, high.fallback.program)
-    while last - first > 1:
-        middle = (first + last) // 2
-        setting = replace(low.setting, tokens=middle)
-        priced = [Priced(program, price(program, setting)) for program in pair]
-        best = _rank(_within(priced, workload, setting), criterion)[0]  # high's fits: fewer tokens save fewer bytes
-        first, last = (middle, last) if best.program == pair[0] else (first, middle)
-    return first

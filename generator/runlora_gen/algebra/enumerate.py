@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-from .operations import SYMBOLS, Fused, Operation, Symbol
-from .table import INPUTS, KERNELS, LOSSY_IN_16_BIT, PAPER_BACKWARDS, TABLE, Way
+from .operations import SYMBOLS, Cast, Fused, Operation, Symbol
+from .table import KERNELS, LOSSY_IN_16_BIT, PAPER_BACKWARDS, TABLE, Way, inputs
 
 
 @dataclass(frozen=True, eq=False)  # made once by the cached enumeration: identity is equality, and cheap to hash
@@ -33,10 +33,36 @@ class Phase:
         return tuple(operation for way in self.ways for operation in way.operations)
 
     @cached_property
+    def held(self) -> tuple[Symbol, ...]:
+        """Forward only: casts of the adapter, which live from its beginning to its end."""
+        forward = SYMBOLS["Y"] in self.goals
+        return tuple(operation.out for operation in self.operations if forward and isinstance(operation, Cast))
+
+    @cached_property
     def reads(self) -> frozenset[Symbol]:
         """Symbols that come from outside: inputs, and what the forward saved."""
         made = {symbol for operation in self.operations for symbol in operation.outputs}
         return frozenset({s for operation in self.operations for s in operation.reads} - made)
+
+    @cached_property
+    def kernels(self) -> frozenset[str]:
+        """Names of the fused kernels that it uses."""
+        return frozenset(operation.kernel for operation in self.operations if isinstance(operation, Fused))
+
+    @cached_property
+    def seeded(self) -> bool:
+        """Whether it draws random numbers."""
+        return any(KERNELS[kernel].seeded for kernel in self.kernels)
+
+    @cached_property
+    def made(self) -> frozenset[Symbol]:
+        """Everything that it computes or takes from the forward."""
+        return frozenset(symbol for way in self.ways for symbol in way.targets)
+
+    @cached_property
+    def lossy_in_16_bit(self) -> bool:
+        """Whether it rounds a merged weight, which in 16 bits drops small updates."""
+        return bool(self.made & LOSSY_IN_16_BIT)
 
     @cached_property
     def saved(self) -> tuple[Symbol, ...]:
@@ -81,8 +107,9 @@ class Program:
 
     @cached_property
     def saved_inputs(self) -> tuple[Symbol, ...]:
-        """Inputs of the forward that the backward reads, in the order X, W, A, B."""
-        return tuple(SYMBOLS[name] for name in ("X", "W", "A", "B") if SYMBOLS[name] in self.backward.reads)
+        """Inputs of the forward that the backward reads."""
+        taken = self.backward.reads.difference(self.kept)
+        return tuple(dict.fromkeys(s for casts in (True, False) for s in inputs(casts=casts) if s in taken))
 
     @cached_property
     def id(self) -> str:
@@ -99,37 +126,40 @@ class Program:
     @cached_property
     def kernels(self) -> frozenset[str]:
         """Names of the fused kernels that it uses."""
-        return frozenset(operation.kernel for operation in self.operations if isinstance(operation, Fused))
+        return self.forward.kernels | self.backward.kernels
 
     @cached_property
     def seeded(self) -> bool:
         """Whether it draws random numbers."""
-        return any(KERNELS[kernel].seeded for kernel in self.kernels)
+        return self.forward.seeded or self.backward.seeded
 
     @cached_property
     def lossy_in_16_bit(self) -> bool:
         """Whether it rounds a merged weight, which in 16 bits drops small updates."""
-        made = {s for phase in (self.forward, self.backward) for way in phase.ways for s in way.targets}
-        return bool(made & LOSSY_IN_16_BIT)
+        return self.forward.lossy_in_16_bit or self.backward.lossy_in_16_bit
 
     @cached_property
     def paper(self) -> tuple[str, ...]:
-        """The paper's labels, like ``forward1/backward5``; empty for a program that it left out."""
+        """The paper's labels, like ``forward1/backward5``; empty for a program that it left out.
+
+        The paper keeps no intermediate, but its adapters need no cast: with them goes what casts once.
+        """
         goals = {goal.name: self.backward.way_of(goal).name for goal in self.backward.goals}
         backward = PAPER_BACKWARDS.get((goals.get("dX", ""), goals.get("dA", ""), goals.get("dB", "")))
-        if backward is None or self.kept:
+        casts_again = any(isinstance(operation, Cast) for operation in self.backward.operations)
+        if backward is None or casts_again or not set(self.kept) <= {SYMBOLS["A"], SYMBOLS["B"]}:
             return ()
         return tuple(f"{forward}/{backward}" for forward in self.forward.way_of(SYMBOLS["Y"]).paper)
 
 
 def enumerate_phases(
-    goals: Sequence[Symbol], inputs: Iterable[Symbol], table: Sequence[Way], keeps: Sequence[Symbol] = ()
+    goals: Sequence[Symbol], given: Iterable[Symbol], table: Sequence[Way], keeps: Sequence[Symbol] = ()
 ) -> Iterator[Phase]:
-    """Every way to reach the goals (and the keeps) from the inputs.
+    """Every way to reach the goals (and the keeps) from what is given.
 
     A row with several targets is taken only where all of them are wanted.
     """
-    given = frozenset(inputs)
+    given = frozenset(given)
     wanted = (*goals, *keeps)
 
     def expand(pending: tuple[Symbol, ...], chosen: dict[Symbol, Way]) -> Iterator[dict[Symbol, Way]]:
@@ -162,24 +192,46 @@ def _acyclic(chosen: dict[Symbol, Way]) -> bool:
 
 
 @lru_cache
-def enumerate_programs(goals: tuple[str, ...], *, table: tuple[Way, ...] = TABLE) -> tuple[Program, ...]:
+def enumerate_programs(
+    goals: tuple[str, ...], *, table: tuple[Way, ...] = TABLE, casts: bool = False
+) -> tuple[Program, ...]:
     """Every forward paired with every backward that gives the wanted gradients.
 
     Args:
         goals: wanted gradients, of ``dX``, ``dA``, ``dB``, ``db``.
         table: rows to choose from.
+        casts: the adapter has another dtype than the activations.
 
     Returns:
         The programs in a fixed order. A symbol is saved only if the backward uses it; a forward that does not need a
         saved symbol itself computes it for the backward.
     """
-    gradients = tuple(SYMBOLS[goal] for goal in goals)
+    return tuple(
+        pair(forward, backward)
+        for backward in enumerate_backwards(goals, table=table, casts=casts)
+        for forward in enumerate_forwards(table=table, casts=casts, keeps=backward.saved)
+    )
+
+
+@lru_cache(maxsize=65536)
+def pair(forward: Phase, backward: Phase) -> Program:
+    """The program of a forward and a backward: always the same object, as programs are compared by identity."""
+    return Program(forward, backward)
+
+
+@lru_cache
+def enumerate_backwards(
+    goals: tuple[str, ...], *, table: tuple[Way, ...] = TABLE, casts: bool = False
+) -> tuple[Phase, ...]:
+    """Every way to compute the wanted gradients, also from what a forward can keep."""
+    given = (*inputs(casts=casts), SYMBOLS["dY"])
+    return tuple(enumerate_phases(tuple(SYMBOLS[goal] for goal in goals), given, table))
+
+
+@lru_cache
+def enumerate_forwards(
+    *, table: tuple[Way, ...] = TABLE, casts: bool = False, keeps: tuple[Symbol, ...] = ()
+) -> tuple[Phase, ...]:
+    """Every way to compute Y and what is to be kept beside it."""
     computing = [way for way in table if not way.saved]
-    programs = []
-    forwards: dict[tuple[Symbol, ...], list[Phase]] = {}
-    for backward in enumerate_phases(gradients, INPUTS | {SYMBOLS["dY"]}, table):
-        if backward.saved not in forwards:
-            found = enumerate_phases((SYMBOLS["Y"],), INPUTS, computing, keeps=backward.saved)
-            forwards[backward.saved] = list(found)
-        programs += [Program(forward, backward) for forward in forwards[backward.saved]]
-    return tuple(programs)
+    return tuple(enumerate_phases((SYMBOLS["Y"],), inputs(casts=casts), computing, keeps=keeps))

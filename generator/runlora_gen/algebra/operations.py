@@ -5,6 +5,7 @@ An operation is written as the formula that it computes, in a small fixed gramma
     OUT  =  [ADDEND +] [s *] LEFT[.T] @ RIGHT[.T] [+ b]     a product, optionally scaled, added to, or biased
     OUT +=  LEFT[.T] @ RIGHT[.T]                            a product accumulated into OUT
     OUT  =  sum(LEFT)                                       a sum over tokens
+    OUT  =  cast(LEFT)                                      the same in the activations' dtype
     KERNEL: FORMULA; FORMULA; …                             several products in one pass of a fused kernel
 
 FLOPs, bytes, launches, lifetimes, the formula in a docstring and the line of code are all derived from this one object.
@@ -14,22 +15,36 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property, lru_cache
 
 #: Dimensions of one linear: T tokens, I in_features, O out_features, R rank.
 Dims = Mapping[str, int]
 
 
+class _Hashed:
+    """A frozen dataclass whose hash is computed once: symbols and operations are keys of many caches."""
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, field.name) for field in fields(self)))  # type: ignore[arg-type]
+
+    def __hash__(self) -> int:
+        return self._hash
+
+
 @dataclass(frozen=True, order=True)
-class Symbol:
+class Symbol(_Hashed):
     """A tensor of the derivation: its name, its shape in named dimensions, and which linear of a site it belongs to.
 
     ``index`` is None for a lone linear and for what a group shares (X, dX); groups number their linears.
+    ``store`` says what its elements are stored as: ``act``, the activations' dtype, or ``adapter``, the adapter's.
     """
 
     name: str
     shape: tuple[str, ...]
     index: int | None = None
+    store: str = "act"
 
     def numel(self, dims: Dims) -> int:
         """Number of elements for concrete dimensions."""
@@ -37,6 +52,8 @@ class Symbol:
         for dim in self.shape:
             count *= dims[dim]
         return count
+
+    __hash__ = _Hashed.__hash__
 
     def __str__(self) -> str:
         return self.name if self.index is None else f"{self.name}{self.index}"
@@ -50,8 +67,10 @@ SYMBOLS: Mapping[str, Symbol] = {
         Symbol("X", ("T", "I")),  # input
         Symbol("W", ("O", "I")),  # frozen base weight
         Symbol("b", ("O",)),  # frozen bias
-        Symbol("A", ("R", "I")),  # lora_A
-        Symbol("B", ("O", "R")),  # lora_B
+        Symbol("lora_A", ("R", "I"), store="adapter"),
+        Symbol("lora_B", ("O", "R"), store="adapter"),
+        Symbol("A", ("R", "I")),  # lora_A as the products read it: in the activations' dtype
+        Symbol("B", ("O", "R")),  # lora_B likewise
         Symbol("Y", ("T", "O")),  # output
         Symbol("S", ("T", "R")),  # s X Aᵀ
         Symbol("M", ("O", "I")),  # W + s B A
@@ -60,15 +79,15 @@ SYMBOLS: Mapping[str, Symbol] = {
         Symbol("P", ("T", "R")),  # s dY B
         Symbol("G", ("O", "I")),  # dYᵀ X
         Symbol("dX", ("T", "I")),
-        Symbol("dA", ("R", "I")),
-        Symbol("dB", ("O", "R")),
+        Symbol("dA", ("R", "I"), store="adapter"),
+        Symbol("dB", ("O", "R"), store="adapter"),
         Symbol("db", ("O",)),
     )
 }
 
 
 @dataclass(frozen=True)
-class Operand:
+class Operand(_Hashed):
     """A symbol as an operation reads it, possibly transposed (a view: it costs nothing)."""
 
     symbol: Symbol
@@ -79,12 +98,14 @@ class Operand:
         """Shape in named dimensions, after the transposition."""
         return self.symbol.shape[::-1] if self.transposed else self.symbol.shape
 
+    __hash__ = _Hashed.__hash__
+
     def __str__(self) -> str:
         return f"{self.symbol}{'ᵀ' if self.transposed else ''}"
 
 
 @dataclass(frozen=True)
-class Matmul:
+class Matmul(_Hashed):
     """``out = [addend +] [s] left @ right [+ bias]``, or ``out += left @ right`` when it accumulates."""
 
     out: Symbol
@@ -102,6 +123,8 @@ class Matmul:
             raise ValueError(f"{self.out} has the shape {self.out.shape}, not that of {self.formula}")
         if self.addend is not None and self.addend.shape != self.out.shape:
             raise ValueError(f"{self.addend} has not the shape of {self.out} in {self.formula}")
+
+    __hash__ = _Hashed.__hash__
 
     @property
     def outputs(self) -> tuple[Symbol, ...]:
@@ -131,11 +154,13 @@ class Matmul:
 
 
 @dataclass(frozen=True)
-class SumTokens:
+class SumTokens(_Hashed):
     """``out = sum of operand over its first dimension``."""
 
     out: Symbol
     operand: Symbol
+
+    __hash__ = _Hashed.__hash__
 
     @property
     def outputs(self) -> tuple[Symbol, ...]:
@@ -159,7 +184,37 @@ class SumTokens:
 
 
 @dataclass(frozen=True)
-class Fused:
+class Cast(_Hashed):
+    """``out = operand in the activations' dtype``."""
+
+    out: Symbol
+    operand: Symbol
+
+    __hash__ = _Hashed.__hash__
+
+    @property
+    def outputs(self) -> tuple[Symbol, ...]:
+        """What it writes."""
+        return (self.out,)
+
+    @property
+    def reads(self) -> tuple[Symbol, ...]:
+        """What it reads."""
+        return (self.operand,)
+
+    @property
+    def accumulate(self) -> bool:
+        """Never adds to what its output held."""
+        return False
+
+    @property
+    def formula(self) -> str:
+        """The formula as docstrings and documentation print it."""
+        return f"{self.out} = cast({self.operand})"
+
+
+@dataclass(frozen=True)
+class Fused(_Hashed):
     """Several products computed together by one kernel: what it reads, it reads once; what it writes, it writes once.
 
     ``parts`` are also what the torch path runs where the kernel does not apply.
@@ -167,6 +222,8 @@ class Fused:
 
     kernel: str
     parts: tuple[Matmul, ...]
+
+    __hash__ = _Hashed.__hash__
 
     @property
     def outputs(self) -> tuple[Symbol, ...]:
@@ -198,14 +255,15 @@ class Fused:
         return ", ".join(texts.values())
 
 
-Operation = Matmul | SumTokens | Fused
+Operation = Matmul | SumTokens | Cast | Fused
 
 
-def products(operation: Operation) -> tuple[Matmul | SumTokens, ...]:
+def products(operation: Operation) -> tuple[Matmul | SumTokens | Cast, ...]:
     """The single steps of an operation: the parts of a fused one, else itself."""
     return operation.parts if isinstance(operation, Fused) else (operation,)
 
 
+@lru_cache(maxsize=4096)
 def signature(operation: Operation) -> str:
     """What is the same for operations that do the same work: the formula, with M and D, which have W's shape, as W."""
     result, _, value = operation.formula.partition("= ")
@@ -213,6 +271,7 @@ def signature(operation: Operation) -> str:
     return f"{operation.kernel}: {text}" if isinstance(operation, Fused) else text
 
 
+@lru_cache(maxsize=4096)
 def dimensions(operation: Operation) -> tuple[str, ...]:
     """The dimensions that an operation has, in the order T, I, O, R."""
     used = {dim for symbol in (*operation.reads, *operation.outputs) for dim in symbol.shape}
@@ -224,7 +283,7 @@ _PRODUCT = re.compile(
     r"(?P<left>\w+)(?P<lt>\.T)? @ (?P<right>\w+)(?P<rt>\.T)?(?: \+ (?P<bias>b))?"
 )
 _FUSED = re.compile(r"(?P<kernel>\w+): (?P<parts>.+)")
-_SUM = re.compile(r"(?P<out>\w+) = sum\((?P<operand>\w+)\)")
+_UNARY = re.compile(r"(?P<out>\w+) = (?P<kind>sum|cast)\((?P<operand>\w+)\)")
 
 
 def parse(formula: str) -> Operation:
@@ -238,8 +297,9 @@ def parse(formula: str) -> Operation:
         if not all(isinstance(part, Matmul) for part in parts):
             raise ValueError(f"a fused kernel computes products only: {formula!r}")
         return Fused(match["kernel"], tuple(part for part in parts if isinstance(part, Matmul)))
-    if match := _SUM.fullmatch(formula):
-        return SumTokens(_symbol(match["out"], formula), _symbol(match["operand"], formula))
+    if match := _UNARY.fullmatch(formula):
+        kind = SumTokens if match["kind"] == "sum" else Cast
+        return kind(_symbol(match["out"], formula), _symbol(match["operand"], formula))
     match = _PRODUCT.fullmatch(formula)
     if match is None:
         raise ValueError(f"not a formula of the table's grammar: {formula!r}")

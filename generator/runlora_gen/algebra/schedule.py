@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import MappingProxyType
 
@@ -24,7 +24,7 @@ class Schedule:
     """Operations in running order.
 
     ``workspace`` is the peak number of elements in temporaries: tensors that the phase allocates and neither returns
-    nor saves.
+    nor saves. All of them have the activations' dtype.
     """
 
     steps: tuple[Step, ...]
@@ -34,64 +34,132 @@ class Schedule:
 def schedule(phase: Phase, dims: Dims) -> Schedule:
     """The order with the smallest peak of temporaries; ties go to the order of the table.
 
-    A search over sets of finished operations (a phase has fewer than ten). A temporary is freed early only where
-    letting it live to the end would raise the peak, so that the emitted code holds no idle ``del``.
+    A temporary is freed early only where letting it live to the end would raise the peak, so that the emitted code
+    holds no idle ``del``.
     """
-    operations = phase.operations
-    persistent = {*phase.goals, *phase.keeps}
-    temporaries = [
-        symbol
-        for operation in operations
-        for symbol in operation.outputs
-        if symbol not in persistent and not operation.accumulate
-    ]
-    before = [_predecessors(operations, i) for i in range(len(operations))]
-    sizes = {symbol: symbol.numel(dims) for symbol in temporaries}
-    makers = {s: [i for i, op in enumerate(operations) if s in op.outputs] for s in temporaries}
-    readers = {s: [i for i, op in enumerate(operations) if s in op.reads] for s in temporaries}
+    flow, sizes, held = _flow_of(phase, dims)
+    peak, order = _best_order(flow, tuple(sizes.values()))
+    # What is held all the time comes first, and is no matter of order.
+    first = [operation for operation in phase.operations if set(operation.outputs) & set(phase.held)]
+    movable = [operation for operation in phase.operations if operation not in first]
+    ordered = [movable[i] for i in order]
+    frees = _needed_frees(ordered, flow.temporaries, sizes, peak)
+    steps = tuple(
+        Step(operation, tuple(s for s in flow.temporaries if frees.get(s) == position))
+        for position, operation in enumerate(ordered)
+    )
+    return Schedule((*map(Step, first), *steps), held + peak)
 
-    def live(done: frozenset[int], running: int) -> int:
-        """Elements alive while ``running`` runs after ``done``."""
-        return sum(
-            sizes[s]
-            for s in temporaries
-            if any(i in done or i == running for i in makers[s])
-            and (running in makers[s] or any(i not in done for i in readers[s]))
+
+def workspace(phase: Phase, dims: Dims) -> int:
+    """The peak of :func:`schedule` alone."""
+    flow, sizes, held = _flow_of(phase, dims)
+    return held + _best_order(flow, tuple(sizes.values()))[0]
+
+
+@dataclass(frozen=True, eq=False)  # made once by a cache: identity is equality
+class _Flow:
+    """What the order of some operations depends on, whatever the dimensions are.
+
+    Attributes:
+        temporaries: what they make and neither return nor save.
+        before: for each operation, those that must be finished first.
+        makers, readers: of each temporary.
+        order: the valid order that is nearest to the table's.
+        live: the temporaries that live while each operation of that order runs.
+        touched: those that each operation reads and writes: no order can do with fewer at once.
+    """
+
+    temporaries: tuple[Symbol, ...]
+    before: tuple[frozenset[int], ...]
+    makers: Mapping[Symbol, frozenset[int]]
+    readers: Mapping[Symbol, frozenset[int]]
+    order: tuple[int, ...]
+    live: tuple[tuple[Symbol, ...], ...]
+    touched: tuple[tuple[Symbol, ...], ...]
+
+    def alive(self, done: frozenset[int], running: int) -> tuple[Symbol, ...]:
+        """Temporaries that live while ``running`` runs after ``done``."""
+        now = done | {running}
+        return tuple(
+            s
+            for s in self.temporaries
+            if self.makers[s] & now and (running in self.makers[s] or not self.readers[s] <= done)
         )
 
-    # best[done] = (peak, order): built by the number of finished operations.
+
+def _flow_of(phase: Phase, dims: Dims) -> tuple[_Flow, Mapping[Symbol, int], int]:
+    """The flow of a phase's movable operations, the sizes of its temporaries, and the elements that it always holds."""
+    held = frozenset(phase.held)
+    steps = tuple((op.reads, op.outputs, op.accumulate) for op in phase.operations if not held & set(op.outputs))
+    flow = _flow(steps, frozenset({*phase.goals, *phase.keeps}))
+    sizes = {symbol: symbol.numel(dims) for symbol in flow.temporaries}
+    return flow, sizes, sum(symbol.numel(dims) for symbol in held.difference(phase.keeps))
+
+
+@lru_cache(maxsize=4096)
+def _flow(
+    steps: tuple[tuple[tuple[Symbol, ...], tuple[Symbol, ...], bool], ...], persistent: frozenset[Symbol]
+) -> _Flow:
+    makers: dict[Symbol, set[int]] = {}
+    readers: dict[Symbol, set[int]] = {}
+    before = []
+    for i, (reads, outputs, accumulate) in enumerate(steps):
+        for symbol in outputs:
+            makers.setdefault(symbol, set()).add(i)
+        for symbol in reads:
+            readers.setdefault(symbol, set()).add(i)
+        # Makers of what is read, and the earlier steps of an accumulation.
+        needed = {j for j, step in enumerate(steps) if set(step[1]) & set(reads)}
+        before.append(frozenset(needed | {j for j in range(i) if accumulate and set(steps[j][1]) & set(outputs)}))
+    order: list[int] = []
+    while len(order) < len(steps):
+        order.append(next(i for i, needed in enumerate(before) if i not in order and needed <= set(order)))
+    temporaries = tuple(dict.fromkeys(s for _, outputs, _ in steps for s in outputs if s not in persistent))
+    flow = _Flow(
+        temporaries=temporaries,
+        before=tuple(before),
+        makers={s: frozenset(makers[s]) for s in temporaries},
+        readers={s: frozenset(readers.get(s, ())) for s in temporaries},
+        order=tuple(order),
+        live=(),
+        touched=tuple(
+            tuple(s for s in temporaries if s in reads or s in outputs) for reads, outputs, _ in steps
+        ),
+    )
+    live = tuple(flow.alive(frozenset(order[:position]), i) for position, i in enumerate(order))
+    return replace(flow, live=live)
+
+
+@lru_cache(maxsize=65536)
+def _best_order(flow: _Flow, numels: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+    """The smallest peak, and the first order that has it; ``numels`` are the sizes of the flow's temporaries."""
+    sizes = dict(zip(flow.temporaries, numels, strict=True))
+
+    def most(sets: Iterable[tuple[Symbol, ...]]) -> int:
+        return max((sum(sizes[symbol] for symbol in symbols) for symbols in sets), default=0)
+
+    peak = most(flow.live)
+    if peak == most(flow.touched):
+        return peak, flow.order
+    # A search over sets of finished operations, built by their number (a phase has fewer than ten operations).
     best: dict[frozenset[int], tuple[int, tuple[int, ...]]] = {frozenset(): (0, ())}
-    for _ in operations:
+    for _ in flow.before:
         reached: dict[frozenset[int], tuple[int, tuple[int, ...]]] = {}
         for done, (peak, order) in best.items():
-            for i in range(len(operations)):
-                if i not in done and before[i] <= done:
+            for i, needed in enumerate(flow.before):
+                if i not in done and needed <= done:
                     key = done | {i}
-                    candidate = (max(peak, live(done, i)), (*order, i))
+                    candidate = (max(peak, most([flow.alive(done, i)])), (*order, i))
                     if key not in reached or candidate < reached[key]:
                         reached[key] = candidate
         best = reached
-    ((peak, order),) = best.values()
-    ordered = [operations[i] for i in order]
-    frees = _needed_frees(ordered, temporaries, sizes, peak)
-    steps = tuple(
-        Step(operation, tuple(s for s in temporaries if frees.get(s) == position))
-        for position, operation in enumerate(ordered)
-    )
-    return Schedule(steps, peak)
-
-
-def _predecessors(operations: Sequence[Operation], index: int) -> frozenset[int]:
-    """Who must be finished first: makers of what is read, and the earlier steps of an accumulation."""
-    operation = operations[index]
-    needed = {i for i, op in enumerate(operations) if set(op.outputs) & set(operation.reads)}
-    if operation.accumulate:
-        needed |= {i for i in range(index) if set(operations[i].outputs) & set(operation.outputs)}
-    return frozenset(needed)
+    (found,) = best.values()
+    return found
 
 
 def _needed_frees(
-    ordered: Sequence[Operation], temporaries: Sequence[Symbol], sizes: dict[Symbol, int], peak: int
+    ordered: Sequence[Operation], temporaries: Sequence[Symbol], sizes: Mapping[Symbol, int], peak: int
 ) -> dict[Symbol, int]:
     """The positions after which a temporary must be freed for the peak to hold; others live to the end."""
     last_use = {s: max(i for i, op in enumerate(ordered) if s in (*op.reads, *op.outputs)) for s in temporaries}

@@ -42,6 +42,7 @@ def way(target: str, name: str, *formulas: str, paper: tuple[str, ...] = ()) -> 
 
 
 SAVED = "saved"
+CAST = "cast"
 
 TABLE: tuple[Way, ...] = (
     way("S", "x_at", "S = s * X @ A.T"),
@@ -50,6 +51,11 @@ TABLE: tuple[Way, ...] = (
     way("M", SAVED),
     way("D", "b_a", "D = s * B @ A"),
     way("D", SAVED),
+    # Where the adapter has another dtype than the activations; else A and B are lora_A and lora_B themselves.
+    way("A", CAST, "A = cast(lora_A)"),
+    way("A", SAVED),
+    way("B", CAST, "B = cast(lora_B)"),
+    way("B", SAVED),
     # The forward.
     way("Y", "base_first", "Y = X @ W.T + b", "Y += S @ B.T", paper=("forward1",)),
     way("Y", "lowrank_first", "Y = S @ B.T + b", "Y += X @ W.T", paper=("forward3",)),
@@ -213,6 +219,11 @@ def rows(
     return tuple(row for row in TABLE if all(map(serves, row.operations)))
 
 
+def inputs(*, casts: bool) -> tuple[Symbol, ...]:
+    """What a forward starts from, in the order in which it is saved; ``casts``: the adapter has a dtype of its own."""
+    return tuple(SYMBOLS[name] for name in ("X", "W", *(("lora_A", "lora_B") if casts else ("A", "B"))))
+
+
 #: The paper's backward graphs: its names for the ways of dX, dA and dB. It recomputes S and M, and never saves them.
 PAPER_BACKWARDS: Mapping[tuple[str, str, str], str] = {
     ("base_first", "pt_x", "dyt_s"): "backward1",
@@ -224,10 +235,6 @@ PAPER_BACKWARDS: Mapping[tuple[str, str, str], str] = {
     ("merged", "bt_g", "dyt_s"): "backward7",
     ("merged", "pt_x", "g_at"): "backward8",
 }
-
-#: What a way may start from. The backward reads inputs of the forward only if the forward saved them.
-PARAMETERS = frozenset(SYMBOLS[name] for name in ("W", "A", "B"))
-INPUTS = PARAMETERS | {SYMBOLS["X"]}
 
 #: Rounding these to 16 bits drops updates smaller than half an ulp of W: DESIGN's lossy merge.
 LOSSY_IN_16_BIT = frozenset({SYMBOLS["M"]})

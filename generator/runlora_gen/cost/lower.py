@@ -3,41 +3,74 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
 from ..algebra.enumerate import Phase, Program
 from ..algebra.operations import Fused, Operation
 from ..algebra.table import TWINS, runs
-from .price import Setting, elapsed, is_priced, price_operation, wanted_operations
+from .price import DEVICE_BOUND, Setting, is_priced, price_operation, rounded, wanted_operations, weighted
 
 
-def choices(program: Program, setting: Setting) -> list[tuple[Fused, ...]]:
-    """Every set of kernels of ``TWINS`` that can take torch's place in a program, the empty one first.
+def available(setting: Setting) -> tuple[Fused, ...]:
+    """The kernels of ``TWINS`` that may take torch's place in a setting."""
+    return tuple(
+        twin
+        for twin in TWINS.values()
+        if runs(twin.kernel, dtype=setting.dtype.name, rank=setting.rank)
+        and is_priced(twin, setting.dtype, setting.device)
+    )
+
+
+def choices(computed: Program | Phase, setting: Setting) -> tuple[tuple[Fused, ...], ...]:
+    """Every set of kernels that can take torch's place in a program or a forward, the empty one first.
 
     Each product is computed in one way wherever the program computes it.
     """
-    available = [
-        twin
-        for plain, twin in TWINS.items()
-        if plain in program.operations
-        and runs(twin.kernel, dtype=setting.dtype.name, rank=setting.rank)
-        and is_priced(twin, setting.dtype, setting.device)
-    ]
-    return [chosen for count in range(len(available) + 1) for chosen in itertools.combinations(available, count)]
+    operations = computed.operations
+    return subsets(tuple(twin for twin in available(setting) if twin.parts[0] in operations))
 
 
-def lowered(program: Program, setting: Setting) -> Program:
+@lru_cache
+def subsets(kernels: tuple[Fused, ...]) -> tuple[tuple[Fused, ...], ...]:
+    """All subsets, from the empty one to the whole."""
+    return tuple(chosen for count in range(len(kernels) + 1) for chosen in itertools.combinations(kernels, count))
+
+
+def lowered(program: Program, setting: Setting, host_share: float = DEVICE_BOUND) -> Program:
     """The program with those kernels for single products that make it fastest in a setting; ties go to torch."""
-    best = min(choices(program, setting), key=lambda chosen: (*_time(program, chosen, setting), len(chosen)))
-    return with_kernels(program, best)
+    phases = (program.forward, program.backward)
+    return with_kernels(program, _fastest(choices(program, setting), phases, setting, host_share))
 
 
-def _time(program: Program, kernels: tuple[Fused, ...], setting: Setting) -> tuple[float, float]:
-    """Seconds of a program, and its seconds on the device, to many digits: the order of a sum is no difference."""
-    times = [_phase_time(phase, kernels, setting) for phase in (program.forward, program.backward)]
-    return float(f"{sum(time for time, _ in times):.12g}"), float(f"{sum(device for _, device in times):.12g}")
+def lowered_phase(phase: Phase, setting: Setting, host_share: float = DEVICE_BOUND) -> Phase:
+    """The same of a forward alone."""
+    return phase_with_kernels(phase, _fastest(choices(phase, setting), (phase,), setting, host_share))
+
+
+def _fastest(
+    sets: Sequence[tuple[Fused, ...]], phases: Sequence[Phase], setting: Setting, host_share: float
+) -> tuple[Fused, ...]:
+    if len(sets) == 1:
+        return sets[0]
+
+    def key(kernels: tuple[Fused, ...]) -> tuple[float, ...]:
+        times = [phase_time(phase, kernels, setting) for phase in phases]
+        device_s, host_s = (sum(time[i] for time in times) for i in range(2))
+        return rounded(weighted(device_s, host_s, host_share)), rounded(device_s), rounded(host_s), len(kernels)
+
+    return min(sets, key=key)
+
+
+def phase_time(phase: Phase, kernels: tuple[Fused, ...], setting: Setting) -> tuple[float, float]:
+    """Seconds of a phase on the device and on the host, with kernels in place of the products that they compute."""
+    return _phase_time(phase, _relevant(phase, kernels), setting)
+
+
+@lru_cache(maxsize=65536)
+def _relevant(phase: Phase, kernels: tuple[Fused, ...]) -> tuple[Fused, ...]:
+    return tuple(kernel for kernel in kernels if kernel.parts[0] in phase.operations)
 
 
 @lru_cache(maxsize=65536)
@@ -47,7 +80,7 @@ def _phase_time(phase: Phase, kernels: tuple[Fused, ...], setting: Setting) -> t
         price_operation(twins.get(operation, operation), setting)
         for operation in wanted_operations(phase, setting.gradients)
     ]
-    return elapsed(costs, setting), sum(cost.time_s for cost in costs)
+    return sum(cost.device_s for cost in costs), sum(cost.host_s for cost in costs)
 
 
 def with_kernels(program: Program, kernels: tuple[Fused, ...], *, replacing: bool = False) -> Program:
@@ -62,17 +95,15 @@ def with_kernels(program: Program, kernels: tuple[Fused, ...], *, replacing: boo
 def _with_kernels(program: Program, kernels: tuple[Fused, ...], replacing: bool) -> Program:
     if not kernels:
         return program
-    twins: Mapping[Operation, Operation] = {kernel.parts[0]: kernel for kernel in kernels}
     by_kernel = program.by_kernel if replacing else tuple(symbol for kernel in kernels for symbol in kernel.outputs)
-    return Program(_phase(program.forward, twins), _phase(program.backward, twins), by_kernel)
+    return Program(
+        phase_with_kernels(program.forward, kernels), phase_with_kernels(program.backward, kernels), by_kernel
+    )
 
 
-def _phase(phase: Phase, twins: Mapping[Operation, Operation]) -> Phase:
-    return _lowered_phase(phase, tuple(sorted(twins.items(), key=lambda pair: pair[0].formula)))
-
-
-@lru_cache(maxsize=4096)
-def _lowered_phase(phase: Phase, twins: tuple[tuple[Operation, Operation], ...]) -> Phase:
-    table = dict(twins)
-    ways = tuple(replace(way, operations=tuple(table.get(op, op) for op in way.operations)) for way in phase.ways)
+@lru_cache(maxsize=65536)
+def phase_with_kernels(phase: Phase, kernels: tuple[Fused, ...]) -> Phase:
+    """The phase with kernels in place of the products that they compute."""
+    twins: Mapping[Operation, Operation] = {kernel.parts[0]: kernel for kernel in kernels}
+    ways = tuple(replace(way, operations=tuple(twins.get(op, op) for op in way.operations)) for way in phase.ways)
     return phase if ways == phase.ways else Phase(phase.goals, phase.keeps, ways)

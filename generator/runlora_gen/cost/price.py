@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from typing import assert_never
 
 from ..algebra.enumerate import Phase, Program
 from ..algebra.operations import (
     SYMBOLS,
+    Cast,
     Dims,
     Fused,
     Matmul,
     Operation,
+    SumTokens,
     Symbol,
     dimensions,
     parse,
     products,
     signature,
 )
-from ..algebra.schedule import dependents, schedule
-from ..algebra.table import KERNELS, PARAMETERS
+from ..algebra.schedule import dependents, workspace
+from ..algebra.table import KERNELS
 from .device import DeviceProfile, distance, on_16_bytes
 from .rounding import merge_error, rounding_error, update_std
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DType:
     """A floating dtype: its size and its precision."""
 
@@ -43,17 +46,17 @@ class DType:
 DTYPES = {dtype.name: dtype for dtype in (DType("bf16", 2, 7), DType("fp16", 2, 10), DType("fp32", 4, 23))}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # a key of many caches: identity is equality, and cheap to hash
 class Setting:
     """The circumstances in which a program is priced.
 
     Attributes:
         tokens, in_features, out_features, rank: T, I, O and R.
-        dtype: of activations, weight and adapter alike.
+        dtype: of activations and weight.
+        adapter_dtype: of lora_A, lora_B and their gradients.
         bias: whether the linear has a bias (it is read, not trained).
         gradients: names of the gradients that training needs, of dX, dA, dB, db.
         device: the profile that gives the time.
-        launch: ``eager`` (the host may be what takes longest) or ``graph`` (captured once, replayed by the device).
     """
 
     tokens: int
@@ -61,30 +64,58 @@ class Setting:
     out_features: int
     rank: int
     dtype: DType
+    adapter_dtype: DType
     bias: bool
     gradients: frozenset[str]
     device: DeviceProfile
-    launch: str = "eager"
 
-    @property
+    @cached_property
     def dims(self) -> Dims:
         """Concrete dimensions by the names that symbols use."""
         return {"T": self.tokens, "I": self.in_features, "O": self.out_features, "R": self.rank}
+
+    @property
+    def casts(self) -> bool:
+        """Whether the products read casts of the adapter."""
+        return self.adapter_dtype != self.dtype
+
+    def bytes_of(self, symbol: Symbol) -> int:
+        """Bytes of a tensor as it is stored."""
+        dtype = self.adapter_dtype if symbol.store == "adapter" else self.dtype
+        return symbol.numel(self.dims) * dtype.bytes
+
+#: How much of a program's time is the host's: 0 where the whole step of the model waits for the device, 1 where it
+#: waits for the host.
+DEVICE_BOUND, HOST_BOUND = 0.0, 1.0
+
+
+def weighted(device_s: float, host_s: float, host_share: float) -> float:
+    """Seconds that count, of a step whose bound is the host's to this share."""
+    return host_share * host_s + (1 - host_share) * device_s
+
+
+def rounded(seconds: float) -> float:
+    """To 12 digits: the same operations summed in another order differ in the last bits, and that is a tie."""
+    return float(f"{seconds:.12g}")
 
 
 @dataclass(frozen=True)
 class PhaseCost:
     """Price of a forward or of a backward: FLOPs, bytes read and written, launches, bytes of temporaries, seconds.
 
-    ``time_s`` is the larger of what host and device need, ``device_s`` the device's alone.
+    ``device_s`` and ``host_s`` are what each of the two needs; they work side by side.
     """
 
     flops: int
     bytes_moved: int
     launches: int
     workspace_bytes: int
-    time_s: float
     device_s: float
+    host_s: float
+
+    def weighted_s(self, host_share: float) -> float:
+        """Seconds that count, as :func:`weighted` has them; the last bits, which the order of a sum makes, cut off."""
+        return rounded(weighted(self.device_s, self.host_s, host_share))
 
 
 @dataclass(frozen=True)
@@ -93,12 +124,14 @@ class Cost:
 
     ``saved_bytes`` are kept from the forward to the backward, without the parameters, which live anyway.
     ``update_error`` is the relative error of the adapter's contribution through rounding W-sized intermediates.
+    ``host_share`` is that of :func:`weighted`.
     """
 
     forward: PhaseCost
     backward: PhaseCost
     saved_bytes: int
     update_error: float
+    host_share: float = DEVICE_BOUND
 
     @property
     def flops(self) -> int:
@@ -112,28 +145,37 @@ class Cost:
 
     @property
     def launches(self) -> int:
-        """Kernel launches of forward and backward."""
+        """Launches of forward and backward."""
         return self.forward.launches + self.backward.launches
 
     @property
     def workspace_bytes(self) -> int:
-        """Peak of temporaries: the larger of both phases."""
+        """Peak of temporaries: forward and backward do not run at once."""
         return max(self.forward.workspace_bytes, self.backward.workspace_bytes)
 
     @property
     def memory_bytes(self) -> int:
-        """What the criterion ``memory`` minimises: saved bytes and workspace together."""
+        """Saved bytes and workspace together."""
         return self.saved_bytes + self.workspace_bytes
 
     @property
-    def time_s(self) -> float:
-        """Seconds of forward and backward."""
-        return self.forward.time_s + self.backward.time_s
+    def device_s(self) -> float:
+        """Seconds of forward and backward on the device."""
+        return self.forward.device_s + self.backward.device_s
 
     @property
-    def device_s(self) -> float:
-        """Seconds of forward and backward on the device alone."""
-        return self.forward.device_s + self.backward.device_s
+    def host_s(self) -> float:
+        """Seconds that the host needs to launch forward and backward eagerly."""
+        return self.forward.host_s + self.backward.host_s
+
+    @property
+    def time_s(self) -> float:
+        """What it adds to a step of the whole model: the device's seconds or the host's, whichever bounds the step."""
+        return self.weighted_s(self.host_share)
+
+    def weighted_s(self, host_share: float) -> float:
+        """The same under another share."""
+        return rounded(weighted(self.device_s, self.host_s, host_share))
 
     def as_dict(self) -> dict[str, object]:
         """The vector as JSON shows it; times in microseconds."""
@@ -144,6 +186,8 @@ class Cost:
             "bytes_moved": self.bytes_moved,
             "launches": self.launches,
             "time_us": round(self.time_s * 1e6, 3),
+            "device_us": round(self.device_s * 1e6, 3),
+            "host_us": round(self.host_s * 1e6, 3),
             "update_error": float(f"{self.update_error:.4g}"),
         }
 
@@ -155,7 +199,7 @@ class OperationCost:
     flops: int
     bytes_moved: int
     launches: int
-    time_s: float
+    device_s: float
     host_s: float
 
 
@@ -166,45 +210,50 @@ def price_operation(operation: Operation, setting: Setting) -> OperationCost:
     The correction is the ratio of measured time to roofline: at measured dimensions that gives the measured time;
     between them it is the mean of the logarithms, weighted by 1 / distance⁴ in the logarithms of the dimensions.
     """
-    cost = roofline(operation, setting.dims, setting.dtype, setting.device, bias=setting.bias)
+    cost = roofline(operation, setting)
     factor = _correction(
         operation, tuple(setting.dims[d] for d in dimensions(operation)), setting.dtype, setting.device
     )
-    return replace(cost, time_s=cost.time_s * factor)
+    return replace(cost, device_s=cost.device_s * factor)
 
 
-def roofline(operation: Operation, dims: Dims, dtype: DType, device: DeviceProfile, *, bias: bool) -> OperationCost:
+def roofline(operation: Operation, setting: Setting) -> OperationCost:
     """Price one operation by max(FLOPs / peak, bytes / bandwidth) + launches.
 
     Every operand is read once and every result written once; an accumulation reads its target as well. A product added
     to a matrix (M = W + s B A) is two kernels in torch, a copy of the addend and an accumulation into it. A fused
     kernel reads and writes each of its tensors once, and needs a profile that has kernels; one that computes its result
-    in tiles is busy for whole waves of them, however few the last one has.
+    in tiles is busy for whole waves of them, however few the last one has. The adapter's gradients are written in its
+    dtype straight from the sums.
     """
-    elements = sum(symbol.numel(dims) for symbol in (*operation.reads, *operation.outputs))
+    dims, device = setting.dims, setting.device
+    moved = sum(setting.bytes_of(symbol) for symbol in (*operation.reads, *operation.outputs))
     launches, flops, host_s, idle = 1, 0, device.host_s, 1.0
-    if isinstance(operation, Fused):
-        if device.kernel_host_s is None:
-            raise ValueError(f"{device.name} has no fused kernels, so {operation.formula} has no price there")
-        for part in operation.parts:
-            m, n, k = part.mnk(dims)
-            flops += 2 * m * n * k
-        if operation.bias is not None and bias:
-            elements += operation.bias.numel(dims)
-        launches, host_s = KERNELS[operation.kernel].launches, device.kernel_host_s
-        idle = _waves(operation, dims, device)
-    if isinstance(operation, Matmul):
-        m, n, k = operation.mnk(dims)
-        flops = 2 * m * n * k
-        if operation.accumulate:
-            elements += operation.out.numel(dims)
-        if operation.bias is not None and bias:
-            elements += operation.bias.numel(dims)
-        if operation.addend is not None:
-            elements += 2 * operation.out.numel(dims)
-            launches += 1
-    busy = max(flops / device.flops_per_s[dtype.name] * idle, elements * dtype.bytes / device.bytes_per_s)
-    return OperationCost(flops, elements * dtype.bytes, launches, busy + launches * device.launch_s, launches * host_s)
+    match operation:
+        case Fused():
+            if device.kernel_host_s is None:
+                raise ValueError(f"{device.name} has no fused kernels, so {operation.formula} has no price there")
+            for part in operation.parts:
+                m, n, k = part.mnk(dims)
+                flops += 2 * m * n * k
+            launches, host_s = KERNELS[operation.kernel].launches, device.kernel_host_s
+            idle = _waves(operation, dims, device)
+        case Matmul():
+            m, n, k = operation.mnk(dims)
+            flops = 2 * m * n * k
+            if operation.accumulate:
+                moved += setting.bytes_of(operation.out)
+            if operation.addend is not None:
+                moved += 2 * setting.bytes_of(operation.out)
+                launches += 1
+        case SumTokens() | Cast():
+            pass
+        case _:
+            assert_never(operation)
+    if isinstance(operation, Matmul | Fused) and operation.bias is not None and setting.bias:
+        moved += setting.bytes_of(operation.bias)
+    busy = max(flops / device.flops_per_s[setting.dtype.name] * idle, moved / device.bytes_per_s)
+    return OperationCost(flops, moved, launches, busy + launches * device.launch_s, launches * host_s)
 
 
 def _waves(operation: Fused, dims: Dims, device: DeviceProfile) -> float:
@@ -259,13 +308,17 @@ def _ratios(operation: Operation, dtype: DType, device: DeviceProfile) -> tuple[
     """Where an operation was measured, with the logarithms of measured time over roofline there."""
     measured = device.times_for(dtype.name).get(measured_as(operation), ())
     names = dimensions(operation)
+    # Measured with everything in one dtype: the ratio holds for an adapter in another one as well.
     return tuple(
-        (
-            at,
-            math.log(time_s / roofline(operation, dict(zip(names, at, strict=True)), dtype, device, bias=False).time_s),
-        )
+        (at, math.log(time_s / roofline(operation, setting_at(dict(zip(names, at, strict=True)), dtype, device)).device_s))
         for at, time_s in measured
     )
+
+
+def setting_at(dims: Dims, dtype: DType, device: DeviceProfile) -> Setting:
+    """The setting in which operations are measured: everything in one dtype, no bias."""
+    tokens, in_features, out_features, rank = (dims.get(dim, 1) for dim in "TIOR")
+    return Setting(tokens, in_features, out_features, rank, dtype, dtype, False, frozenset(), device)
 
 
 @lru_cache(maxsize=65536)
@@ -276,40 +329,32 @@ def price_phase(phase: Phase, setting: Setting) -> PhaseCost:
         flops=sum(cost.flops for cost in costs),
         bytes_moved=sum(cost.bytes_moved for cost in costs),
         launches=sum(cost.launches for cost in costs),
-        workspace_bytes=_workspace(phase, setting.tokens, setting.in_features, setting.out_features, setting.rank)
-        * setting.dtype.bytes,
-        time_s=elapsed(costs, setting),
-        device_s=sum(cost.time_s for cost in costs),
+        workspace_bytes=workspace(phase, setting.dims) * setting.dtype.bytes,
+        device_s=sum(cost.device_s for cost in costs),
+        host_s=sum(cost.host_s for cost in costs),
     )
 
 
-def elapsed(costs: Sequence[OperationCost], setting: Setting) -> float:
-    """Seconds of a phase within a longer run: eager, host and device work side by side, and the slower counts."""
-    device_s, host_s = sum(cost.time_s for cost in costs), sum(cost.host_s for cost in costs)
-    return max(device_s, host_s) if setting.launch == "eager" else device_s
-
-
-def price(program: Program, setting: Setting) -> Cost:
+def price(program: Program, setting: Setting, host_share: float = DEVICE_BOUND) -> Cost:
     """Price a program in a setting."""
     return Cost(
         forward=price_phase(program.forward, setting),
         backward=price_phase(program.backward, setting),
-        saved_bytes=sum(
-            symbol.numel(setting.dims) * setting.dtype.bytes
-            for symbol in saved_symbols(program, setting.gradients)
-            if symbol not in PARAMETERS
-        ),
+        saved_bytes=sum(map(setting.bytes_of, saved_activations(program, setting.gradients))),
         update_error=_update_error(program, setting),
+        host_share=host_share,
     )
 
 
-def price_frozen(setting: Setting) -> float:
+def price_frozen(setting: Setting, host_share: float = DEVICE_BOUND) -> float:
     """Seconds of the frozen linear (Y = X Wᵀ + b and dX = dY W): the floor that a LoRA linear is held against."""
     formulas = ["Y = X @ W.T + b"] + (["dX = dY @ W"] if "dX" in setting.gradients else [])
-    return sum(elapsed([price_operation(parse(formula), setting)], setting) for formula in formulas)
+    costs = [price_operation(parse(formula), setting) for formula in formulas]
+    return weighted(sum(cost.device_s for cost in costs), sum(cost.host_s for cost in costs), host_share)
 
 
-def wanted_operations(phase: Phase, gradients: Collection[str]) -> tuple[Operation, ...]:
+@lru_cache(maxsize=65536)
+def wanted_operations(phase: Phase, gradients: frozenset[str]) -> tuple[Operation, ...]:
     """The operations of a phase that run when only some of its gradients are wanted; a forward runs whole.
 
     Of a fused operation with an unwanted result the wanted products run alone.
@@ -338,12 +383,14 @@ def saved_symbols(program: Program, gradients: Collection[str]) -> tuple[Symbol,
 
 
 @lru_cache(maxsize=65536)
-def _workspace(phase: Phase, tokens: int, in_features: int, out_features: int, rank: int) -> int:
-    return schedule(phase, {"T": tokens, "I": in_features, "O": out_features, "R": rank}).workspace
+def saved_activations(program: Program, gradients: frozenset[str]) -> tuple[Symbol, ...]:
+    """Those of the saved symbols that are no parameters, which live anyway."""
+    parameters = set(program.saved_inputs) - {SYMBOLS["X"]}
+    return tuple(symbol for symbol in saved_symbols(program, gradients) if symbol not in parameters)
 
 
 def _update_error(program: Program, setting: Setting) -> float:
-    made = {symbol for phase in (program.forward, program.backward) for way in phase.ways for symbol in way.targets}
+    made = program.forward.made | program.backward.made
     delta_std, bits = update_std(setting.in_features, setting.rank), setting.dtype.mantissa_bits
     if SYMBOLS["M"] in made:
         return merge_error(delta_std, bits, stochastic=program.seeded)

@@ -53,6 +53,7 @@ def merge_error(
     )
 
 
+@lru_cache(maxsize=1024)
 def rounding_error(delta_std: float, mantissa_bits: int) -> float:
     """Relative root-mean-square error of rounding an update by itself, not added to a weight.
 

@@ -20,7 +20,9 @@ class Workload:
 
     Attributes:
         tokens: token counts (batch × sequence) for which the choice is made, ascending.
-        dtype: ``bf16``, ``fp16`` or ``fp32``: informs the choice; generated modules run in any floating dtype.
+        dtype: of activations and weight, ``bf16``, ``fp16`` or ``fp32``: informs the choice; generated modules run in
+            any of these and in float64.
+        adapter_dtype: of the adapter: ``fp32``, or the same as ``dtype``; the default of generated layers.
         train: which factors train, of ``a`` and ``b``.
         input_grad: whether the input needs a gradient (not in a first layer).
         criterion: ``time``, ``flops`` or ``memory``.
@@ -36,6 +38,7 @@ class Workload:
 
     tokens: tuple[int, ...] = (4096,)
     dtype: str = "bf16"
+    adapter_dtype: str = "fp32"
     train: tuple[str, ...] = ("a", "b")
     input_grad: bool = True
     criterion: str = "time"
