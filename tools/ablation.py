@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from runlora_gen.choose import Priced, Range, decide, enumerated
+from runlora_gen.choose import Priced, decide, enumerated
 from runlora_gen.cost.price import price
 from runlora_gen.measure.clock import captured, interleaved
 from runlora_gen.measure.machine import machine_name
 from runlora_gen.measure.memory import peak_bytes, saved_bytes
-from runlora_gen.measure.modules import render_module
+from runlora_gen.measure.modules import one_choice, render_module
 from runlora_gen.measure.problem import TORCH_DTYPES, Point, Problem
 from runlora_gen.spec.workload import Workload
 
@@ -53,7 +53,14 @@ ROUNDS = 15
 def measure_shape(text: str, rank: int, dtype: str, profile: str, device: torch.device) -> dict[str, dict[str, float]]:
     """Time over the frozen linear, saved and peak bytes of every variant on one shape."""
     point = Point.parse(text, rank)
-    workload = Workload(tokens=(point.tokens,), dtype=dtype, device=profile, launch="graph", allow_lossy_merge=True)
+    workload = Workload(
+        tokens=(point.tokens,),
+        dtype=dtype,
+        adapter_dtype=dtype,
+        device=profile,
+        launch="graph",
+        allow_lossy_merge=True,
+    )
     setting = point.setting(workload)
     programs = [p for p in enumerated(workload, setting) if p.id in VARIANTS.values()]
     decision = replace(
@@ -64,7 +71,7 @@ def measure_shape(text: str, rank: int, dtype: str, profile: str, device: torch.
     problem = Problem(point, device, TORCH_DTYPES[dtype])
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / text.replace(":", "_")
-        module = render_module(point.layer, rank, workload, (Range(decision, None),), place, all_variants=True)
+        module = render_module(one_choice(point.layer, workload, decision), rank, workload, place, all_variants=True)
         named: dict[str, str | None] = {FROZEN: None}
         named |= {name: variant for name, variant in VARIANTS.items() if variant in module.VARIANTS}
         pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None

@@ -28,12 +28,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from runlora_gen.choose import Range, decide_ranges, setting_for
+from runlora_gen.choose import Decision
 from runlora_gen.measure.clock import Run, captured, interleaved, repeated
 from runlora_gen.measure.machine import machine_name
 from runlora_gen.measure.memory import peak_bytes, saved_bytes
-from runlora_gen.measure.modules import import_file, render_module
+from runlora_gen.measure.modules import import_file, one_choice, render_module
 from runlora_gen.measure.problem import TORCH_DTYPES, Point
+from runlora_gen.ranges import LayerChoice, decide_model
 from runlora_gen.spec.architecture import load_architecture
 from runlora_gen.spec.layers import Layer, layers
 from runlora_gen.spec.workload import Workload
@@ -135,14 +136,18 @@ def generate(
 
     ``paper``: the cheapest of the paper's own pairs that merges nothing, instead of the choice.
     """
-    setting = setting_for(workload, layer.in_features, layer.out_features, rank, layer.bias, workload.tokens[0])
-    ranges = decide_ranges(workload, setting)
+    choice = decide_model(workload, (layer,), rank)[0]
     if paper:
-        decision = ranges[0].decision
+        decision = choice.ranges[-1].decision
         labelled = [c for c in decision.candidates if c.program.paper and not c.program.lossy_in_16_bit]
         best = min(labelled, key=lambda candidate: (candidate.cost.time_s, candidate.program.id))
-        ranges = (Range(replace(decision, chosen=best, fallback=best), None),)
-    return render_module(layer, rank, workload, ranges, folder), ranges[-1].decision.chosen.program.id
+        choice = one_choice(layer, workload, replace(decision, chosen=best, fallback=best))
+    return render_module(choice, rank, workload, folder), _decision(choice).chosen.program.id
+
+
+def _decision(choice: LayerChoice) -> Decision:
+    """The one for the asked token count."""
+    return choice.ranges[-1].decision
 
 
 #: Steps that a GPU runs back to back for one timing: as in training, the host may run ahead of the device.
@@ -279,19 +284,23 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for tokens, layer, rank in wanted(options):
-            # Never keep more than PEFT: the input and x lora_Aᵀ.
-            limit = tokens * (layer.in_features + rank) * TORCH_DTYPES[options.dtype].itemsize
+            # Never keep more than PEFT: the input, x lora_Aᵀ, and the adapter's casts.
+            kept = tokens * (layer.in_features + rank) + rank * (layer.in_features + layer.out_features)
+            limit = kept * TORCH_DTYPES[options.dtype].itemsize
             workload = Workload(tokens=(tokens,), dtype=options.dtype, device=options.profile, max_saved_bytes=limit)
             place = Path(folder) / str(len(rows))
-            torch_only = replace(workload, kernels=False)
             generated, chosen = {}, {}
             variants = {"generated": (workload, False)}
             if torch.cuda.is_available():
+                graph = replace(workload, launch="graph")
+                narrow, narrow_graph = (replace(w, adapter_dtype=options.dtype) for w in (workload, graph))
                 variants = {
-                    "paper's best": (replace(torch_only, launch="graph"), True),
-                    "generated, torch only": (torch_only, False),
+                    "paper's best": (replace(narrow_graph, kernels=False), True),
+                    "generated, torch only": (replace(narrow, kernels=False), False),
                     "generated for eager": (workload, False),
-                    "generated": (replace(workload, launch="graph"), False),
+                    "generated for eager, 16-bit adapters": (narrow, False),
+                    "generated": (graph, False),
+                    "generated, 16-bit adapters": (narrow_graph, False),
                 }
             for number, (name, (load_, paper)) in enumerate(variants.items()):
                 generated[name], chosen[name] = generate(

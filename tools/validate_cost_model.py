@@ -32,14 +32,14 @@ from typing import Any
 import torch
 from runlora_gen.algebra.enumerate import Program
 from runlora_gen.algebra.operations import Fused
-from runlora_gen.choose import Priced, Range, decide, enumerated, programs_for
+from runlora_gen.choose import Priced, decide, enumerated, programs_for
 from runlora_gen.cost.lower import choices, with_kernels
 from runlora_gen.cost.price import Setting, price
 from runlora_gen.emit.code import results_of
 from runlora_gen.emit.nodes import kernel_constants
 from runlora_gen.measure.clock import captured, interleaved, seconds
 from runlora_gen.measure.machine import machine_name
-from runlora_gen.measure.modules import render_module
+from runlora_gen.measure.modules import one_choice, render_module
 from runlora_gen.measure.problem import TORCH_DTYPES, Point, Problem
 from runlora_gen.spec.workload import Workload
 
@@ -65,7 +65,7 @@ LOWERED = 10
 
 def workload_for(dtype: str, profile: str) -> Workload:
     """Everything allowed that loses no updates, as the device alone sees it."""
-    return Workload(dtype=dtype, device=profile, launch="graph")
+    return Workload(dtype=dtype, adapter_dtype=dtype, device=profile, launch="graph")
 
 
 def variants(program: Program, setting: Setting) -> list[Program]:
@@ -133,9 +133,8 @@ def measure(options: argparse.Namespace) -> None:
                     candidates=tuple(Priced(program, price(program, setting)) for program in programs),
                 )
                 place = Path(folder) / f"m{number}"
-                modules[ids] = render_module(
-                    point.layer, point.rank, workload, (Range(decision, None),), place, all_variants=True
-                )
+                choice = one_choice(point.layer, workload, decision)
+                modules[ids] = render_module(choice, point.rank, workload, place, all_variants=True)
             module = modules[ids]
             tiles: Any = getattr(module, "_TILES", {})
             for operation in {op for p in programs for op in p.operations if isinstance(op, Fused)}:

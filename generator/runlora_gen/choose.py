@@ -20,7 +20,18 @@ from .cost.lower import (
     subsets,
     with_kernels,
 )
-from .cost.price import DEVICE_BOUND, DTYPES, Cost, Setting, is_priced, price, price_phase, rounded, weighted
+from .cost.price import (
+    DEVICE_BOUND,
+    DTYPES,
+    HOST_BOUND,
+    Cost,
+    Setting,
+    is_priced,
+    price,
+    price_phase,
+    rounded,
+    weighted,
+)
 from .spec.architecture import Architecture
 from .spec.errors import SpecError
 from .spec.layers import layers
@@ -44,13 +55,13 @@ class Quantity:
     show: Callable[[float], str]
 
 
-def show_count(value: float) -> str:
+def show_count(value: float, unit: str = "") -> str:
     """A count in SI steps, such as 1.09 T."""
-    for unit in ("", "k", "M", "G", "T"):
+    for prefix in ("", "k", "M", "G", "T"):
         if abs(value) < 1000:
-            return f"{value:.4g} {unit}".rstrip()
+            return f"{value:.4g} {prefix}{unit}".rstrip()
         value /= 1000
-    return f"{value:.4g} P"
+    return f"{value:.4g} P{unit}"
 
 
 def show_bytes(value: float) -> str:
@@ -65,6 +76,12 @@ def show_bytes(value: float) -> str:
 def show_time(seconds: float) -> str:
     """Microseconds."""
     return f"{seconds * 1e6:,.1f} µs"
+
+
+def show_bound(host_share: float) -> str:
+    """What a step waits for, which is what counts as time."""
+    alike = f"device and host alike (of time {host_share:.0%} is the host's)"
+    return {DEVICE_BOUND: "the device", HOST_BOUND: "the host"}.get(host_share, alike)
 
 
 QUANTITIES: Mapping[str, Quantity] = {
@@ -179,9 +196,7 @@ def decide(workload: Workload, setting: Setting, host_share: float = DEVICE_BOUN
     Raises:
         SpecError: no program meets ``max_saved_bytes``; the message names the closest feasible value.
     """
-    candidates = tuple(
-        Priced(p, price(p, setting, host_share)) for p in programs_for(workload, setting, host_share)
-    )
+    candidates = tuple(Priced(p, price(p, setting, host_share)) for p in programs_for(workload, setting, host_share))
     front = pareto_front(candidates)
     lossless = [c for c in candidates if not c.program.lossy_in_16_bit]
     allowed = lossless if setting.dtype.half and not workload.allow_lossy_merge else candidates

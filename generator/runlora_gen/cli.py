@@ -17,7 +17,16 @@ from . import __version__
 from .spec.architecture import Architecture, architecture_names, load_architecture
 from .spec.errors import SpecError, shorten
 from .spec.layers import layers
-from .spec.workload import DTYPE_NAMES, MAX_TOKENS, Workload, check_ranks, parse_counts, parse_shapes, parse_train
+from .spec.workload import (
+    DTYPE_NAMES,
+    MAX_TOKENS,
+    Workload,
+    check_adapter_dtype,
+    check_ranks,
+    parse_counts,
+    parse_shapes,
+    parse_train,
+)
 
 EXIT_STALE = 1
 EXIT_BAD_INPUT = 2
@@ -43,7 +52,16 @@ _SPEC_OPTIONS = (
     click.option(
         "--tokens", metavar="T", multiple=True, help="Tokens a step (batch × sequence); several allowed. [4096]"
     ),
-    click.option("--dtype", type=click.Choice(DTYPE_NAMES), default="bf16", show_default=True),
+    click.option(
+        "--dtype", type=click.Choice(DTYPE_NAMES), default="bf16", show_default=True, help="Of activations and weight."
+    ),
+    click.option(
+        "--adapter-dtype",
+        type=click.Choice(DTYPE_NAMES),
+        default="fp32",
+        show_default=True,
+        help="Of lora_A and lora_B: fp32, or that of --dtype.",
+    ),
     click.option("--train", metavar="a,b|a|b", default="a,b", show_default=True, help="Which factors train."),
     click.option("--no-input-grad", is_flag=True, help="The input needs no gradient (a first layer)."),
     click.option("--criterion", type=click.Choice(["time", "flops", "memory"]), default="time", show_default=True),
@@ -99,6 +117,7 @@ def _read_spec(options: dict[str, Any]) -> tuple[Architecture, tuple[int, ...], 
     workload = Workload(
         tokens=parse_counts("--tokens", options["tokens"] or ("4096",), maximum=MAX_TOKENS),
         dtype=options["dtype"],
+        adapter_dtype=check_adapter_dtype(options["adapter_dtype"], options["dtype"]),
         train=parse_train(options["train"]),
         input_grad=not options["no_input_grad"],
         criterion=options["criterion"],
@@ -129,6 +148,7 @@ def _read_spec(options: dict[str, Any]) -> tuple[Architecture, tuple[int, ...], 
 @click.option("--dry-run", is_flag=True, help="Write nothing; say what would be written.")
 @click.option("--force", is_flag=True, help="Overwrite files that were not generated.")
 @click.option("--all-variants", is_flag=True, help="Every enumerated pair in each module, selectable by id.")
+@click.option("--line-length", metavar="N", help="Columns of a line. [the repository's [tool.black], else 88]")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
 @click.option("-v", "--verbose", is_flag=True, help="Also print every file and every choice.")
 @click.version_option(__version__)
@@ -154,21 +174,33 @@ def main(context: click.Context, /, **options: Any) -> None:
         return
     from .emit.package import build_package
     from .emit.publish import plan_changes, publish
+    from .emit.style import MAX_LINE_LENGTH
 
     architecture, ranks, workload = _read_spec(options)
     out = Path(options["output"])
-    # A check formats everything anew, so that it also finds what another version of black would write.
-    former = None if options["check"] else out
+    length = options["line_length"]
     packages = [
-        build_package(architecture, r, workload, all_variants=options["all_variants"], former=former) for r in ranks
+        build_package(
+            architecture,
+            r,
+            workload,
+            out=out,
+            line_length=(
+                None if length is None else parse_counts("--line-length", (length,), maximum=MAX_LINE_LENGTH)[0]
+            ),
+            all_variants=options["all_variants"],
+            reuse=not options["check"],  # a check trusts nothing that it can make anew
+        )
+        for r in ranks
     ]
     quiet, verbose = options["quiet"], options["verbose"]
     if verbose:
         for package in packages:
-            for layer, ranges in package.layers:
-                for part in ranges:
+            for choice in package.layers:
+                for part in choice.ranges:
                     upto = "" if part.last_tokens is None else f" up to {part.last_tokens} tokens"
-                    click.echo(f"{package.folder} {layer.name}{upto}: {part.decision.chosen.program.id}", err=True)
+                    name = part.decision.chosen.program.id
+                    click.echo(f"{package.folder} {choice.layer.name}{upto}: {name}", err=True)
     if options["check"] or options["dry_run"]:
         changes = plan_changes(out, packages, force=True)
     else:
@@ -219,20 +251,15 @@ def archs(as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def explain(show_all: bool, as_json: bool, **options: Any) -> None:
     """Show the variants of each layer shape with their prices, the chosen one and why."""
-    from .choose import decide, setting_for
     from .emit.report import SCHEMA_VERSION, explain_table, layer_data
+    from .ranges import decide_step
 
     architecture, ranks, workload = _read_spec(options)
     if len(ranks) > 1 or len(workload.tokens) > 1:
         raise SpecError("explain: several values of --rank or --tokens; give one of each")
     rank, tokens = ranks[0], workload.tokens[0]
-    decided = [
-        (
-            layer,
-            decide(workload, setting_for(workload, layer.in_features, layer.out_features, rank, layer.bias, tokens)),
-        )
-        for layer in layers(architecture)
-    ]
+    sites = layers(architecture)
+    decided = list(zip(sites, decide_step(workload, sites, rank, tokens), strict=True))
     if as_json:
         data = {
             "schema_version": SCHEMA_VERSION,
@@ -240,6 +267,7 @@ def explain(show_all: bool, as_json: bool, **options: Any) -> None:
             "rank": rank,
             "tokens": tokens,
             "dtype": workload.dtype,
+            "adapter_dtype": workload.adapter_dtype,
             "device": workload.device,
             "layers": [layer_data(layer, rank, decision) for layer, decision in decided],
         }

@@ -1,4 +1,4 @@
-"""The choice over token counts, for the whole model: what bounds its step, and where one winner takes over from another.
+"""The choice over token counts, for the whole model: what bounds its step, and where one winner follows another.
 
 Host and device work side by side. A step takes as long as the slower of the two: the sum over all linears of what the
 device needs, or of what the host needs to launch them. So long as the device is the slower one, what a linear costs the
@@ -187,9 +187,7 @@ class _Contest(ABC, Generic[Choice, Candidate]):
             middle = (first + end) // 2
             settings = self.settings(middle)
             share = self.balanced(settings, lambda i, share: self.best(rivals[i][0], settings[i], share))  # noqa: B023
-            first, end = (
-                (middle, end) if self.best(pair, settings[position], share) is pair[0] else (first, middle)
-            )
+            first, end = (middle, end) if self.best(pair, settings[position], share) is pair[0] else (first, middle)
         return first
 
 

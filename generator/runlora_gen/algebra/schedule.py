@@ -123,9 +123,7 @@ def _flow(
         readers={s: frozenset(readers.get(s, ())) for s in temporaries},
         order=tuple(order),
         live=(),
-        touched=tuple(
-            tuple(s for s in temporaries if s in reads or s in outputs) for reads, outputs, _ in steps
-        ),
+        touched=tuple(tuple(s for s in temporaries if s in reads or s in outputs) for reads, outputs, _ in steps),
     )
     live = tuple(flow.alive(frozenset(order[:position]), i) for position, i in enumerate(order))
     return replace(flow, live=live)

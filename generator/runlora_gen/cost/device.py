@@ -9,6 +9,8 @@ names another profile whose measurements stand in, as ratios to that machine's r
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -45,6 +47,7 @@ class DeviceProfile:
         host_s: time that the host needs for one operator call from Python; bounds eager mode.
         kernel_host_s: the same for one Triton kernel, descriptors included; None where there are no Triton kernels.
         multiprocessors: of a GPU: how many tiles of a kernel run at once; None where that is not known.
+        digest: of all its data, also of what it takes from another profile.
         times: seconds by dtype and signature of an operation, at the dimensions where it was measured.
         tiles: the best constants of kernels, likewise.
         measured_on: the profile whose ``times`` and ``tiles`` hold, if not this one's.
@@ -58,6 +61,7 @@ class DeviceProfile:
     launch_s: float
     host_s: float
     kernel_host_s: float | None
+    digest: str
     multiprocessors: int | None = None
     times: Mapping[str, Times] = field(default_factory=dict)
     tiles: Mapping[str, Tiles] = field(default_factory=dict)
@@ -161,8 +165,10 @@ def _profile(name: str, data: Mapping[str, Any]) -> DeviceProfile:
         }
         for dtype, by_signature in data.get("times", {}).items()
     }
+    meter = _meter(str(data["measured_on"])) if "measured_on" in data else None
     return DeviceProfile(
         name=name,
+        digest=_digest(data, meter),
         title=check_title(data["title"]),
         source=str(data["source"]),
         flops_per_s=rates,
@@ -179,8 +185,13 @@ def _profile(name: str, data: Mapping[str, Any]) -> DeviceProfile:
             }
             for dtype, by_signature in data.get("tiles", {}).items()
         },
-        measured_on=_meter(str(data["measured_on"])) if "measured_on" in data else None,
+        measured_on=meter,
     )
+
+
+def _digest(data: Mapping[str, Any], meter: DeviceProfile | None) -> str:
+    text = json.dumps([data, meter.digest if meter else None], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _meter(name: str) -> DeviceProfile:

@@ -84,6 +84,7 @@ class Setting:
         dtype = self.adapter_dtype if symbol.store == "adapter" else self.dtype
         return symbol.numel(self.dims) * dtype.bytes
 
+
 #: How much of a program's time is the host's: 0 where the whole step of the model waits for the device, 1 where it
 #: waits for the host.
 DEVICE_BOUND, HOST_BOUND = 0.0, 1.0
@@ -310,7 +311,12 @@ def _ratios(operation: Operation, dtype: DType, device: DeviceProfile) -> tuple[
     names = dimensions(operation)
     # Measured with everything in one dtype: the ratio holds for an adapter in another one as well.
     return tuple(
-        (at, math.log(time_s / roofline(operation, setting_at(dict(zip(names, at, strict=True)), dtype, device)).device_s))
+        (
+            at,
+            math.log(
+                time_s / roofline(operation, setting_at(dict(zip(names, at, strict=True)), dtype, device)).device_s
+            ),
+        )
         for at, time_s in measured
     )
 

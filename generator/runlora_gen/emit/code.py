@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import assert_never
 
-from ..algebra.operations import SYMBOLS, Fused, Matmul, Operand, Operation, products
+from ..algebra.operations import SYMBOLS, Cast, Fused, Matmul, Operand, Operation, SumTokens, products
 from ..algebra.table import KERNELS
 
 #: Gradients of parameters that may have another dtype than the activations, and the variable that holds it.
@@ -16,36 +17,51 @@ def uses_scaling(operation: Operation) -> bool:
     return any(isinstance(product, Matmul) and product.scaled for product in products(operation))
 
 
-def uses_scaled_mm(operation: Operation) -> bool:
-    """Whether the line, or the torch path of its kernel, calls the module's helper ``_scaled_mm``."""
-    return any(isinstance(p, Matmul) and p.scaled and p.addend is None for p in products(operation))
+def helpers_of(operation: Operation) -> frozenset[str]:
+    """Functions of the module that the line, or the torch path of its kernel, calls."""
+    return frozenset[str]().union(*map(_helpers, products(operation)))
 
 
-def uses_accumulate(operation: Operation) -> bool:
-    """Whether the line, or the torch path of its kernel, calls the module's helper ``_accumulate``."""
-    return any(isinstance(product, Matmul) and product.accumulate for product in products(operation))
+def _helpers(product: Matmul | SumTokens | Cast) -> frozenset[str]:
+    if not isinstance(product, Matmul):
+        return frozenset()
+    if product.out in DTYPE_OF:
+        return frozenset({"mm_as", "scaled_mm"})
+    if product.accumulate:
+        return frozenset({"accumulate"})
+    if product.addend is not None:
+        return frozenset({"scaled_addmm"})
+    return frozenset({"scaled_mm"} if product.scaled else ())
 
 
 def line(operation: Operation) -> str:
-    """The statement that computes an operation."""
-    if isinstance(operation, Fused):
-        return f"{results_of(operation)} = {_call(operation)}"
-    if not isinstance(operation, Matmul):
-        return f"{operation.out} = {operation.operand}.sum(0)"
-    out, left, right = str(operation.out), _operand(operation.left), _operand(operation.right)
-    if operation.accumulate:
-        return f"{out} = _accumulate({out}, {left}, {right})"
-    if operation.addend is not None:
-        return f"{out} = torch.addmm({operation.addend}, {left}, {right}, alpha=scaling)"
-    if operation.scaled:
-        value = f"_scaled_mm({left}, {right}, scaling)"
-    elif operation.bias is not None and operation.right.transposed:
-        return f"{out} = F.linear({left}, {operation.right.symbol}, {operation.bias})"
-    else:
-        value = f"{left} @ {right}"
-    if operation.out in DTYPE_OF:
-        value = f"{value if operation.scaled else f'({value})'}.to({DTYPE_OF[operation.out]})"
-    return f"{out} = {value}"
+    """The statement that computes an operation; a cast only where the backward makes it."""
+    match operation:
+        case Fused():
+            return f"{results_of(operation)} = {_call(operation)}"
+        case SumTokens():
+            return f"{operation.out} = {operation.operand}.sum(0)"
+        case Cast():
+            return f"{operation.out} = {operation.operand}.to(dY.dtype)"
+        case Matmul():
+            return f"{operation.out} = {_product(operation)}"
+        case _:
+            assert_never(operation)
+
+
+def _product(product: Matmul) -> str:
+    left, right = _operand(product.left), _operand(product.right)
+    if product.out in DTYPE_OF:
+        return f"_mm_as({left}, {right}, {DTYPE_OF[product.out]}{', scaling' if product.scaled else ''})"
+    if product.accumulate:
+        return f"_accumulate({product.out}, {left}, {right})"
+    if product.addend is not None:
+        return f"_scaled_addmm({product.addend}, {left}, {right}, scaling)"
+    if product.scaled:
+        return f"_scaled_mm({left}, {right}, scaling)"
+    if product.bias is not None and product.right.transposed:
+        return f"F.linear({left}, {product.right.symbol}, {product.bias})"
+    return f"{left} @ {right}"
 
 
 def results_of(operation: Operation) -> str:

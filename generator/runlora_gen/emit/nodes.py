@@ -7,27 +7,29 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..algebra.enumerate import Phase, Program
-from ..algebra.operations import SYMBOLS, Fused, Symbol, dimensions, products, signature
+from ..algebra.operations import SYMBOLS, Cast, Fused, Operation, Symbol, dimensions, products, signature
 from ..algebra.schedule import GRADIENTS, dependents, schedule
 from ..algebra.table import KERNELS
-from ..choose import Decision, Priced, Range, goals, show_bytes, show_count, show_time
+from ..choose import Decision, ForwardDecision, Priced, goals, show_bound, show_bytes, show_count, show_time
 from ..cost.price import (
+    DEVICE_BOUND,
+    HOST_BOUND,
     OperationCost,
     PhaseCost,
     Setting,
     price_frozen,
     price_operation,
-    saved_symbols,
+    price_phase,
+    saved_activations,
     wanted_operations,
 )
+from ..ranges import LayerChoice
 from ..spec.layers import Layer
 from ..spec.workload import Workload
-from .code import DTYPE_OF, line, results_of, uses_accumulate, uses_scaled_mm, uses_scaling
+from .code import DTYPE_OF, helpers_of, line, results_of, uses_scaling
 
-#: Columns of a docstring's text.
-_DOC_WIDTH = 112
 #: Inputs of the emitted autograd functions, and the gradient that each may want.
-_INPUT_GRADIENTS = ("dX", None, "dA", "dB", "db", None)
+_INPUT_GRADIENTS = ("dX", None, "dA", "dB", "db", None, None, None)
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,9 @@ class FunctionNode:
     class_name: str
     id: str
     doc: tuple[str, ...]
-    forward_needs: str | None  # the left side that unpacks needs_input_grad, or None if nothing asks
     forward: tuple[str, ...]
+    outputs: tuple[str, ...]  # Y, and what is kept beside it
+    needs: str  # the left side that unpacks needs_input_grad for what is saved
     saves: tuple[tuple[str, str], ...]  # symbol, condition
     backward_needs: str
     backward: tuple[Block, ...]
@@ -57,13 +60,28 @@ class FunctionNode:
     dtypes: tuple[str, ...]  # variables that hold the dtypes of trained parameters
     seeded: bool
 
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """What the forward makes for the backward."""
+        return self.outputs[1:]
+
+
+@dataclass(frozen=True)
+class ForwardNode:
+    """A function that computes Y alone."""
+
+    name: str
+    doc: tuple[str, ...]
+    forward: tuple[str, ...]
+    seeded: bool
+
 
 @dataclass(frozen=True)
 class RangeNode:
-    """Up to ``last_tokens`` (None: no end) use ``variant``; on 16-bit weights ``fallback`` if that differs."""
+    """Up to ``last_tokens`` (None: no end) use ``chosen``; on 16-bit weights ``fallback`` if that differs."""
 
     last_tokens: int | None
-    variant: str
+    chosen: str
     fallback: str | None
 
 
@@ -83,98 +101,94 @@ class ModuleNode:
     rank: int
     bias: bool
     functions: tuple[FunctionNode, ...]
-    ranges: tuple[RangeNode, ...]
+    forwards: tuple[ForwardNode, ...]
+    ranges: tuple[RangeNode, ...]  # ids of variants
+    forward_ranges: tuple[RangeNode, ...]  # functions that compute Y
+    trains: tuple[str, ...]  # arguments that may require a gradient
     frozen: tuple[tuple[str, str], ...]  # argument and why it must not require a gradient
-    trains_A: bool
-    trains_B: bool
-    scaled_mm: bool
-    accumulates: bool
-    functional: bool  # whether torch.nn.functional is used
+    wide_adapter: bool  # whether the adapter is in float32 by default, over 16-bit weights too
+    lossy_merge: bool  # whether 16-bit weights may be merged
     kernels: tuple[str, ...]  # fused kernels that it brings
-    helpers: frozenset[str]  # what these need of the kernels' common code
+    kernels_note: str  # what these need and take
+    helpers: frozenset[str]  # functions that its lines call, and what its kernels need of their common code
     largest_ranks: Mapping[str, int]  # above it a kernel is slower than torch
     tiles: Tiles  # their compile-time constants by what they compute
     small_tiles: Tiles
     tiles_note: str
 
     @property
-    def selectable(self) -> bool:
-        """Whether ``lora_linear`` takes a ``variant``."""
-        return len(self.functions) > 1
-
-    @property
-    def selects_by_dtype(self) -> bool:
-        """Whether 16-bit weights get another variant."""
-        return any(part.fallback is not None for part in self.ranges)
-
-    @property
-    def selects(self) -> bool:
-        """Whether there is anything to select at run time."""
-        return len(self.ranges) > 1 or self.selects_by_dtype
-
-    @property
-    def selection(self) -> str:
-        """The expression that selects a variant."""
-        if not self.selects:
-            return f'"{self.ranges[0].variant}"'
-        return "_select(X.shape[0], X.dtype)" if self.selects_by_dtype else "_select(X.shape[0])"
+    def differentiable(self) -> str:
+        """Which arguments get gradients, for people."""
+        return _listed(self.trains)
 
 
 def module_node(
-    layer: Layer, rank: int, workload: Workload, ranges: Sequence[Range], *, all_variants: bool = False
+    choice: LayerChoice, rank: int, workload: Workload, *, width: int, all_variants: bool = False
 ) -> ModuleNode:
-    """The module of a layer: the chosen variants, or all that were enumerated."""
+    """The module of a layer: the chosen variants, or all that were enumerated.
+
+    ``width``: columns of a line.
+    """
+    layer = choice.layer
     described: dict[str, tuple[Decision, Priced, str]] = {}
     parts = []
-    for part in ranges:
+    for part in choice.ranges:
         decision = part.decision
-        described.setdefault(
-            decision.chosen.program.id, (decision, decision.chosen, f"The runner-up lost: {decision.reason}")
-        )
-        fallback = None
-        if decision.fallback.program != decision.chosen.program:
-            fallback = decision.fallback.program.id
+        chosen, fallback = decision.chosen, decision.fallback
+        runner_up = f"The runner-up lost: {decision.reason}" if decision.reason else ""
+        described.setdefault(chosen.program.id, (decision, chosen, runner_up))
+        differs = fallback.program is not chosen.program
+        if differs:
             note = "For 16-bit weights: it merges nothing, so no small update is lost"
-            described.setdefault(fallback, (decision, decision.fallback, note))
-        parts.append(RangeNode(part.last_tokens, decision.chosen.program.id, fallback))
+            described.setdefault(fallback.program.id, (decision, fallback, note))
+        parts.append(RangeNode(part.last_tokens, chosen.program.id, fallback.program.id if differs else None))
     if all_variants:
-        decision = ranges[-1].decision
+        decision = choice.ranges[-1].decision
         for candidate in decision.candidates:
             described.setdefault(candidate.program.id, (decision, candidate, ""))
-    single = len(described) == 1
+    class_names = {
+        id: "_LoRALinearFunction" if len(described) == 1 else _class_name(candidate.program)
+        for id, (_, candidate, _) in described.items()
+    }
     functions = tuple(
-        _function(candidate, decision, reason, "_LoRALinearFunction" if single else _class_name(candidate.program))
-        for decision, candidate, reason in described.values()
+        _function(candidate, decision, workload, reason, class_names[id], width)
+        for id, (decision, candidate, reason) in described.items()
     )
-    operations = [op for _, candidate, _ in described.values() for op in candidate.program.operations]
+    programs = {class_names[id]: candidate.program for id, (_, candidate, _) in described.items()}
+    forwards, forward_ranges = _forwards(choice, workload, programs, width)
+    operations = [operation for program in programs.values() for operation in program.operations]
+    operations += [operation for phase in forwards for operation in phase.operations]
     fused = list(dict.fromkeys(op for op in operations if isinstance(op, Fused)))
     kernels = tuple(sorted({op.kernel for op in fused}))
-    helpers = frozenset[str]().union(*(KERNELS[kernel].helpers for kernel in kernels))
+    helpers = frozenset[str]().union(*(KERNELS[kernel].helpers for kernel in kernels), *map(helpers_of, operations))
     # One set of constants for all token counts: those of the largest, where a step takes longest.
-    setting = replace(ranges[-1].decision.setting, tokens=max(workload.tokens))
+    setting = choice.ranges[-1].decision.setting
+    setting = replace(setting, tokens=max(workload.tokens))
     wanted = goals(workload)
-    frozen = (
+    arguments = (
         ("x", "dX", "it was generated with --no-input-grad"),
         ("lora_A", "dA", "it was generated with lora_A frozen (--train b)"),
         ("lora_B", "dB", "it was generated with lora_B frozen (--train a)"),
+        ("bias", "db", ""),
     )
     return ModuleNode(
         name=module_name(layer, rank),
         title=f"LoRA linear, {layer.in_features} to {layer.out_features} features, rank {rank}",
-        notes=_notes(layer, workload),
+        notes=tuple(line for note in _notes(layer) for line in textwrap.wrap(note, width)),
         in_features=layer.in_features,
         out_features=layer.out_features,
         rank=rank,
         bias=layer.bias,
         functions=functions,
+        forwards=tuple(forwards.values()),
         ranges=tuple(parts),
-        frozen=tuple((argument, why) for argument, gradient, why in frozen if gradient not in wanted),
-        trains_A="dA" in wanted,
-        trains_B="dB" in wanted,
-        accumulates=any(map(uses_accumulate, operations)),
-        scaled_mm=any(map(uses_scaled_mm, operations)),
-        functional="F" in helpers or any("F." in line(operation) for operation in operations),
+        forward_ranges=forward_ranges,
+        trains=tuple(argument for argument, gradient, _ in arguments if gradient in wanted),
+        frozen=tuple((argument, why) for argument, gradient, why in arguments if gradient not in wanted),
+        wide_adapter=workload.adapter_dtype == "fp32",
+        lossy_merge=workload.allow_lossy_merge,
         kernels=kernels,
+        kernels_note=_kernels_note(kernels),
         helpers=helpers,
         largest_ranks={kernel: limit for kernel in kernels if (limit := KERNELS[kernel].largest_rank)},
         tiles=tuple((results_of(op), tuple(kernel_constants(op, setting).items())) for op in fused),
@@ -183,6 +197,11 @@ def module_node(
         ),
         tiles_note=_tiles_note(fused, setting),
     )
+
+
+def _listed(names: Sequence[str]) -> str:
+    """As people enumerate: ``a, b and c``."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def kernel_constants(operation: Fused, setting: Setting) -> Mapping[str, int]:
@@ -196,9 +215,25 @@ def _tuned(operation: Fused, setting: Setting) -> Mapping[str, int] | None:
 
 
 def _tiles_note(fused: Sequence[Fused], setting: Setting) -> str:
-    if any(_tuned(operation, setting) is None for operation in fused):
-        return "The best ones over all on an H200, at 2048 to 16384 tokens and 5120 and 13824 features."
-    return f"Tuned on {setting.device.meter.title}, for {setting.tokens} tokens in {setting.dtype.name}."
+    untuned = [results_of(operation) for operation in fused if _tuned(operation, setting) is None]
+    tuned = (
+        f"Chosen by measurements on {setting.device.meter.title}, at the sizes nearest to {setting.tokens} tokens in "
+        f"{setting.dtype.name}."
+    )
+    general = "The best ones over all on an H200 in bf16, at 2048 to 16384 tokens and 5120 and 13824 features."
+    if not untuned:
+        return tuned
+    if len(untuned) == len(fused):
+        return general
+    return f"{tuned} Those of {_listed(untuned)}: {general[0].lower()}{general[1:]}"
+
+
+def _kernels_note(kernels: Sequence[str]) -> str:
+    wide = [f"_{kernel}" for kernel in kernels if "fp32" in KERNELS[kernel].dtypes]
+    takes = "16-bit tensors"
+    if wide:
+        takes += " and float32" if len(wide) == len(kernels) else f", {_listed(wide)} with float32 too"
+    return f"Fused kernels run where Triton is installed, on GPUs of compute capability 8.0 or more, with {takes}."
 
 
 def module_name(layer: Layer, rank: int) -> str:
@@ -206,12 +241,12 @@ def module_name(layer: Layer, rank: int) -> str:
     return f"linear_{layer.name}_r{rank}"
 
 
-def _notes(layer: Layer, workload: Workload) -> tuple[str, ...]:
+def _notes(layer: Layer) -> tuple[str, ...]:
     notes = [f"Serves {', '.join(layer.projections)} ({layer.count} linears in the model)."]
     if layer.transposed_weight:
         notes.append(
             f"Checkpoints store the weight of {', '.join(layer.transposed_weight)} as in_features x out_features "
-            "(Conv1D): pass weight.t()."
+            "(Conv1D): LoRALinear.from_linear takes such a layer; to lora_linear pass weight.t()."
         )
     return tuple(notes)
 
@@ -221,24 +256,63 @@ def _class_name(program: Program) -> str:
     return "_" + "".join(word.capitalize() for word in words)
 
 
-def _function(candidate: Priced, decision: Decision, reason: str, class_name: str) -> FunctionNode:
+def _forwards(
+    choice: LayerChoice, workload: Workload, programs: Mapping[str, Program], width: int
+) -> tuple[Mapping[Phase, ForwardNode], tuple[RangeNode, ...]]:
+    """The functions that compute Y alone, where the forward of no variant does just that, and which to use when."""
+    made: dict[Phase, ForwardNode] = {}
+
+    def named(phase: Phase, decision: ForwardDecision) -> str:
+        for class_name, program in programs.items():
+            if program.forward.ways == phase.ways:
+                return f"{class_name}.forward"
+        if phase not in made:
+            taken = sum(node.name.startswith(f"_forward_{phase.name()}") for node in made.values())
+            name = f"_forward_{phase.name()}{f'_{taken + 1}' if taken else ''}"
+            made[phase] = ForwardNode(
+                name,
+                tuple(_forward_derivation(phase, decision, workload, width)),
+                _forward_lines(phase, decision.setting),
+                phase.seeded,
+            )
+        return made[phase].name
+
+    parts = []
+    for part in choice.forwards:
+        chosen, fallback = part.decision.chosen, part.decision.fallback
+        parts.append(
+            RangeNode(
+                part.last_tokens,
+                named(chosen, part.decision),
+                None if fallback is chosen else named(fallback, part.decision),
+            )
+        )
+    return made, tuple(parts)
+
+
+def _function(
+    candidate: Priced, decision: Decision, workload: Workload, reason: str, class_name: str, width: int
+) -> FunctionNode:
     program = candidate.program
     setting = decision.setting
     needed_by = dependents(program.backward)
     backward = _backward_blocks(program.backward, setting, needed_by)
     saves = tuple((str(symbol), _guard(needed_by[symbol])) for symbol in (*program.saved_inputs, *program.kept))
+    made = [str(symbol) for symbol in program.kept if symbol not in program.forward.held]
     merged = SYMBOLS["M"]
     if program.seeded and merged in needed_by and merged not in program.kept:  # it is merged again, to the same bits
         saves += (("seed", _guard(needed_by[merged])),)
+        made.append("seed")
     gradients = tuple(str(gradient) for gradient in GRADIENTS if gradient in program.backward.goals)
     return FunctionNode(
         class_name=class_name,
         id=program.id,
-        doc=_derivation(candidate, setting, reason),
-        forward_needs=_unpack_needs({name for name in gradients if any(f"need_{name}" in guard for _, guard in saves)}),
+        doc=tuple(_derivation(candidate, decision, workload, reason, width)),
         forward=_forward_lines(program.forward, setting),
+        outputs=("Y", *made),
+        needs=_unpack_needs({name for name in gradients if any(f"need_{name}" in guard for _, guard in saves)}),
         saves=saves,
-        backward_needs=_unpack_needs(set(gradients)) or "_",
+        backward_needs=_unpack_needs(set(gradients)),
         backward=backward,
         gradients=gradients,
         returns=tuple(name if name in gradients else "None" for name in _INPUT_GRADIENTS),
@@ -250,15 +324,12 @@ def _function(candidate: Priced, decision: Decision, reason: str, class_name: st
     )
 
 
-def _unpack_needs(names: set[str]) -> str | None:
-    if not names:
-        return None
+def _unpack_needs(names: set[str]) -> str:
+    """The left side that takes these from ``needs_input_grad``."""
     parts = [f"need_{name}" if name in names else "_" for name in _INPUT_GRADIENTS]
-    while parts[-2:] == ["_", "_"]:
+    while parts[-1] == "_":
         parts.pop()
-    if len(parts) < len(_INPUT_GRADIENTS):
-        parts[-1] = "*_"
-    return ", ".join(parts)
+    return ", ".join([*parts, "*_"])
 
 
 def _guard(gradients: Iterable[Symbol]) -> str:
@@ -266,10 +337,12 @@ def _guard(gradients: Iterable[Symbol]) -> str:
 
 
 def _forward_lines(phase: Phase, setting: Setting) -> tuple[str, ...]:
+    """The statements of a forward; the adapter's casts are made before it is called."""
     lines = []
     for step in schedule(phase, setting.dims).steps:
-        lines.append(line(step.operation))
-        lines += [f"del {symbol}" for symbol in step.frees]
+        if not isinstance(step.operation, Cast):
+            lines.append(line(step.operation))
+            lines += [f"del {symbol}" for symbol in step.frees]
     return tuple(lines)
 
 
@@ -303,39 +376,73 @@ def _backward_blocks(
     return tuple(blocks)
 
 
-def _derivation(candidate: Priced, setting: Setting, reason: str) -> tuple[str, ...]:
+def _derivation(candidate: Priced, decision: Decision, workload: Workload, reason: str, width: int) -> Iterable[str]:
     """The docstring's body: the formulas with their FLOPs and bytes, the price, and why the runner-up lost."""
-    program, cost = candidate.program, candidate.cost
-    doc: list[str] = []
-    phases = (("Forward", program.forward, cost.forward), ("Backward", program.backward, cost.backward))
-    for title, phase, total in phases:
-        wanted = wanted_operations(phase, setting.gradients)
-        ordered = [step.operation for step in schedule(phase, setting.dims).steps if step.operation in wanted]
-        prices: list[tuple[str, OperationCost | PhaseCost]] = [
-            (operation.formula, price_operation(operation, setting)) for operation in ordered
-        ]
-        width = max(len(formula) for formula, _ in prices)
-        prices.append(("in all", total))
-        doc += ["", f"{title}::", ""]
-        doc += [_priced(formula, price, width) for formula, price in prices]
-    kept = ", ".join(str(s) for s in saved_symbols(program, setting.gradients) if str(s) not in "WAB") or "nothing"
-    frozen = price_frozen(setting)
-    launched = "replayed as a graph" if setting.launch == "graph" else "launched eagerly"
-    doc += [
-        "",
+    program, cost, setting = candidate.program, candidate.cost, decision.setting
+    for title, phase, total in (
+        ("Forward", program.forward, cost.forward),
+        ("Backward", program.backward, cost.backward),
+    ):
+        yield from _price_table(title, phase, total, setting)
+    kept = ", ".join(map(str, saved_activations(program, setting.gradients))) or "nothing"
+    yield ""
+    sentences = [
         f"Saved for the backward beside the parameters: {kept} ({show_bytes(cost.saved_bytes)}).",
         f"Temporaries: at most {show_bytes(cost.workspace_bytes)}.",
-        *textwrap.wrap(
-            f"Priced at {setting.tokens} tokens in {setting.dtype.name} {_priced_by(setting)}, {launched}: "
-            f"{cost.time_s / frozen:.3f} times the frozen linear ({show_time(frozen)}).",
-            _DOC_WIDTH,
-        ),
+        *_priced_at(setting, workload, cost.device_s, cost.host_s, decision.host_share),
     ]
     if cost.update_error:
-        doc.append(f"Relative rounding error of the update: {cost.update_error:.2g}.")
+        sentences.append(f"Relative rounding error of the update: {cost.update_error:.2g}.")
     if reason:
-        doc += textwrap.wrap(f"{reason}.", _DOC_WIDTH, break_on_hyphens=False)
-    return tuple(doc)
+        sentences.append(f"{reason}.")
+    for sentence in sentences:
+        yield from textwrap.wrap(sentence, width - 4, break_on_hyphens=False)
+
+
+def _forward_derivation(phase: Phase, decision: ForwardDecision, workload: Workload, width: int) -> Iterable[str]:
+    """The same of a forward alone."""
+    setting = decision.setting
+    cost = price_phase(phase, setting)
+    yield from _price_table("Where no gradient is wanted", phase, cost, setting)
+    yield ""
+    frozen = replace(setting, gradients=frozenset())
+    for sentence in _priced_at(frozen, workload, cost.device_s, cost.host_s, decision.host_share):
+        yield from textwrap.wrap(sentence, width - 4, break_on_hyphens=False)
+
+
+def _price_table(title: str, phase: Phase, total: PhaseCost, setting: Setting) -> Iterable[str]:
+    wanted = wanted_operations(phase, setting.gradients)
+    ordered: list[Operation] = [s.operation for s in schedule(phase, setting.dims).steps if s.operation in wanted]
+    prices: list[tuple[str, OperationCost | PhaseCost]] = [
+        (operation.formula, price_operation(operation, setting)) for operation in ordered
+    ]
+    columns = max(len(formula) for formula, _ in prices)
+    prices.append(("in all", total))
+    yield from ("", f"{title}::", "")
+    for formula, price in prices:
+        yield (
+            f"    {formula:<{columns}}  {show_count(price.flops, 'FLOP'):>11}  {show_bytes(price.bytes_moved):>10}  "
+            f"{show_time(price.device_s):>12}"
+        )
+
+
+def _priced_at(
+    setting: Setting, workload: Workload, device_s: float, host_s: float, host_share: float
+) -> Iterable[str]:
+    """What it was priced for, and what it takes beside the frozen linear."""
+    frozen_device, frozen_host = (price_frozen(setting, share) for share in (DEVICE_BOUND, HOST_BOUND))
+    adapter = f", the adapter in {setting.adapter_dtype.name}," if setting.casts else ""
+    yield (
+        f"Priced at {setting.tokens} tokens in {setting.dtype.name}{adapter} {_priced_by(setting)}: "
+        f"{device_s / frozen_device:.3f} times the frozen linear ({show_time(frozen_device)}) on the device."
+    )
+    if workload.launch == "graph":
+        yield "Launches cost nothing: they are replayed as a graph."
+        return
+    yield (
+        f"Launched eagerly it takes the host {host_s / frozen_host:.2f} times the frozen linear "
+        f"({show_time(frozen_host)}); a step of the whole model is bound by {show_bound(host_share)}."
+    )
 
 
 def _priced_by(setting: Setting) -> str:
@@ -345,10 +452,3 @@ def _priced_by(setting: Setting) -> str:
     if device.measured_on is None:
         return f"by what was measured on {device.title}"
     return f"by the roofline of {device.title} with efficiencies measured on {device.measured_on.title}"
-
-
-def _priced(formula: str, price: OperationCost | PhaseCost, width: int) -> str:
-    return (
-        f"    {formula:<{width}}  {show_count(price.flops):>8}FLOP  {show_bytes(price.bytes_moved):>10}  "
-        f"{show_time(price.time_s):>12}"
-    )

@@ -6,19 +6,20 @@ import hashlib
 import json
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from .. import __version__
-from ..choose import Range, decide_ranges, setting_for
+from ..cost.device import load_device
+from ..ranges import LayerChoice, decide_model
 from ..spec.architecture import Architecture
-from ..spec.layers import Layer, layers
+from ..spec.layers import layers
 from ..spec.workload import Workload
 from .nodes import module_name, module_node
-from .render import Header, format_python, render, render_test, template_digest
-from .report import SCHEMA_VERSION, variant_data
+from .render import Header, render, render_test, template_digest
+from .report import SCHEMA_VERSION, choice_data
+from .style import Style, style_of
 
 MANIFEST = "manifest.json"
 #: Where the manifest's JSON Schema is published, beside this file.
@@ -35,14 +36,14 @@ class Package:
 
     folder: str
     files: Mapping[str, str]
-    layers: tuple[tuple[Layer, tuple[Range, ...]], ...]
+    layers: tuple[LayerChoice, ...]
 
 
 class _Former:
     """The files of a former run: where the same text was rendered then, its formatted form is on disk already."""
 
-    def __init__(self, folder: Path | None) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path | None, style: Style) -> None:
+        self._folder, self._style = folder, style
         self._rendered: dict[str, str] = {}
         self._files: dict[str, str] = {}
         try:
@@ -54,14 +55,18 @@ class _Former:
 
     def format(self, name: str, source: str) -> str:
         """Format a rendered text, or read it formatted from a file that nobody has touched since."""
-        if self._folder is not None and self._rendered.get(name) == _sha256(source):
+        if self._folder is not None and self._rendered.get(name) == self.digest(source):
             try:
                 text = (self._folder / name).read_bytes().decode()
             except (OSError, ValueError):
-                return format_python(source)
+                return self._style.format(source)
             if self._files.get(name) == _sha256(text):
                 return text
-        return format_python(source)
+        return self._style.format(source)
+
+    def digest(self, source: str) -> str:
+        """Of what a formatted text follows from: the rendered one, black's version and its options."""
+        return _sha256(f"{self._style.key}\n{source}")
 
 
 def _sha256(text: str) -> str:
@@ -73,48 +78,49 @@ def build_package(
     rank: int,
     workload: Workload,
     *,
+    out: Path,
+    line_length: int | None = None,
     all_variants: bool = False,
-    former: Path | None = None,
+    reuse: bool = True,
 ) -> Package:
     """Choose and render everything for one rank.
 
     Args:
         architecture, rank, workload: what to generate for.
+        out: the folder that will hold the package: the text is formatted as the repository around it.
+        line_length: in place of that repository's.
         all_variants: every enumerated program in each module.
-        former: the folder that holds an earlier package of this name, if its files may be reused where they would be
-            the same.
+        reuse: take files of an earlier package there where they would be the same.
 
     Raises:
-        SpecError: a constraint that no variant meets.
+        SpecError: a constraint that no variant meets, or a repository whose style can't be read.
     """
     folder = f"{architecture.slug}_r{rank}"
+    style = style_of(out, line_length)
     # Of a profile's path only the name: a generated file says nothing of the machine that it was made on.
     public = replace(workload, device=_NOT_PLAIN.sub("_", Path(workload.device).name))
     header = Header(
-        command=_command(architecture, rank, public, all_variants),
-        digest=_digest(architecture, rank, public, all_variants),
+        command=_command(architecture, rank, public, all_variants, line_length),
+        digest=_digest(architecture, rank, workload, public, all_variants),
     )
-    decided = []
-    nodes = []
-    for layer in layers(architecture):
-        setting = setting_for(workload, layer.in_features, layer.out_features, rank, layer.bias, workload.tokens[0])
-        ranges = decide_ranges(workload, setting)
-        decided.append((layer, ranges))
-        nodes.append(module_node(layer, rank, workload, ranges, all_variants=all_variants))
+    decided = decide_model(workload, layers(architecture), rank)
+    nodes = [
+        module_node(choice, rank, workload, width=style.line_length, all_variants=all_variants) for choice in decided
+    ]
     rendered = {f"{node.name}.py": render("linear.py.jinja", {"header": header, "module": node}) for node in nodes}
-    names = [node.name for node in nodes]
     rendered["__init__.py"] = render("init.py.jinja", {"header": header, "title": architecture.slug, "modules": nodes})
-    rendered["test_equivalence.py"] = render_test(
-        names, train=workload.train, input_grad=workload.input_grad, header=header
-    )
-    reuse = _Former(None if former is None else former / folder)
-    files = {name: reuse.format(name, source) for name, source in rendered.items()}
+    rendered["test_equivalence.py"] = render_test([node.name for node in nodes], header=header)
+    former = _Former(out / folder if reuse else None, style)
+    files = {name: former.format(name, source) for name, source in rendered.items()}
     files["py.typed"] = ""
-    files[MANIFEST] = _manifest(architecture, rank, public, header, decided, rendered, files)
-    return Package(folder, files, tuple(decided))
+    digests = {name: former.digest(source) for name, source in rendered.items()}
+    files[MANIFEST] = _manifest(architecture, rank, public, header, decided, digests, files)
+    return Package(folder, files, decided)
 
 
-def _command(architecture: Architecture, rank: int, workload: Workload, all_variants: bool) -> str:
+def _command(
+    architecture: Architecture, rank: int, workload: Workload, all_variants: bool, line_length: int | None
+) -> str:
     """The command that makes this package when run in the folder above it; only what is not a default."""
     default = Workload()
     source = architecture.name if architecture.source == "catalogue" else architecture.source
@@ -127,7 +133,7 @@ def _command(architecture: Architecture, rank: int, workload: Workload, all_vari
         words += ["--model-type", workload.model_type]
     if workload.tokens != default.tokens:
         words += ["--tokens", ",".join(map(str, workload.tokens))]
-    for name in ("dtype", "criterion", "device", "launch", "merge_rounding"):
+    for name in ("dtype", "adapter_dtype", "criterion", "device", "launch", "merge_rounding"):
         if getattr(workload, name) != getattr(default, name):
             words += [f"--{name.replace('_', '-')}", getattr(workload, name)]
     if workload.train != default.train:
@@ -142,14 +148,18 @@ def _command(architecture: Architecture, rank: int, workload: Workload, all_vari
         words.append("--allow-lossy-merge")
     if all_variants:
         words.append("--all-variants")
+    if line_length is not None:
+        words += ["--line-length", str(line_length)]
     return shlex.join([*words, "-o", "."])
 
 
-def _digest(architecture: Architecture, rank: int, workload: Workload, all_variants: bool) -> str:
+def _digest(architecture: Architecture, rank: int, workload: Workload, public: Workload, all_variants: bool) -> str:
+    """Of everything that the choice and the text follow from."""
     spec = {
         "projections": [asdict(projection) for projection in architecture.projections],
         "rank": rank,
-        "workload": asdict(workload),
+        "workload": asdict(public),
+        "device": load_device(workload.device).digest,
         "all_variants": all_variants,
         "templates": template_digest(),
     }
@@ -161,7 +171,7 @@ def _manifest(
     rank: int,
     workload: Workload,
     header: Header,
-    decided: list[tuple[Layer, tuple[Range, ...]]],
+    decided: Sequence[LayerChoice],
     rendered: Mapping[str, str],
     files: Mapping[str, str],
 ) -> str:
@@ -176,28 +186,10 @@ def _manifest(
         "model_type": architecture.model_type,
         "rank": rank,
         "workload": {**asdict(workload), "tokens": list(workload.tokens), "train": list(workload.train)},
-        "layers": [_layer_manifest(layer, rank, ranges) for layer, ranges in decided],
+        "layers": [
+            {"module": module_name(choice.layer, rank), "rank": rank, **choice_data(choice)} for choice in decided
+        ],
         "files": {name: _sha256(text) for name, text in sorted(files.items())},
-        "rendered": {name: _sha256(text) for name, text in sorted(rendered.items())},
+        "rendered": dict(sorted(rendered.items())),
     }
     return json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
-
-
-def _layer_manifest(layer: Layer, rank: int, ranges: tuple[Range, ...]) -> dict[str, Any]:
-    return {
-        "module": module_name(layer, rank),
-        **asdict(layer),
-        "projections": list(layer.projections),
-        "rank": rank,
-        "ranges": [
-            {
-                "last_tokens": part.last_tokens,
-                "tokens": part.decision.setting.tokens,
-                "chosen": part.decision.chosen.program.id,
-                "on_16_bit_weights": part.decision.fallback.program.id,
-                "reason": part.decision.reason,
-                "variants": [variant_data(candidate, part.decision) for candidate in part.decision.candidates],
-            }
-            for part in ranges
-        ],
-    }

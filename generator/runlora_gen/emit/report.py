@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from ..choose import Decision, Priced, show_bytes, show_count
+from ..choose import Decision, Priced, show_bound, show_bytes, show_count
 from ..cost.price import price_frozen
+from ..ranges import LayerChoice, Range
 from ..spec.layers import Layer
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 #: Version of the layout of ``explain --json`` and of the manifest.
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 def variant_data(candidate: Priced, decision: Decision) -> dict[str, Any]:
@@ -32,6 +34,46 @@ def variant_data(candidate: Priced, decision: Decision) -> dict[str, Any]:
     }
 
 
+def choice_data(choice: LayerChoice) -> dict[str, Any]:
+    """What was chosen for one layer shape; of its candidates those that mattered, and how many there were."""
+    layer = choice.layer
+    return {
+        **asdict(layer),
+        "projections": list(layer.projections),
+        "transposed_weight": list(layer.transposed_weight),
+        "ranges": [_range_data(part) for part in choice.ranges],
+        "forwards": [
+            {
+                "last_tokens": part.last_tokens,
+                "tokens": part.decision.setting.tokens,
+                "chosen": part.decision.chosen.name(),
+                "on_16_bit_weights": part.decision.fallback.name(),
+            }
+            for part in choice.forwards
+        ],
+    }
+
+
+def _range_data(part: Range[Decision]) -> dict[str, Any]:
+    decision = part.decision
+    listed = {c.program.id: c for c in (decision.chosen, decision.fallback)}
+    if decision.runner_up is not None:
+        listed[decision.runner_up.program.id] = decision.runner_up
+    listed |= {c.program.id: c for c in decision.candidates if c.program.id in decision.front}
+    return {
+        "last_tokens": part.last_tokens,
+        "tokens": decision.setting.tokens,
+        "host_share": decision.host_share,
+        "chosen": decision.chosen.program.id,
+        "on_16_bit_weights": decision.fallback.program.id,
+        "runner_up": None if decision.runner_up is None else decision.runner_up.program.id,
+        "reason": decision.reason,
+        "programs": len(decision.candidates),
+        "pareto": len(decision.front),
+        "variants": [variant_data(candidate, decision) for candidate in listed.values()],
+    }
+
+
 def layer_data(layer: Layer, rank: int, decision: Decision) -> dict[str, Any]:
     """One layer shape with all candidates in one setting."""
     return {
@@ -41,7 +83,11 @@ def layer_data(layer: Layer, rank: int, decision: Decision) -> dict[str, Any]:
         "rank": rank,
         "count": layer.count,
         "projections": list(layer.projections),
+        "host_share": decision.host_share,
         "chosen": decision.chosen.program.id,
+        "on_16_bit_weights": decision.fallback.program.id,
+        "runner_up": None if decision.runner_up is None else decision.runner_up.program.id,
+        "reason": decision.reason,
         "variants": [variant_data(candidate, decision) for candidate in decision.candidates],
     }
 
@@ -52,7 +98,7 @@ def explain_table(layer: Layer, rank: int, decision: Decision, *, show_all: bool
     from rich.text import Text
 
     setting = decision.setting
-    frozen = price_frozen(setting)
+    frozen = price_frozen(setting, decision.host_share)
     yield Text(
         f"{layer.name}  rank {rank}  ({', '.join(layer.projections)}; {layer.count} in the model)  "
         f"{setting.tokens} tokens, {setting.dtype.name}, {setting.device.title}",
@@ -86,6 +132,7 @@ def explain_table(layer: Layer, rank: int, decision: Decision, *, show_all: bool
         )
     yield table
     yield Text(f"→ chosen: {decision.chosen.program.id}   * on the Pareto front")
+    yield Text(f"  the step of the whole model is bound by {show_bound(decision.host_share)}: that is the time here")
     yield Text(f"  the runner-up lost: {decision.reason}")
     if decision.fallback.program != decision.chosen.program:
         yield Text(f"  on 16-bit weights: {decision.fallback.program.id}")

@@ -4,30 +4,39 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 from ..algebra.table import TWINS
-from ..choose import Priced, Range, decide
+from ..choose import Decision, Priced, decide, decide_forward
 from ..cost.lower import with_kernels
 from ..emit.nodes import module_name, module_node
 from ..emit.render import Header, render
+from ..ranges import LayerChoice, Range
 from ..spec.layers import Layer
 from ..spec.workload import Workload
 from .problem import Point
 
+#: Columns of a line of what is only run.
+_WIDTH = 120
+
 
 def render_module(
-    layer: Layer, rank: int, workload: Workload, ranges: Sequence[Range], path: Path, *, all_variants: bool = False
+    choice: LayerChoice, rank: int, workload: Workload, path: Path, *, all_variants: bool = False
 ) -> ModuleType:
     """Render the module of a layer into a folder, which must not exist, and import it under a name of its own."""
-    node = module_node(layer, rank, workload, ranges, all_variants=all_variants)
+    node = module_node(choice, rank, workload, width=_WIDTH, all_variants=all_variants)
     path.mkdir(parents=True)
-    file = path / f"{module_name(layer, rank)}.py"  # Triton reads the source of its kernels: it must be a file
+    file = path / f"{module_name(choice.layer, rank)}.py"  # Triton reads the source of its kernels: it must be a file
     file.write_text(render("linear.py.jinja", {"header": Header("", ""), "module": node}), encoding="utf-8")
     return import_file(file, f"{path.name}_{file.stem}")
+
+
+def one_choice(layer: Layer, workload: Workload, decision: Decision) -> LayerChoice:
+    """A layer with one decision for all token counts."""
+    forward = decide_forward(workload, decision.setting, decision.host_share)
+    return LayerChoice(layer, (Range(decision, None),), (Range(forward, None),))
 
 
 def import_file(path: Path, name: str) -> ModuleType:
@@ -49,4 +58,4 @@ def module_of_everything(workload: Workload, path: Path) -> ModuleType:
         twins = tuple(TWINS.values())
         programs = [Priced(with_kernels(c.program, twins), c.cost) for c in decision.candidates]
         decision = replace(decision, candidates=(*decision.candidates, *programs))
-    return render_module(point.layer, point.rank, workload, (Range(decision, None),), path, all_variants=True)
+    return render_module(one_choice(point.layer, workload, decision), point.rank, workload, path, all_variants=True)

@@ -97,6 +97,17 @@ def parse_train(value: str) -> tuple[str, ...]:
     return factors
 
 
+def check_adapter_dtype(value: str, dtype: str) -> str:
+    """The adapter's dtype, if it is fp32 or the same as the layers'.
+
+    Raises:
+        SpecError: anything else: nobody trains such an adapter.
+    """
+    if value not in ("fp32", dtype):
+        raise SpecError(f"--adapter-dtype: {value} is not allowed over --dtype {dtype}; give fp32 or {dtype}")
+    return value
+
+
 def check_ranks(ranks: Sequence[int], architecture: Architecture) -> None:
     """Refuse ranks above the smaller side of a linear.
 
