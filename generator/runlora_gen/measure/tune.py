@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..algebra.enumerate import Program, enumerate_programs
-from ..algebra.operations import SYMBOLS, Fused, Operation, Symbol, dimensions, signature
+from ..algebra.operations import SYMBOLS, Cast, Fused, Operation, Symbol, dimensions, signature
 from ..algebra.table import KERNELS, OPERATIONS, rows, runs
 from ..choose import goals
 from ..cost.device import check_title, parse_profile
@@ -160,9 +160,12 @@ class _Workbench:
         self.on_gpu = device.type == "cuda"
         self.kernels = self.on_gpu and importlib.util.find_spec("triton") is not None
         self._folder = tempfile.TemporaryDirectory()
-        self.workload = Workload(device="h200" if self.on_gpu else "cpu", launch="graph", kernels=self.kernels)
+        device_name = "h200" if self.on_gpu else "cpu"
+        # Everything in one dtype: then there is nothing to cast.
+        self.workload = Workload(adapter_dtype="bf16", device=device_name, launch="graph", kernels=self.kernels)
         self.module = module_of_everything(self.workload, Path(self._folder.name) / f"everything_{os.getpid()}")
-        drawn = [op for op in OPERATIONS if not (isinstance(op, Fused) and KERNELS[op.kernel].seeded)]
+        unseeded = [op for op in OPERATIONS if not (isinstance(op, Fused) and KERNELS[op.kernel].seeded)]
+        drawn = [op for op in unseeded if not isinstance(op, Cast)]
         # One for all that do the same work.
         self._operations = tuple({signature(op): op for op in reversed(drawn)}.values())
 
