@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -14,10 +15,11 @@ from typing import Any
 from .. import __version__
 from ..choose import Range, decide_ranges, setting_for
 from ..spec.architecture import Architecture
+from ..spec.files import read_text
 from ..spec.layers import Layer, layers
 from ..spec.workload import Workload
 from .nodes import module_name, module_node
-from .render import Header, format_python, render, render_test, template_digest
+from .render import MAX_GENERATED_BYTES, Header, format_python, render, render_test, template_digest
 from .report import SCHEMA_VERSION, variant_data
 
 MANIFEST = "manifest.json"
@@ -46,21 +48,25 @@ class _Former:
         self._rendered: dict[str, str] = {}
         self._files: dict[str, str] = {}
         try:
-            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8")) if folder else {}
+            manifest = json.loads(self._read(MANIFEST))
             if manifest["generator"] == GENERATOR:
                 self._rendered, self._files = dict(manifest["rendered"]), dict(manifest["files"])
-        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             pass  # nothing to reuse: everything is formatted anew
+
+    def _read(self, name: str) -> str:
+        """The text of one of the files; ValueError if there is none to reuse."""
+        if self._folder is None:
+            raise ValueError
+        return read_text(self._folder / name, label=name, limit=MAX_GENERATED_BYTES, kind="generated file")
 
     def format(self, name: str, source: str) -> str:
         """Format a rendered text, or read it formatted from a file that nobody has touched since."""
-        if self._folder is not None and self._rendered.get(name) == _sha256(source):
-            try:
-                text = (self._folder / name).read_bytes().decode()
-            except (OSError, ValueError):
-                return format_python(source)
-            if self._files.get(name) == _sha256(text):
-                return text
+        if self._rendered.get(name) == _sha256(source):
+            with contextlib.suppress(ValueError):
+                text = self._read(name)
+                if self._files.get(name) == _sha256(text):
+                    return text
         return format_python(source)
 
 
