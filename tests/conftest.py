@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -96,6 +97,32 @@ def _black_once_a_text() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(black, "format_str", format_str)
         yield
+
+
+@pytest.fixture(params=["folder", "FIFO", "link to a FIFO", "link to a folder", "link to an endless device"])
+def odd(request: pytest.FixtureRequest) -> Iterator[Callable[[Path], None]]:
+    """Puts at a path what is no file; the test fails if something waits for a FIFO's other end or a device's."""
+
+    def put(path: Path) -> None:
+        place = path
+        if request.param.startswith("link"):
+            place = path.with_name(f"target_of_{path.name}")
+            path.symlink_to("/dev/zero" if "device" in request.param else place)
+        if "folder" in request.param:
+            place.mkdir()
+        elif "FIFO" in request.param:
+            os.mkfifo(place)
+
+    def fail(*_: object) -> None:
+        raise AssertionError("still running after 20 seconds")
+
+    former = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(20)
+    try:
+        yield put
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, former)
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from click.core import ParameterSource
 
 from . import __version__
 from .spec.architecture import Architecture, architecture_names, load_architecture
-from .spec.errors import SpecError, shorten
+from .spec.errors import SpecError, one_line, reason, shorten
 from .spec.layers import layers
 from .spec.workload import (
     DTYPE_NAMES,
@@ -209,7 +209,7 @@ def main(context: click.Context, /, **options: Any) -> None:
         if changes and not quiet:
             for change in changes:
                 click.echo(change.diff(), nl=False)
-            click.echo(f"stale: {_files(len(changes))} to write or remove in {out}", err=True)
+            click.echo(one_line(f"stale: {_files(len(changes))} to write or remove in {out}"), err=True)
         context.exit(EXIT_STALE if changes else 0)
     if quiet:
         return
@@ -364,7 +364,9 @@ def run() -> None:
     except click.ClickException as error:
         _fail(error.format_message())
     except OSError as error:
-        _fail(f"cannot write the output: {error.strerror or error}")
+        # Files come with their paths; what has none is the terminal, or what stands in for it.
+        what = "write the output" if error.filename is None else f"access {shorten(error.filename)}"
+        _fail(f"cannot {what}: {reason(error)}")
     except (click.Abort, KeyboardInterrupt):
         click.echo("runlora-gen: interrupted", err=True)
         sys.exit(130)
@@ -372,5 +374,5 @@ def run() -> None:
 
 
 def _fail(message: str) -> None:
-    click.echo(f"runlora-gen: error: {' '.join(message.split())}", err=True)
+    click.echo(f"runlora-gen: error: {one_line(message)}", err=True)
     sys.exit(EXIT_BAD_INPUT)

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
-from runlora_gen.cost.device import device_names, load_device
+from runlora_gen.cost.device import device_names, load_device, parse_toml
+from runlora_gen.spec import files
 from runlora_gen.spec.errors import SpecError
 
 
@@ -24,3 +31,92 @@ def test_the_named_profiles_are_there() -> None:
 def test_unknown_device(name: str) -> None:
     with pytest.raises(SpecError, match=r"^--device: .*known: .*h100"):
         load_device(name)
+
+
+class TestFile:
+    """What is given to --device is somebody's file."""
+
+    def refused(self, path: Path) -> str:
+        with pytest.raises(SpecError, match=r"^--device: '[^\n]*\.toml': [^\n]*$") as caught:
+            load_device(str(path))
+        return str(caught.value).partition(".toml': ")[2]
+
+    def test_what_is_no_file(self, tmp_path: Path, odd: Callable[[Path], None]) -> None:
+        odd(tmp_path / "x.toml")
+        assert self.refused(tmp_path / "x.toml") == "not a regular file"
+
+    def test_missing(self, tmp_path: Path) -> None:
+        with pytest.raises(SpecError, match=r"^--device: there is no file '[^\n]*x.toml'$"):
+            load_device(str(tmp_path / "x.toml"))
+
+    @pytest.mark.parametrize("call", ["open", "stat"], ids=["file", "folder"])
+    def test_without_permission(self, tmp_path: Path, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "x.toml").touch()
+
+        def fail(*_: object) -> None:
+            raise PermissionError(errno.EACCES, "Permission denied", "x.toml")
+
+        monkeypatch.setattr(files if call == "open" else os, call, fail, raising=False)
+        assert self.refused(tmp_path / "x.toml") == "cannot be read: Permission denied"
+
+    def test_size(self, tmp_path: Path) -> None:
+        (tmp_path / "x.toml").write_text("#" * (4 << 20) + "\n")
+        assert self.refused(tmp_path / "x.toml") == "larger than 4194304 bytes, which no profile is"
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "a" + ".a" * 50_000 + " = 1",
+            "[a" + ".a" * 50_000 + "]",
+            "[[a" + " .\ta" * 50_000 + "]]",
+            '"="' + ".a" * 50_000 + " = 1",
+            "'=#'" + ".a" * 50_000 + " = 1",
+            '"a"' + ".'a'" * 50_000 + " = 1",
+            '"\\"' + '\\"' * 50_000 + '"' + ".a" * 50_000 + " = 1",
+            "x = {a" + ".a" * 50_000 + " = 1}",
+            'x = """\n\\""" #"""\ny' + ".a" * 50_000 + " = 1",
+            "# don't\na" + ".a" * 50_000 + " = 1",
+            'x = """""" # """\na' + ".a" * 50_000 + " = 1",
+            "x = ''''a'''''\na" + ".a" * 50_000 + " = 1",
+            "x = " + "[" * 50_000,
+            "x = " + "{a = " * 50_000,
+        ],
+        ids=lambda text: ascii(text[:24]),
+    )
+    def test_what_takes_a_parser_long(self, tmp_path: Path, text: str) -> None:
+        (tmp_path / "x.toml").write_text(text)
+        start = time.perf_counter()
+        message = self.refused(tmp_path / "x.toml")
+        assert time.perf_counter() - start < 5
+        assert message in (
+            "not a device profile: a key of more than four parts",
+            "not a device profile: nested too deeply",
+        )
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "a" * 4_000_000,
+            '"' * 4_000_000,
+            '"""' + '\\"' * 1_000_000,
+            "'" * 3_999_999,
+            '"\\' * 1_000_000,
+            "a. " * 1_000_000,
+        ],
+        ids=lambda text: ascii(text[:8]),
+    )
+    def test_what_would_take_a_search_long(self, tmp_path: Path, text: str) -> None:
+        (tmp_path / "x.toml").write_text(text)
+        start = time.perf_counter()
+        assert self.refused(tmp_path / "x.toml").startswith("not a device profile: ")
+        assert time.perf_counter() - start < 10
+
+    def test_dots_where_they_belong(self) -> None:
+        text = """
+            # a.b.c.d.e.f.g
+            "a.b.c.d.e.f" = 'g.h.i.j.k.l' # a.b.c.d.e
+            x.y.z = [1.5, 2.5, 3.5, 4.5, 5.5, 1979-05-27T07:32:00.999]
+            long = \"""
+            a.b.c.d.e.f.g "" = \"""
+        """
+        assert parse_toml(text.encode())["x"]["y"]["z"][:2] == [1.5, 2.5]

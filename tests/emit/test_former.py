@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,21 @@ def test_a_broken_manifest_is_nothing_to_reuse(out: Path, text: str) -> None:
     assert (
         build_package(ARCHITECTURE, 4, Workload(), former=out).files == build_package(ARCHITECTURE, 4, Workload()).files
     )
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "linear_128x128_r4.py"])
+def test_what_is_no_file_is_nothing_to_reuse(out: Path, name: str, odd: Callable[[Path], None]) -> None:
+    fresh = build_package(ARCHITECTURE, 4, Workload()).files
+    (out / "llama_9m_r4" / name).unlink()
+    odd(out / "llama_9m_r4" / name)
+    assert build_package(ARCHITECTURE, 4, Workload(), former=out).files == fresh
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "linear_128x128_r4.py"])
+def test_what_is_huge_is_nothing_to_reuse(out: Path, name: str) -> None:
+    fresh = build_package(ARCHITECTURE, 4, Workload()).files
+    os.truncate(out / "llama_9m_r4" / name, 2**40)  # of which the disk holds nothing
+    assert build_package(ARCHITECTURE, 4, Workload(), former=out).files == fresh
 
 
 def test_an_unchanged_run_does_not_import_black(out: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from runlora_gen.algebra.table import KERNELS, OPERATIONS
 from runlora_gen.cost.device import DTYPE_NAMES, load_device
 from runlora_gen.measure import tune
 from runlora_gen.measure.modules import module_of_everything
+from runlora_gen.spec.errors import SpecError
 from runlora_gen.spec.workload import Workload
 
 SIZE = ("--shapes", "24x40", "--tokens", "16", "--rank", "4")
@@ -141,10 +143,29 @@ class TestBadInput:
         path.write_text(tuned.read_text(encoding="utf-8").replace("torch ", "tensor "), encoding="utf-8")
         assert "is not of this machine" in self.refused(run, path)
 
-    def test_no_profile(self, run, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("text", ["x = ", "a" + ".a" * 50_000 + " = 1", "x = " + "[" * 50_000], ids=len)
+    def test_no_profile(self, run, tmp_path: Path, text: str) -> None:
         path = tmp_path / "x.toml"
-        path.write_text("x = ", encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
         assert "is no profile" in self.refused(run, path)
+
+    def test_what_is_no_file(self, run, tmp_path: Path, odd: Callable[[Path], None]) -> None:
+        odd(tmp_path / "x.toml")
+        before = sorted(tmp_path.iterdir())
+        message = run(*ON_CPU, "-o", tmp_path / "x.toml").error()
+        assert message.startswith("--output: ") and message.endswith("x.toml': not a regular file")
+        assert sorted(tmp_path.iterdir()) == before
+
+    def test_a_fifo_where_the_file_is_staged(self, tuned: Path, tmp_path: Path, odd: Callable[[Path], None]) -> None:
+        """It is removed, not written to; a folder is neither."""
+        data = {"tiles": {}, **tomllib.loads(tuned.read_text(encoding="utf-8"))}
+        odd(tmp_path / ".x.toml.new")
+        if (tmp_path / ".x.toml.new").is_dir() and not (tmp_path / ".x.toml.new").is_symlink():
+            with pytest.raises(SpecError, match=r"^--output: cannot write '[^\n]*x.toml': [^\n]+$"):
+                tune._write(tmp_path / "x.toml", data)
+        else:
+            tune._write(tmp_path / "x.toml", data)
+            assert (tmp_path / "x.toml").read_bytes() == tuned.read_bytes()
 
     @pytest.mark.parametrize(
         ("options", "message"),

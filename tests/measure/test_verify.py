@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -105,7 +106,9 @@ def test_folders_below_are_found(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "linear_128x128_r4.py: proved, 7 properties" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("kind", ["empty", "no manifest", "odd manifest", "missing module", "foreign module", "syntax"])
+@pytest.mark.parametrize(
+    "kind", ["empty", "no manifest", "odd manifest", "missing module", "foreign module", "bytes", "syntax"]
+)
 def test_bad_folders_are_one_clear_error(tmp_path: Path, kind: str) -> None:
     folder = generate(tmp_path)
     module, manifest = folder / "linear_128x128_r4.py", folder / "manifest.json"
@@ -120,6 +123,8 @@ def test_bad_folders_are_one_clear_error(tmp_path: Path, kind: str) -> None:
             module.unlink()
         case "foreign module":
             module.write_text("print('hello')\n", encoding="utf-8")
+        case "bytes":
+            module.write_bytes(module.read_bytes() + b"# \xff\n")
         case "syntax":
             module.write_text(module.read_text(encoding="utf-8") + "\ndef (", encoding="utf-8")
     with pytest.raises(SpecError, match=r"^verify: [^\n]+$"):
@@ -131,3 +136,13 @@ def test_a_manifest_that_is_no_json(tmp_path: Path) -> None:
     (folder / "manifest.json").write_text("{", encoding="utf-8")
     with pytest.raises(SpecError, match=r"^verify: [^\n]+$"):
         verify_folder(folder, examples=2, quiet=True)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "linear_128x128_r4.py"])
+def test_what_is_no_file(tmp_path: Path, name: str, odd: Callable[[Path], None]) -> None:
+    folder = generate(tmp_path)
+    (folder / name).unlink()
+    odd(folder / name)
+    for path in (folder, tmp_path):
+        with pytest.raises(SpecError, match=rf"^verify: '[^\n]*{name}': not a regular file$"):
+            verify_folder(path, examples=2, quiet=True)

@@ -14,6 +14,7 @@ import tomllib
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from runlora_gen.spec import architecture as module
+from runlora_gen.spec import files
 from runlora_gen.spec.architecture import (
     Architecture,
     Projection,
@@ -548,7 +549,7 @@ def test_a_failing_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def fail(*_: object) -> None:
         raise PermissionError(13, "Permission denied", "/secret/config.json")
 
-    monkeypatch.setattr(module, "open", fail, raising=False)
+    monkeypatch.setattr(files, "open", fail, raising=False)
     assert error_of(str(tmp_path)) == "config.json: cannot be read: Permission denied"
 
 

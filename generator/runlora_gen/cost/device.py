@@ -24,9 +24,23 @@ import tomllib
 from ..algebra.operations import dimensions, signature
 from ..algebra.table import KERNELS, OPERATIONS
 from ..spec.errors import SpecError, nearest, shorten
+from ..spec.files import read_if_there
 from ..spec.workload import DTYPE_NAMES
 
 _FOLDER = Path(__file__).parent / "devices"
+#: Thirty times the largest profile that was measured.
+MAX_PROFILE_BYTES = 4 << 20
+#: A key of more parts than any here: tomllib's time and memory grow with their square. Searched for outside of strings,
+#: which end where tomllib ends them, or where it will stop with an error.
+_DEEP_KEY = re.compile(r"(?:\.[ \t]*+[A-Za-z0-9_-]++[ \t]*+){4}")
+_STRING_OR_COMMENT = re.compile(
+    r'"""(?:[^"\\]|\\.|"(?!""))*+(?:"{3,5})?'
+    r"|'''(?:[^']|'(?!''))*+(?:'{3,5})?"
+    r'|"(?:[^"\\\n]|\\.)*+"?'
+    r"|'[^'\n]*+'?"
+    r"|#[^\n]*+",
+    re.DOTALL,
+)
 
 #: Dimensions of a measured operation, and what was measured.
 Times = Mapping[str, tuple[tuple[tuple[int, ...], float], ...]]
@@ -118,22 +132,35 @@ def load_device(name: str) -> DeviceProfile:
     """
     if name.endswith(".toml"):
         path = Path(name)
-        if not path.is_file():
-            raise SpecError(f"--device: there is no file {shorten(name)}")
     elif name in device_names():
         path = _FOLDER / f"{name}.toml"
     else:
         raise SpecError(
             f"--device: unknown device {nearest(name, device_names())}, or the path of a profile that ends in .toml"
         )
+    label = f"--device: {shorten(name)}"
+    data = read_if_there(path, label=label, limit=MAX_PROFILE_BYTES, kind="profile")
+    if data is None:
+        raise SpecError(f"--device: there is no file {shorten(name)}")
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise SpecError(f"{shorten(str(path))}: not a device profile: {' '.join(str(error).split())}") from None
-    try:
-        return parse_profile(name, data)
+        return parse_profile(name, parse_toml(data))
     except ValueError as error:
-        raise SpecError(f"{shorten(str(path))}: not a device profile: {error}") from None
+        raise SpecError(f"{label}: not a device profile: {error}") from None
+
+
+def parse_toml(data: bytes) -> dict[str, Any]:
+    """The data of a profile's file.
+
+    Raises:
+        ValueError: it is no TOML, or TOML that no profile needs; one line.
+    """
+    text = data.decode("utf-8")
+    if _DEEP_KEY.search(_STRING_OR_COMMENT.sub("s", text)):
+        raise ValueError("a key of more than four parts")
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def parse_profile(name: str, data: Mapping[str, Any]) -> DeviceProfile:

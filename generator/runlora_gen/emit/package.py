@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -14,10 +15,11 @@ from .. import __version__
 from ..cost.device import load_device
 from ..ranges import LayerChoice, decide_model
 from ..spec.architecture import Architecture
+from ..spec.files import read_text
 from ..spec.layers import layers
 from ..spec.workload import Workload
 from .nodes import module_name, module_node
-from .render import Header, render, render_test, template_digest
+from .render import MAX_GENERATED_BYTES, Header, render, render_test, template_digest
 from .report import SCHEMA_VERSION, choice_data
 from .style import Style, style_of
 
@@ -47,26 +49,31 @@ class _Former:
         self._rendered: dict[str, str] = {}
         self._files: dict[str, str] = {}
         try:
-            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8")) if folder else {}
+            manifest = json.loads(self._read(MANIFEST))
             if manifest["generator"] == GENERATOR:
                 self._rendered, self._files = dict(manifest["rendered"]), dict(manifest["files"])
-        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             pass  # nothing to reuse: everything is formatted anew
+
+    def _read(self, name: str) -> str:
+        """The text of one of the files; ValueError if there is none to reuse."""
+        if self._folder is None:
+            raise ValueError
+        return read_text(self._folder / name, label=name, limit=MAX_GENERATED_BYTES, kind="generated file")
 
     def format(self, name: str, source: str) -> str:
         """Format a rendered text, or read it formatted from a file that nobody has touched since."""
-        if self._folder is not None and self._rendered.get(name) == self.digest(source):
-            try:
-                text = (self._folder / name).read_bytes().decode()
-            except (OSError, ValueError):
-                return self._style.format(source)
-            if self._files.get(name) == _sha256(text):
-                return text
+        if self._rendered.get(name) == self.digest(source):
+            with contextlib.suppress(ValueError):
+                text = self._read(name)
+                if self._files.get(name) == _sha256(text):
+                    return text
         return self._style.format(source)
 
     def digest(self, source: str) -> str:
         """Of what a formatted text follows from: the rendered one, black's version and its options."""
-        return _sha256(f"{self._style.key}\n{source}")
+        return _sha256(f"{self._style.key}
+{source}")
 
 
 def _sha256(text: str) -> str:

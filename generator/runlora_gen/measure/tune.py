@@ -24,7 +24,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import tomllib
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -33,10 +32,11 @@ from ..algebra.enumerate import Program, enumerate_programs
 from ..algebra.operations import SYMBOLS, Cast, Fused, Operation, Symbol, dimensions, signature
 from ..algebra.table import KERNELS, OPERATIONS, rows, runs
 from ..choose import goals
-from ..cost.device import check_title, parse_profile
+from ..cost.device import MAX_PROFILE_BYTES, check_title, parse_profile, parse_toml
 from ..cost.price import wanted_operations
 from ..emit.code import line, results_of
-from ..spec.errors import SpecError, shorten
+from ..spec.errors import SpecError, reason, shorten
+from ..spec.files import read_if_there
 from ..spec.workload import Workload
 from .clock import captured, interleaved, repeated, seconds
 from .machine import machine_name
@@ -378,21 +378,22 @@ def _host_seconds(bench: _Workbench) -> tuple[float, float | None]:
 
 def _read(path: Path, source: str) -> dict[str, Any]:
     """A profile that an earlier run began, or nothing."""
-    if not path.exists():
+    label = f"--output: {shorten(str(path))}"
+    text = read_if_there(path, label=label, limit=MAX_PROFILE_BYTES, kind="profile")
+    if text is None:
         return {}
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SpecError(f"--output: {shorten(str(path))} is no profile: {' '.join(str(error).split())}") from None
+        data = parse_toml(text)
+    except ValueError as error:
+        raise SpecError(f"{label} is no profile: {error}") from None
     if data.get("source") != source:
         raise SpecError(
-            f"--output: {shorten(str(path))} is not of this machine: its source is {shorten(data.get('source'))}; "
-            "give another file"
+            f"{label} is not of this machine: its source is {shorten(data.get('source'))}; give another file"
         )
     try:
         parse_profile(path.name, data)
     except ValueError as error:
-        raise SpecError(f"--output: {shorten(str(path))} is no profile: {error}") from None
+        raise SpecError(f"{label} is no profile: {error}") from None
     return {"times": {}, "tiles": {}, **data, "date": str(data.get("date", ""))}
 
 
@@ -412,10 +413,15 @@ def _write(path: Path, profile: Mapping[str, Any]) -> None:
                 lines = "".join(f"    {_row(row)},\n" for row in sorted(measured, key=lambda row: row[:-1]))
                 text += f"{json.dumps(name, ensure_ascii=False)} = [\n{lines}]\n"
             parts.append(text)
-    path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(f".{path.name}.new")
-    staged.write_text("\n".join(parts), encoding="utf-8")
-    staged.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staged.unlink(missing_ok=True)  # whatever it is: to open a FIFO would wait for a reader
+        with staged.open("x", encoding="utf-8") as file:
+            file.write("\n".join(parts))
+        staged.replace(path)
+    except OSError as error:
+        raise SpecError(f"--output: cannot write {shorten(str(path))}: {reason(error)}") from None
 
 
 def _row(row: Sequence[Any]) -> str:

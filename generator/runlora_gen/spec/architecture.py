@@ -27,6 +27,7 @@ from typing import Any, NoReturn
 import tomllib
 
 from runlora_gen.spec.errors import SpecError, shorten
+from runlora_gen.spec.files import read_text
 
 MAX_FEATURES = 1_048_576
 MAX_CONFIG_BYTES = 1 << 20
@@ -312,11 +313,9 @@ def _refuse_unknown(argument: str) -> NoReturn:
 
 def _read_json(path: str) -> Mapping[str, object]:
     file = _clean(os.path.basename(path))
-    data = _read_bytes(path, file)
+    text = read_text(path, label=file, limit=MAX_CONFIG_BYTES, kind="config", encoding="utf-8-sig")
     try:
-        values = json.loads(data.decode("utf-8-sig"), parse_constant=_refuse_constant, parse_int=_parse_int)
-    except UnicodeDecodeError as error:
-        raise SpecError(f"{file}: not UTF-8 text (byte {error.start})") from None
+        values = json.loads(text, parse_constant=_refuse_constant, parse_int=_parse_int)
     except ValueError as error:
         raise SpecError(f"{file}: not valid JSON: {error}") from None
     except RecursionError:
@@ -324,24 +323,6 @@ def _read_json(path: str) -> Mapping[str, object]:
     if not isinstance(values, dict):
         raise SpecError(f"{file}: expected a JSON object, found {shorten(values)}")
     return values
-
-
-def _read_bytes(path: str, file: str) -> bytes:
-    too_large = f"{file}: larger than {MAX_CONFIG_BYTES} bytes, which no config is"
-    try:
-        # Asked before opening: opening a FIFO waits for a writer.
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            raise SpecError(f"{file}: not a regular file")
-        if status.st_size > MAX_CONFIG_BYTES:
-            raise SpecError(too_large)
-        with open(path, "rb") as stream:
-            data = stream.read(MAX_CONFIG_BYTES + 1)
-    except OSError as error:
-        raise SpecError(f"{file}: cannot be read: {error.strerror}") from None
-    if len(data) > MAX_CONFIG_BYTES:  # files such as those in /proc state no size
-        raise SpecError(too_large)
-    return data
 
 
 def _refuse_constant(literal: str) -> NoReturn:

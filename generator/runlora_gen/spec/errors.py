@@ -7,6 +7,9 @@ import reprlib
 from collections.abc import Sequence
 
 SHORTEN_LIMIT = 60
+#: Characters of a message on the terminal, and of one word in it.
+LINE_LIMIT = 500
+WORD_LIMIT = 100
 
 _repr = reprlib.Repr()
 _repr.maxlevel = 2
@@ -27,6 +30,27 @@ def shorten(value: object) -> str:
     # Only the repr of a foreign object can still hold such characters.
     text = "".join(char if char.isprintable() else "?" for char in text)
     return text if len(text) <= SHORTEN_LIMIT else f"{text[: SHORTEN_LIMIT - 3]}..."
+
+
+def one_line(message: str) -> str:
+    """A message for the terminal, whoever wrote it: on one line, printable, not longer than anybody reads."""
+    words = (_middle_out(_printable(word), WORD_LIMIT) for word in message.split())
+    return _middle_out(" ".join(words), LINE_LIMIT)
+
+
+def reason(error: OSError) -> str:
+    """Why the system refused, without the path."""
+    return error.strerror or one_line(str(error))
+
+
+def _printable(text: str) -> str:
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def _middle_out(text: str, limit: int) -> str:
+    """Both ends of what is too long: one names the field, the other says what is allowed."""
+    half = (limit - 3) // 2
+    return text if len(text) <= limit else f"{text[:half]}...{text[-half:]}"
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
