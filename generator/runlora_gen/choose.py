@@ -218,7 +218,7 @@ def decide(workload: Workload, setting: Setting, host_share: float = DEVICE_BOUN
 
 
 def fastest(workload: Workload, setting: Setting, host_share: float = DEVICE_BOUND, *, merging: bool = True) -> Priced:
-    """What ``decide`` chooses under the criterion time and without a limit on saved bytes, without pricing every program.
+    """What ``decide`` chooses by time and without a limit on saved bytes, found without pricing every program.
 
     Times add up: for what is kept, and for kernels in place of single products, the fastest program is the fastest
     forward with the fastest backward. ``merging``: whether programs that lose updates in 16 bits may win.
@@ -242,8 +242,12 @@ def fastest(workload: Workload, setting: Setting, host_share: float = DEVICE_BOU
     least = rounded(min(forwards[0][0] + backwards[0][0] for forwards, backwards in pairs))
     tied: dict[str, Program] = {}
     for forwards, backwards in pairs:
-        for first_s, forward in itertools.takewhile(lambda f: rounded(f[0] + backwards[0][0]) <= least, forwards):
-            for _, backward in itertools.takewhile(lambda b: rounded(first_s + b[0]) <= least, backwards):
+        for first_s, forward in forwards:
+            if rounded(first_s + backwards[0][0]) > least:
+                break  # they are sorted
+            for second_s, backward in backwards:
+                if rounded(first_s + second_s) > least:
+                    break
                 program = pair(forward, backward)
                 program = lowered(program, setting, host_share) if twins else program
                 tied.setdefault(program.id, program)

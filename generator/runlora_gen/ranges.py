@@ -1,8 +1,8 @@
 """The choice over token counts, for the whole model: what bounds its step, and where one winner follows another.
 
-Host and device work side by side. A step takes as long as the slower of the two: the sum over all linears of what the
-device needs, or of what the host needs to launch them. So long as the device is the slower one, what a linear costs the
-host decides nothing; and the other way round.
+Host and device work side by side. A step takes as long as the slower of the two: the sum of what the device needs, or
+of what the host needs to launch it, over all linears and over the rest of the model, which does not wait either. So
+long as the device is the slower one, what a linear costs the host decides nothing; and the other way round.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from .algebra.enumerate import Phase, Program
 from .choose import Decision, ForwardDecision, Priced, decide, decide_forward, fastest, ranked, setting_for, within
-from .cost.price import DEVICE_BOUND, HOST_BOUND, Cost, PhaseCost, Setting, price, price_phase
+from .cost.price import DEVICE_BOUND, HOST_BOUND, Cost, PhaseCost, Setting, price, price_frozen, price_phase
 from .spec.layers import Layer
 from .spec.workload import Workload
 
@@ -25,6 +25,10 @@ BELOW = (1, 16, 128, 1024)
 _TOLERANCE = 0.05
 #: Between measured sizes prices are no finer than this: two runs of ``tune`` agree within 3 % on single operations.
 _RESOLUTION = 0.01
+#: What a step does beside its linears (attention, norms, activations, sums), on the device and on the host, in units of
+#: what the frozen linears take there: measured on Llama's layers as Transformers runs them eagerly
+#: (tools/results/step_h100.json).
+_REST_DEVICE, _REST_HOST = 1.0, 2.4
 #: Steps of the search for the host's share of a step that host and device bound together.
 _BISECTIONS = 6
 
@@ -73,8 +77,9 @@ def decide_model(workload: Workload, sites: Sequence[Layer], rank: int) -> tuple
     Raises:
         SpecError: no program of some layer meets ``max_saved_bytes``.
     """
-    chosen = _Training(workload, sites, rank).ranges(), _Inference(workload, sites, rank).ranges()
-    return tuple(LayerChoice(layer, *both) for layer, *both in zip(sites, *chosen, strict=True))
+    training = _Training(workload, sites, rank).ranges()
+    inference = _Inference(workload, sites, rank).ranges()
+    return tuple(LayerChoice(*parts) for parts in zip(sites, training, inference, strict=True))
 
 
 class _Contest(ABC, Generic[Choice, Candidate]):
@@ -94,6 +99,10 @@ class _Contest(ABC, Generic[Choice, Candidate]):
     @abstractmethod
     def cost(self, candidate: Candidate, setting: Setting) -> Cost | PhaseCost:
         """Its price."""
+
+    def frozen_s(self, setting: Setting, host_share: float) -> float:
+        """Seconds of the frozen linear."""
+        return price_frozen(setting, host_share)
 
     @abstractmethod
     def best(self, candidates: Sequence[Candidate], setting: Setting, host_share: float) -> Candidate:
@@ -122,11 +131,19 @@ class _Contest(ABC, Generic[Choice, Candidate]):
         the host counts for nothing, or the host although it alone counts, nothing can be shorter. In between lies a
         step that both bound: a search over shares finds the choices on the convex hull of all sums.
         """
+        rest_device_s, rest_host_s = (
+            factor
+            * sum(s.count * self.frozen_s(setting, share) for s, setting in zip(self.sites, settings, strict=True))
+            for factor, share in ((_REST_DEVICE, DEVICE_BOUND), (_REST_HOST, HOST_BOUND))
+        )
 
         def sums(share: float) -> tuple[float, float]:
             costs = [self.cost(choose(i, share), setting) for i, setting in enumerate(settings)]
             pairs = list(zip(self.sites, costs, strict=True))
-            return sum(s.count * c.device_s for s, c in pairs), sum(s.count * c.host_s for s, c in pairs)
+            return (
+                rest_device_s + sum(site.count * cost.device_s for site, cost in pairs),
+                rest_host_s + sum(site.count * cost.host_s for site, cost in pairs),
+            )
 
         device_s, host_s = sums(DEVICE_BOUND)
         if self.workload.launch == "graph" or host_s <= device_s:
@@ -164,8 +181,8 @@ class _Contest(ABC, Generic[Choice, Candidate]):
         for step in below:
             if not self._serves(kept[0][position], step[position], _TOLERANCE):
                 kept.insert(0, step)
-        ends = [self._crossover(low, high, position) for low, high in itertools.pairwise(kept)]
-        return tuple(Range(step[position], last) for step, last in zip(kept, (*ends, None), strict=True))
+        ends: list[int | None] = [self._crossover(low, high, position) for low, high in itertools.pairwise(kept)]
+        return tuple(Range(step[position], last) for step, last in zip(kept, [*ends, None], strict=True))
 
     def _serves(self, choice: Choice, other: Choice, tolerance: float) -> bool:
         """Whether the winners of the first are hardly slower than those of the other, where that one was made."""
@@ -249,6 +266,9 @@ class _Inference(_Contest[ForwardDecision, Phase]):
 
     def cost(self, candidate: Phase, setting: Setting) -> PhaseCost:
         return price_phase(candidate, setting)
+
+    def frozen_s(self, setting: Setting, host_share: float) -> float:
+        return price_frozen(replace(setting, gradients=frozenset()), host_share)
 
     def best(self, candidates: Sequence[Phase], setting: Setting, host_share: float) -> Phase:
         return min(candidates, key=lambda phase: price_phase(phase, setting).weighted_s(host_share))

@@ -222,7 +222,8 @@ def roofline(operation: Operation, setting: Setting) -> OperationCost:
     """Price one operation by max(FLOPs / peak, bytes / bandwidth) + launches.
 
     Every operand is read once and every result written once; an accumulation reads its target as well. A product added
-    to a matrix (M = W + s B A) is two kernels in torch, a copy of the addend and an accumulation into it. A fused
+    to a matrix (M = W + s B A) is two kernels in torch, a copy of the addend and an accumulation into it; so is a
+    scaled one whose result is in the adapter's dtype. A fused
     kernel reads and writes each of its tensors once, and needs a profile that has kernels; one that computes its result
     in tiles is busy for whole waves of them, however few the last one has. The adapter's gradients are written in its
     dtype straight from the sums.
@@ -244,7 +245,9 @@ def roofline(operation: Operation, setting: Setting) -> OperationCost:
             flops = 2 * m * n * k
             if operation.accumulate:
                 moved += setting.bytes_of(operation.out)
-            if operation.addend is not None:
+            # A copy of the addend to accumulate into, and the scaling of a result that is wider than its factors.
+            scales_apart = operation.scaled and operation.out.store == "adapter" and setting.casts
+            if operation.addend is not None or scales_apart:
                 moved += 2 * setting.bytes_of(operation.out)
                 launches += 1
         case SumTokens() | Cast():

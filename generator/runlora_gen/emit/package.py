@@ -72,8 +72,7 @@ class _Former:
 
     def digest(self, source: str) -> str:
         """Of what a formatted text follows from: the rendered one, black's version and its options."""
-        return _sha256(f"{self._style.key}
-{source}")
+        return _sha256(f"{self._style.key}\n{source}")
 
 
 def _sha256(text: str) -> str:

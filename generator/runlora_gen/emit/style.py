@@ -12,11 +12,13 @@ from typing import Any
 import tomllib
 
 from ..spec.errors import SpecError, shorten
+from ..spec.files import read_if_there
 
 #: black's own, where neither the repository nor ``--line-length`` says otherwise.
 DEFAULT_LINE_LENGTH = 88
 MIN_LINE_LENGTH, MAX_LINE_LENGTH = 60, 320
 _PYPROJECT = "pyproject.toml"
+_MAX_PYPROJECT_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -105,9 +107,9 @@ def _pyproject(out: Path) -> dict[str, Any]:
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
+    label = shorten(str(path))
+    data = read_if_there(path, label=label, limit=_MAX_PYPROJECT_BYTES, kind=_PYPROJECT)
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise SpecError(f"{shorten(str(path))}: not valid TOML: {' '.join(str(error).split())}") from None
+        return tomllib.loads((data or b"").decode())
+    except (ValueError, RecursionError) as error:
+        raise SpecError(f"{label}: not valid TOML: {' '.join(str(error).split())}") from None
