@@ -327,7 +327,8 @@ def tune(
       runlora-gen tune --device cuda -o mine.toml --arch llama-13b --rank 16
       runlora-gen --arch llama-13b --rank 16 --device mine.toml -o generated/
 
-    Without shapes, tokens or ranks it measures a grid of usual ones, which takes minutes.
+    Without shapes, tokens or ranks it measures a grid of usual ones, which takes minutes. Timings that never agree are
+    left out and named, which is no error: the same command again measures just what is missing.
     """  # noqa: D301
     if not output.endswith(".toml"):
         raise SpecError(f"--output: {shorten(output)} is not allowed; give a file that ends in .toml")

@@ -4,22 +4,99 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tomllib
 from runlora_gen.algebra.operations import Fused, dimensions, signature
 from runlora_gen.algebra.table import KERNELS, OPERATIONS
 from runlora_gen.cost.device import DTYPE_NAMES, load_device
-from runlora_gen.measure import tune
+from runlora_gen.measure import clock, tune
 from runlora_gen.measure.modules import module_of_everything
 from runlora_gen.spec.errors import SpecError
 from runlora_gen.spec.workload import Workload
 
 SIZE = ("--shapes", "24x40", "--tokens", "16", "--rank", "4")
 ON_CPU = ("tune", "--device", "cpu", "-q", *SIZE)
+
+
+REAL = {name: getattr(tune, name) for name in ("AT_REST", "TOLERANCE", "ROUNDS")}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _any_timing_will_do() -> Iterator[None]:
+    """What is measured here need not be right, and tests run side by side are no machine at rest."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tune, "AT_REST", float("inf"))
+        patch.setattr(tune, "TOLERANCE", {"cpu": float("inf")})
+        patch.setattr(tune, "ROUNDS", 1)
+        yield
+
+
+class Machine:
+    """Timings that are made up: nothing runs, and time passes by what each is said to take.
+
+    An operation takes 40 µs and anything else 10 ms, with 2 % of noise, times ``slowness`` of the operation's name (of
+    anything else: None), of the number of its batch, counted from 0, and of the time.
+    """
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.slowness: Callable[[str | None, int, float], float] = lambda what, batch, now: 1.0
+        self.timings: Counter[str | None] = Counter()
+        self.order: list[str] = []
+        self._random = random.Random(0)
+
+    def seconds(self, run: object, *_: object, **__: object) -> float:
+        what: str | None = getattr(run, "name", None)
+        batch = (self.timings[what] - 3) // tune.ROUNDS  # two calls before the first round, and its warm-up
+        self.timings[what] += 1
+        self.order += [what] if what is not None else []
+        took = (10e-3 if what is None else 40e-6) * self._random.uniform(1, 1.02) * self.slowness(what, batch, self.now)
+        self.now += took
+        return took
+
+    def sleep(self, duration: float) -> None:
+        self.now += duration
+
+    def batches(self, what: str) -> int:
+        return (self.timings[what] - 3) // tune.ROUNDS
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    machine = Machine()
+
+    def runner(bench: object, trial: tune.Trial, *_: object) -> Callable[[], None]:
+        def run() -> None: ...
+
+        run.name = tune._described(trial)  # type: ignore[attr-defined]
+        return run
+
+    for name, value in REAL.items():
+        monkeypatch.setattr(tune, name, value)
+    for module in (clock, tune):
+        monkeypatch.setattr(module, "seconds", machine.seconds)
+    monkeypatch.setattr(tune, "time", SimpleNamespace(monotonic=lambda: machine.now, sleep=machine.sleep))
+    monkeypatch.setattr(tune._Workbench, "runner", runner)
+    monkeypatch.setattr(tune, "repeated", lambda run, calls: run)
+    monkeypatch.setattr(tune, "LEAST_S", 0)
+    monkeypatch.setattr(tune, "MOST_SETS", 1)
+    return machine
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[tune._Workbench]:
+    """One that knows what it takes at rest."""
+    torch = pytest.importorskip("torch")
+    with tune._Workbench(torch.device("cpu")) as bench:
+        bench.bytes_per_s = bench.pair.nbytes / 10e-3
+        yield bench
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +141,11 @@ def test_an_interrupted_run_is_resumed(run, tuned: Path, tmp_path: Path, monkeyp
     real = tune._measure
     points = []
 
-    def measure(*arguments: object) -> None:
+    def measure(*arguments: object) -> object:
         points.append(arguments[-1])
         if len(points) == 2:
             raise KeyboardInterrupt
-        real(*arguments)
+        return real(*arguments)
 
     more = ("tune", "--device", "cpu", "-q", "--shapes", "24x40", "--tokens", "16,32,48", "--rank", "4", "-o", path)
     monkeypatch.setattr(tune, "_measure", measure)
@@ -83,7 +160,7 @@ def test_an_interrupted_run_is_resumed(run, tuned: Path, tmp_path: Path, monkeyp
     assert [point.tokens for point in points] == [32, 48, 48]
 
 
-def test_shapes_of_an_architecture(run, tmp_path: Path) -> None:
+def test_shapes_of_an_architecture(run, machine: Machine, tmp_path: Path) -> None:
     path = tmp_path / "x.toml"
     run("tune", "--device", "cpu", "-q", "--arch", "llama-9m", "--tokens", "8", "--rank", "4", "-o", path).ok()
     data = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -96,7 +173,7 @@ def test_kernels_are_measured_with_all_their_constants(tmp_path: Path, monkeypat
     pytest.importorskip("triton", minversion="3.4")
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
-    for name, value in (("ROUNDS", 1), ("MOST_SETS", 1), ("LEAST_S", 0)):
+    for name, value in (("MOST_SETS", 1), ("LEAST_S", 0)):
         monkeypatch.setattr(tune, name, value)
     tried = []
     runner = tune._Workbench.runner
@@ -126,9 +203,178 @@ def test_kernels_are_measured_with_all_their_constants(tmp_path: Path, monkeypat
         assert device.tiles_for(name, "bf16", tuple(at)) == best
 
 
-def test_progress_goes_to_stderr(run, tmp_path: Path) -> None:
+def test_progress_goes_to_stderr(run, machine: Machine, tmp_path: Path) -> None:
     outcome = run("tune", "--device", "cpu", *SIZE, "-o", tmp_path / "x.toml")
     assert outcome.out == f"{tmp_path / 'x.toml'}\n" and "1/1" in outcome.err
+
+
+ONE = "Y = X Wᵀ + b"
+POINT = tune.Point(16, 24, 40, 4)
+
+
+class TestAgreement:
+    """What is written, timed again, named and left out, by how the machine behaves."""
+
+    @pytest.fixture
+    def measured(self, bench: tune._Workbench, machine: Machine) -> Callable[..., tuple[dict, dict]]:
+        """What is written of one size, and what is left out: µs by the names of the operations."""
+
+        def measured(slowness: Callable[[str | None, int, float], float]) -> tuple[dict, dict]:
+            machine.slowness = slowness
+            profile: dict = {"times": {}, "tiles": {}}
+            unsettled = tune._measure(bench, profile, "fp32", POINT)
+            written = {name: row[-1] for name, (row,) in profile["times"].get("fp32", {}).items()}
+            named = {tune._described(trial): [figure * 1e6 for figure in unsettled[trial]] for trial in unsettled}
+            assert len(written) + len(named) == 18 and written.keys().isdisjoint(named)
+            return written, named
+
+        return measured
+
+    def test_at_rest(self, measured, machine: Machine) -> None:
+        written, named = measured(lambda *_: 1)
+        assert not named and all(40 <= row <= 41 for row in written.values())
+        assert all(machine.batches(name) == 2 for name in written)
+        rounds = {tuple(machine.order[start : start + 18]) for start in range(2 * 18, len(machine.order), 18)}
+        assert len(rounds) == 1 + 2 * tune.ROUNDS, "each has an order of its own, the warm-up too"
+
+    def test_an_outlier(self, measured, machine: Machine) -> None:
+        """The median of its batch is none."""
+        written, _ = measured(lambda what, *_: 188 if what == ONE and machine.timings[what] == 5 else 1)
+        assert 40 <= written[ONE] <= 41 and machine.batches(ONE) == 2
+
+    @pytest.mark.parametrize("start", [0.0, 0.033, 0.05, 0.067])
+    def test_another_process_for_ten_seconds(self, measured, machine: Machine, start: float) -> None:
+        """A row of 7,540 µs beside others of 40: its batches agree, but the machine is busy, which is waited for."""
+        written, named = measured(lambda what, batch, now: 188 if start <= now < start + 10 else 1)
+        assert machine.now > 10
+        assert not named and all(40 <= row <= 41 for row in written.values())
+
+    def test_another_process_that_stays(self, measured, machine: Machine) -> None:
+        with pytest.raises(
+            SpecError,
+            match=r"^tune: memory is copied at 1\d\.\d GB/s, and was at 26\.8 when the profile was begun; run",
+        ):
+            measured(lambda *_: 1.9)
+        assert tune.PATIENCE_S < machine.now < tune.PATIENCE_S + 2
+
+    def test_a_profile_begun_beside_another_process(self, measured) -> None:
+        with pytest.raises(SpecError, match=r"or begin another$"):
+            measured(lambda *_: 1 / 2.2)
+
+    @pytest.mark.parametrize(("first", "count"), [(0, 1), (0, 3), (1, 1), (1, 3)])
+    def test_a_burst_that_only_one_operation_feels(self, measured, machine: Machine, first: int, count: int) -> None:
+        batches = range(first, first + count)
+        written, named = measured(
+            lambda what, batch, now: 188 * 1.2 ** (batch - first) if what == ONE and batch in batches else 1
+        )
+        assert not named and all(40 <= row <= 41 for row in written.values())
+        assert machine.batches(ONE) == 2 + count and machine.batches("G = dYᵀ X") == 2
+
+    def test_a_slow_drift(self, measured) -> None:
+        """What differs by less than the tolerance is one figure."""
+        written, named = measured(lambda what, batch, now: 1.02**batch)
+        assert not named and all(40 <= row <= 42 for row in written.values())
+
+    def test_a_fast_drift(self, measured, machine: Machine) -> None:
+        written, named = measured(lambda what, batch, now: 1.15**batch if what == ONE else 1)
+        assert named.keys() == {ONE} and all(40 <= row <= 41 for row in written.values())
+        assert named[ONE][:3] == pytest.approx([40, 40 * 1.15, 40 * 1.15**2], rel=0.03)
+        assert machine.batches(ONE) == tune.BATCHES
+
+    def test_a_fast_drift_that_ends(self, measured) -> None:
+        """A processor that was faster while it was cool."""
+        written, named = measured(lambda what, batch, now: 1 if what is None else 1.15 ** min(batch, 4))
+        assert not named and all(70 <= row <= 72 for row in written.values())
+
+    def test_two_clocks_in_turn(self, measured) -> None:
+        """The faster one."""
+        written, named = measured(lambda what, batch, now: 1 if what is None else (1.5, 1)[batch % 2])
+        assert not named and all(40 <= row <= 41 for row in written.values())
+
+    def test_two_clocks_at_random(self, measured) -> None:
+        """One of both, and nothing between them."""
+        clocks = random.Random(0)
+        written, named = measured(lambda what, *_: 1 if what is None else clocks.choice((1, 1.5)))
+        assert not named and all(40 <= row <= 41 or 60 <= row <= 62 for row in written.values())
+
+    @pytest.mark.parametrize("factor", [0.9, 1.1])
+    def test_constants_that_never_agree(
+        self, bench, machine: Machine, monkeypatch: pytest.MonkeyPatch, factor: float
+    ) -> None:
+        """They leave their kernel out if they may be the best."""
+        monkeypatch.setattr(bench, "kernels", True)
+        monkeypatch.setattr(bench, "takes_large_tiles", lambda *_: True)
+        candidates = KERNELS["merge"].candidates
+        never = f"merge: M = W + s B A with BO = {candidates[0]['BO']}"
+        machine.slowness = lambda what, batch, now: factor * 1.15**batch if what == never else 1
+        profile: dict = {"times": {}, "tiles": {}}
+        unsettled = tune._measure(bench, profile, "fp16", POINT)
+        for rows in (profile["times"]["fp16"], profile["tiles"]["fp16"]):
+            assert ("merge: M = W + s B A" in rows) == (factor > 1)
+        assert [tune._described(trial) for trial in unsettled] == ([never] if factor < 1 else [])
+
+    @pytest.mark.parametrize(
+        ("figures", "cpu", "cuda"),
+        [
+            ([], None, None),
+            ([40], None, None),
+            ([40, 41], 40.5, 40.5),
+            ([40, 43], 41.5, None),
+            ([40, 45], None, None),
+            ([7540, 40, 7560, 41], 40.5, 40.5),
+            ([40, 7540, 7540, 7540, 7540], None, None),
+            ([35, 40, 40, 40, 40], None, None),
+            ([35, 40, 40, 40, 40, 40], 40, 40),  # a clock that fell after the first batch and stays there
+        ],
+    )
+    def test_the_two_lowest_of_the_last(self, figures: list[float], cpu: float | None, cuda: float | None) -> None:
+        torch = pytest.importorskip("torch")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tune, "TOLERANCE", REAL["TOLERANCE"])
+            for device, expected in (("cpu", cpu), ("cuda", cuda)):
+                assert tune._agreed(figures, torch.device(device)) == expected
+
+    def test_what_is_left_out_is_named_and_measured_by_the_next_run(
+        self, run, machine: Machine, tmp_path: Path
+    ) -> None:
+        path = tmp_path / "x.toml"
+        command = (*ON_CPU[:-1], "4,8", "-o", path)
+        machine.slowness = lambda what, batch, now: 1.15**batch if what == ONE else 1  # r8 is no other size to it
+        first = run(*command)
+        assert (first.code, first.out) == (0, f"{path}\n")
+        left_out, warning = first.err.splitlines()
+        assert re.fullmatch(
+            r"left out: fp32 16:24x40 r[48]: Y = X Wᵀ \+ b took (\d+\.?\d*, ){11}\d+\.?\d* µs in batches that "
+            "never agreed; run again on an idle machine, what is finished is kept",
+            left_out,
+        )
+        assert warning.startswith("warning: fp32: Y = X Wᵀ + b has no time at any size")
+        half = tomllib.loads(path.read_text(encoding="utf-8"))["times"]["fp32"]
+        assert len(half) == 17 and ONE not in half
+        machine.slowness = lambda *_: 1
+        machine.timings.clear()
+        run(*command).ok()
+        assert machine.timings.keys() == {None, ONE}, "what is known is not measured again"
+        whole = tomllib.loads(path.read_text(encoding="utf-8"))["times"]["fp32"]
+        assert {name: row for name, row in whole.items() if name != ONE} == half
+        assert whole[ONE][0][:-1] == [16, 24, 40]
+
+    def test_what_another_size_made_up_for_is_not_named(self, run, machine: Machine, tmp_path: Path) -> None:
+        delta = "D = s B A"  # no token has a part in it
+        machine.slowness = lambda what, batch, now: 1.15**batch if what == delta and batch < tune.BATCHES else 1
+        run(*ON_CPU[:-3], "16,32", *ON_CPU[-2:], "-o", tmp_path / "x.toml").ok()
+        data = tomllib.loads((tmp_path / "x.toml").read_text(encoding="utf-8"))
+        assert [row[:-1] for row in data["times"]["fp32"][delta]] == [[24, 40, 4]]
+
+    def test_nothing_is_priced_without_the_basics(self, run, machine: Machine, tmp_path: Path) -> None:
+        machine.slowness = lambda what, batch, now: 1.15**batch
+        message = run(*ON_CPU, "-o", tmp_path / "x.toml").error()
+        assert re.fullmatch(
+            r"tune: a copy of memory took [\d., e+]+ µs in batches that never agreed, and nothing can be priced "
+            "without it: run again on an idle machine",
+            message,
+        )
+        assert not list(tmp_path.iterdir())
 
 
 class TestBadInput:

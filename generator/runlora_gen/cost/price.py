@@ -24,7 +24,7 @@ from ..algebra.operations import (
     signature,
 )
 from ..algebra.schedule import dependents, workspace
-from ..algebra.table import KERNELS
+from ..algebra.table import KERNELS, OPERATIONS
 from .device import DeviceProfile, distance, on_16_bytes
 from .rounding import merge_error, rounding_error, update_std
 
@@ -221,12 +221,10 @@ def price_operation(operation: Operation, setting: Setting) -> OperationCost:
 def roofline(operation: Operation, setting: Setting) -> OperationCost:
     """Price one operation by max(FLOPs / peak, bytes / bandwidth) + launches.
 
-    Every operand is read once and every result written once; an accumulation reads its target as well. A product added
-    to a matrix (M = W + s B A) is two kernels in torch, a copy of the addend and an accumulation into it; so is a
-    scaled one whose result is in the adapter's dtype. A fused
-    kernel reads and writes each of its tensors once, and needs a profile that has kernels; one that computes its result
-    in tiles is busy for whole waves of them, however few the last one has. The adapter's gradients are written in its
-    dtype straight from the sums.
+    Bytes are the fewest possible: every operand is read once and every result written once; an accumulation reads its
+    target as well. Launches are calls of the host: a library may split one. The adapter's gradients are written in its
+    dtype straight from the sums. A fused kernel needs a profile that has kernels; one that computes its result in tiles
+    is busy for whole waves of them, however few the last one has.
     """
     dims, device = setting.dims, setting.device
     moved = sum(setting.bytes_of(symbol) for symbol in (*operation.reads, *operation.outputs))
@@ -245,9 +243,8 @@ def roofline(operation: Operation, setting: Setting) -> OperationCost:
             flops = 2 * m * n * k
             if operation.accumulate:
                 moved += setting.bytes_of(operation.out)
-            # A copy of the addend to accumulate into, and the scaling of a result that is wider than its factors.
-            scales_apart = operation.scaled and operation.out.store == "adapter" and setting.casts
-            if operation.addend is not None or scales_apart:
+            # A result that is wider than its factors is scaled by itself.
+            if operation.scaled and operation.out.store == "adapter" and setting.casts:
                 moved += 2 * setting.bytes_of(operation.out)
                 launches += 1
         case SumTokens() | Cast():
@@ -309,19 +306,26 @@ def measured_as(operation: Operation) -> str:
 
 @lru_cache(maxsize=4096)
 def _ratios(operation: Operation, dtype: DType, device: DeviceProfile) -> tuple[tuple[tuple[int, ...], float], ...]:
-    """Where an operation was measured, with the logarithms of measured time over roofline there."""
-    measured = device.times_for(dtype.name).get(measured_as(operation), ())
-    names = dimensions(operation)
-    # Measured with everything in one dtype: the ratio holds for an adapter in another one as well.
-    return tuple(
-        (
-            at,
-            math.log(
-                time_s / roofline(operation, setting_at(dict(zip(names, at, strict=True)), dtype, device)).device_s
-            ),
+    """Where an operation was measured, with the logarithms of measured time over roofline there.
+
+    A product of torch's that was never measured takes the ratios of those of the same dimensions: the bare roofline
+    would flatter it beside them.
+    """
+    times = device.times_for(dtype.name)
+    measured: tuple[Operation, ...] = (operation,)
+    if isinstance(operation, Matmul) and measured_as(operation) not in times:
+        measured = tuple(
+            other
+            for other in OPERATIONS
+            if isinstance(other, Matmul) and dimensions(other) == dimensions(operation) and signature(other) in times
         )
-        for at, time_s in measured
-    )
+    names = dimensions(operation)
+
+    def ratio(of: Operation, at: tuple[int, ...], time_s: float) -> float:
+        # Measured with everything in one dtype: the ratio holds for an adapter in another one as well.
+        return math.log(time_s / roofline(of, setting_at(dict(zip(names, at, strict=True)), dtype, device)).device_s)
+
+    return tuple((at, ratio(of, at, time_s)) for of in measured for at, time_s in times.get(measured_as(of), ()))
 
 
 def setting_at(dims: Dims, dtype: DType, device: DeviceProfile) -> Setting:

@@ -45,14 +45,15 @@ def repeated(run: Run, calls: int) -> Run:
 
 
 def interleaved(
-    runs: Mapping[Key, Run], rounds: int, device: torch.device, *, warmups: int = 1, eager: bool = False
+    runs: Mapping[Key, Run], rounds: int, device: torch.device, *, warmups: int = 1, eager: bool = False, seed: int = 0
 ) -> dict[Key, list[float]]:
     """Seconds of each of ``runs``, once a round, in a new random order every round.
 
-    Not in one order: what ran before leaves its heat and its cache to the next. ``eager``: see :func:`seconds`.
+    Not in one order: what ran before leaves its heat and its cache to the next. ``eager``: see :func:`seconds`;
+    ``seed``: of the orders.
     """
     times: dict[Key, list[float]] = {key: [] for key in runs}
-    shuffler = random.Random(0)
+    shuffler = random.Random(seed)
     for number in range(rounds + warmups):
         for key in shuffler.sample(list(runs), len(runs)):
             elapsed = seconds(runs[key], device, eager=eager)

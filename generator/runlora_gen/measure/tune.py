@@ -1,7 +1,15 @@
 """Measure a machine: what the prices and the kernels' constants need to know of it, as a device profile.
 
 Every operation of the table is run as the line of code that a module would hold, on buffers that change from call to
-call, so that the cache is as cold as in training. All operations of one size are measured interleaved.
+call, so that the cache is as cold as in training. All operations of one size are measured interleaved, in batches of
+rounds, until the medians of two batches agree; what never agrees is left out and named.
+
+Agreement alone would not do: beside one busy loop, a product on two threads takes twice as long, batch after batch
+within 10 %. So a batch counts only if a copy of memory takes its usual time after it. A copy, because it shows others
+at work (2.2 times as long beside that loop) but not the clocks, which are the machine's own: an H100 that took 1.3
+times as long for products, after large ones had heated it, copied as before. (Nor does it show a core whose other
+thread works for someone else: on a virtual machine small operations took twice as long for seconds, and copies did not.
+All operations of a size are slow alike then.)
 """
 
 from __future__ import annotations
@@ -20,10 +28,12 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -38,12 +48,26 @@ from ..emit.code import line, results_of
 from ..spec.errors import SpecError, reason, shorten
 from ..spec.files import read_if_there
 from ..spec.workload import Workload
-from .clock import captured, interleaved, repeated, seconds
+from .clock import Key, Run, captured, interleaved, repeated, seconds
 from .machine import machine_name
 from .modules import module_of_everything
 from .problem import TORCH_DTYPES, Point, Problem
 
-ROUNDS = 7
+#: Rounds of a batch, whose median is one figure.
+ROUNDS = 3
+#: The most batches. Of 60 timings on an H100 all settled within 6, on two shared cores all but 0 to 2 of 170 within 12.
+BATCHES = 12
+#: The two lowest of so many last figures have to agree. The lowest, because others only ever make a machine slower; the
+#: last, because a machine at rest can be faster at first than it ever is again (an H100 by 11 %, until it throttled).
+RECENT = 5
+#: How far the higher of two figures that agree may be above the lower, by the type of device. The first two did in 85 %
+#: of the timings on an H100, and in half of those on two shared cores.
+TOLERANCE: Mapping[str, float] = {"cuda": 0.03, "cpu": 0.1}
+#: A machine at rest copies memory at the rate in its profile, up to this factor. Of 240 medians of three copies on two
+#: cores at rest the slowest took 1.26 times as long; beside a busy loop they take from 1.6 times.
+AT_REST = 1.3
+#: How long a busy machine is waited for.
+PATIENCE_S = 60.0
 #: A timing lasts at least so long: shorter ones are repeated.
 LEAST_S = 2e-4
 #: The largest number of sets of buffers that an operation goes through.
@@ -102,16 +126,21 @@ def tune(
 ) -> None:
     """Measure this machine and write its profile; what the file holds already is not measured again.
 
+    An operation whose time never agreed with itself gets no row at that size, and is named on stderr. That is no error:
+    the prices take the ratio of its other sizes, and the same call again measures just what is missing.
+
     Args:
         output: the profile; rewritten after every size, so that an interrupted run can be resumed.
         device: ``cuda`` or ``cpu``.
         dtypes: dtypes to measure operations in.
         sizes: where to measure.
         title: how people call the machine; by default what the driver says.
-        quiet: no progress bar.
+        quiet: no progress bar; what was left out is named all the same.
 
     Raises:
-        SpecError: there is no such device here, or the file is another machine's or unreadable.
+        SpecError: there is no such device here, the file is another machine's or unreadable, or the machine is not at
+            rest: it is busy for longer than ``PATIENCE_S``, or what all prices need (bandwidth, rates, launches) never
+            agreed with itself.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise SpecError("--device: 'cuda' is not there: torch sees no GPU; give cpu")
@@ -135,21 +164,48 @@ def tune(
             profile = {"title": title or _plain(machine_name(machine)), "source": _source(machine), **_basics(bench)}
             _write(output, profile)
             progress.remove_task(basics)
+        bench.bytes_per_s = profile["memory_gb_per_s"] * 1e9
         missing = [(d, point) for d in dtypes for point in sizes if bench.trials(d, point, profile)]
         task = progress.add_task("kernels", total=len(missing))
         if bench.kernels:
             _compile_ahead(missing)
+        left_out: dict[tuple[str, Operation, tuple[int, ...]], str] = {}
         for dtype, point in missing:
             label = f"{dtype} {point.tokens}:{point.in_features}x{point.out_features} r{point.rank}"
             progress.update(task, description=label)
             try:
-                _measure(bench, profile, dtype, point)
+                unsettled = _measure(bench, profile, dtype, point)
                 _write(output, profile)
+                for trial, figures in unsettled.items():
+                    left_out[dtype, trial.operation, _at(trial.operation, point)] = (
+                        f"left out: {label}: {_described(trial)} {_disagreement(figures)}; "
+                        "run again on an idle machine, what is finished is kept"
+                    )
             except RuntimeError as error:
                 if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                     raise
                 Console(stderr=True).print(f"left out: {label} does not fit the memory", highlight=False)
             progress.advance(task)
+    for (dtype, operation, at), named in left_out.items():
+        if not _is_known(operation, at, profile["times"].get(dtype, {})):  # a size that shares its dimensions may have
+            click.echo(named, err=True)
+    for dtype in dtypes:
+        for name in bench.never_timed(profile["times"].get(dtype, {})):
+            click.echo(
+                f"warning: {dtype}: {name} has no time at any size: its price is a bare roofline beside measured ones",
+                err=True,
+            )
+
+
+def _described(trial: Trial) -> str:
+    constants = ", ".join(f"{name} = {value}" for name, value in trial.constants)
+    return signature(trial.operation) + (f" with {constants}" if constants else "")
+
+
+def _disagreement(figures: Sequence[float]) -> str:
+    if not figures:
+        return "was never timed on a machine at rest"
+    return f"took {', '.join(f'{figure * 1e6:.4g}' for figure in figures)} µs in batches that never agreed"
 
 
 class _Workbench:
@@ -168,6 +224,8 @@ class _Workbench:
         drawn = [op for op in unseeded if not isinstance(op, Cast)]
         # One for all that do the same work.
         self._operations = tuple({signature(op): op for op in reversed(drawn)}.values())
+        #: Rate of a copy of memory on this machine at rest; None before it was measured.
+        self.bytes_per_s: float | None = None
 
     def __enter__(self) -> _Workbench:
         return self
@@ -175,13 +233,48 @@ class _Workbench:
     def __exit__(self, *_: object) -> None:
         self._folder.cleanup()
 
+    @cached_property
+    def pair(self) -> torch.Tensor:
+        """A source and a target to copy, much larger than any cache."""
+        return torch.randn(2, 2**28 if self.on_gpu else 2**25, device=self.device)
+
+    def copy(self) -> None:
+        """Read one half of the pair and write the other."""
+        self.pair[1].copy_(self.pair[0])
+
+    def at_rest(self) -> bool:
+        """Wait until a copy of memory takes its usual time, if that is known; whether it did at once.
+
+        Raises:
+            SpecError: it did not for ``PATIENCE_S``.
+        """
+        if self.bytes_per_s is None:
+            return True
+        until, at_once = time.monotonic() + PATIENCE_S, True
+        while True:
+            # Of three, since single ones mislead: one in a hundred at rest, up to six beside a busy loop.
+            copied = self.pair.nbytes / statistics.median(seconds(self.copy, self.device) for _ in range(3))
+            if 1 / AT_REST < copied / self.bytes_per_s < AT_REST:
+                return at_once
+            if time.monotonic() > until:
+                raise SpecError(
+                    f"tune: memory is copied at {copied / 1e9:.1f} GB/s, and was at {self.bytes_per_s / 1e9:.1f} when "
+                    "the profile was begun; run again on an idle machine, what is finished is kept, or begin another"
+                )
+            time.sleep(0.2)
+            at_once = False
+
+    def never_timed(self, known: Mapping[str, Any]) -> list[str]:
+        """Signatures of torch's operations without a row, where others have some."""
+        names = (signature(op) for op in self._operations if not isinstance(op, Fused))
+        return [name for name in names if known and name not in known]
+
     def trials(self, dtype: str, point: Point, profile: Mapping[str, Any]) -> list[Trial]:
         """What is to be timed at a size: what is not known of it, kernels with all their constants."""
         found = []
         known = profile["times"].get(dtype, {})
         for operation in self._operations:
-            at = _at(operation, point)
-            if any(row[:-1] == at for row in known.get(signature(operation), ())):
+            if _is_known(operation, _at(operation, point), known):
                 continue
             if not isinstance(operation, Fused):
                 found.append(Trial(operation))
@@ -234,12 +327,17 @@ class _Workbench:
         ]
 
 
-def _measure(bench: _Workbench, profile: dict[str, Any], dtype: str, point: Point) -> None:
-    """Time what is not known of one size, and put it into the profile."""
+def _measure(bench: _Workbench, profile: dict[str, Any], dtype: str, point: Point) -> dict[Trial, list[float]]:
+    """Time what is not known of one size, and put it into the profile.
+
+    Returns:
+        what was left out, with the medians of its batches, in seconds. A kernel is left out where the constants with
+        the lowest time never agreed: nobody knows whether they are the best.
+    """
     trials = bench.trials(dtype, point, profile)
     sets = bench.sets(point, trials, TORCH_DTYPES[dtype])
     pool = torch.cuda.graph_pool_handle() if bench.on_gpu else None
-    timed: dict[Trial, Callable[[], object]] = {}
+    timed: dict[Trial, Run] = {}
     calls: dict[Trial, int] = {}
     for trial in trials:
         run = bench.runner(trial, sets, TORCH_DTYPES[dtype])
@@ -249,25 +347,72 @@ def _measure(bench: _Workbench, profile: dict[str, Any], dtype: str, point: Poin
             if type(error).__name__ == "OutOfResources" and trial.constants:
                 continue  # these constants need more shared memory than there is
             raise
-        run()
-        calls[trial] = max(1, math.ceil(LEAST_S / seconds(run, bench.device)))
+        # The lower of two: after one that was disturbed, all timings would be too short for the clock.
+        calls[trial] = max(1, math.ceil(LEAST_S / min(seconds(run, bench.device) for _ in range(2))))
         timed[trial] = captured(run, calls[trial], pool=pool) if bench.on_gpu else repeated(run, calls[trial])
-    medians = {
-        trial: statistics.median(times) / calls[trial] / len(sets)
-        for trial, times in interleaved(timed, ROUNDS, bench.device).items()
+    figures = {
+        trial: [figure / calls[trial] / len(sets) for figure in of_batches]
+        for trial, of_batches in _settled(bench, timed, bench.device).items()
     }
-    times: dict[str, list[list[Any]]] = profile["times"].setdefault(dtype, {})
-    for operation in dict.fromkeys(trial.operation for trial in medians):
-        best = min((t for t in medians if t.operation == operation), key=lambda trial: medians[trial])
-        at = _at(operation, point)
-        times.setdefault(signature(operation), []).append([*at, float(f"{medians[best] * 1e6:.4g}")])
+    agreed = {trial: _agreed(of_batches, bench.device) for trial, of_batches in figures.items()}
+
+    def at_best(trial: Trial) -> float:
+        return agreed[trial] or min(figures[trial], default=0.0)
+
+    unsettled = {}
+    times = profile["times"].get(dtype, {})
+    for operation in dict.fromkeys(trial.operation for trial in figures):
+        best = min((trial for trial in figures if trial.operation == operation), key=at_best)
+        median, at = agreed[best], _at(operation, point)
+        if median is None:
+            unsettled[best] = figures[best]
+            continue
+        times.setdefault(signature(operation), []).append([*at, float(f"{median * 1e6:.4g}")])
         if isinstance(operation, Fused) and bench.takes_large_tiles(dtype, point):
             tiles = profile["tiles"].setdefault(dtype, {}).setdefault(signature(operation), [])
             tiles.append([*at, dict(best.constants)])
+    if times:
+        profile["times"][dtype] = times
+    return unsettled
 
 
-def _at(operation: Operation, point: Point) -> list[int]:
-    return [point.dims[dim] for dim in dimensions(operation)]
+def _settled(bench: _Workbench, runs: Mapping[Key, Run], device: torch.device) -> dict[Key, list[float]]:
+    """Median seconds of each of ``runs`` in one batch after the other, until they agree, or there are ``BATCHES``.
+
+    Batches during which the machine was found busy do not count. ``device`` is the one whose clock is read.
+
+    Raises:
+        SpecError: it stays busy.
+    """
+    figures: dict[Key, list[float]] = {key: [] for key in runs}
+    bench.at_rest()
+    for number in range(BATCHES):
+        unsettled = {key: run for key, run in runs.items() if _agreed(figures[key], device) is None}
+        if not unsettled:
+            break
+        times = interleaved(unsettled, ROUNDS, device, warmups=int(number == 0), seed=number)
+        if bench.at_rest():
+            for key in unsettled:
+                figures[key].append(statistics.median(times[key]))
+    return figures
+
+
+def _agreed(figures: Sequence[float], device: torch.device) -> float | None:
+    """The mean of the two lowest of the last figures, if they agree.
+
+    There is no allowance for the clock's steps: what is timed lasts hundreds of them (``LEAST_S``).
+    """
+    lowest = sorted(figures[-RECENT:])[:2]
+    agree = len(lowest) == 2 and lowest[1] <= lowest[0] * (1 + TOLERANCE[device.type])
+    return statistics.mean(lowest) if agree else None
+
+
+def _at(operation: Operation, point: Point) -> tuple[int, ...]:
+    return tuple(point.dims[dim] for dim in dimensions(operation))
+
+
+def _is_known(operation: Operation, at: tuple[int, ...], times: Mapping[str, Sequence[Sequence[Any]]]) -> bool:
+    return any(tuple(row[:-1]) == at for row in times.get(signature(operation), ()))
 
 
 def _compile_ahead(missing: Sequence[tuple[str, Point]]) -> None:
@@ -308,29 +453,27 @@ def _compile(dtype: str, rank: int, share: int, of: int) -> None:
 
 
 def _basics(bench: _Workbench) -> dict[str, Any]:
-    """Copy bandwidth, matrix rates, and what a launch costs device and host."""
+    """Copy bandwidth, matrix rates, and what a launch costs device and host.
+
+    Raises:
+        SpecError: one of them never agreed with itself, or the machine stays busy.
+    """
     device, on_gpu = bench.device, bench.on_gpu
-
-    def best(run: Callable[[], object], rounds: int = 10) -> float:
-        run()
-        return min(seconds(run, device) for _ in range(rounds))
-
-    pair = torch.randn(2, 2**28 if on_gpu else 2**25, device=device)
-    copied = pair.nbytes / best(lambda: pair[1].copy_(pair[0]))
+    bench.bytes_per_s = bench.pair.nbytes / _basic(bench, "a copy of memory", bench.copy, device)
     rates = {}
     for name, dtype in TORCH_DTYPES.items():
         size = (8192 if dtype.itemsize == 2 else 4096) if on_gpu else 1024
         left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-        rates[name] = float(f"{2 * size**3 / best(lambda: left @ right) / 1e12:.4g}")  # noqa: B023
+        product_s = _basic(bench, f"a product in {name}", lambda: left @ right, device)  # noqa: B023
+        rates[name] = float(f"{2 * size**3 / product_s / 1e12:.4g}")
     tiny = torch.randn(8, 8, device=device)
     calls = 500
     run = repeated(lambda: torch.add(tiny, tiny, out=tiny), calls)
-    run()
-    launch_s = best(captured(run) if on_gpu else run) / calls
+    launch_s = _basic(bench, f"{calls} launches", captured(run) if on_gpu else run, device) / calls
     plain, kernels = _host_seconds(bench)
     return {
         "date": datetime.date.today().isoformat(),
-        "memory_gb_per_s": round(copied / 1e9, 1),
+        "memory_gb_per_s": round(bench.bytes_per_s / 1e9, 1),
         "launch_us": round(launch_s * 1e6, 2),
         "host_us": round(plain * 1e6, 2),
         **({"multiprocessors": torch.cuda.get_device_properties(device).multi_processor_count} if on_gpu else {}),
@@ -341,6 +484,21 @@ def _basics(bench: _Workbench) -> dict[str, Any]:
     }
 
 
+def _basic(bench: _Workbench, name: str, run: Run, device: torch.device) -> float:
+    """Seconds of what all prices need.
+
+    Raises:
+        SpecError: they never agreed, or the machine stays busy.
+    """
+    figures = _settled(bench, {name: run}, device)[name]
+    agreed = _agreed(figures, device)
+    if agreed is None:
+        raise SpecError(
+            f"tune: {name} {_disagreement(figures)}, and nothing can be priced without it: run again on an idle machine"
+        )
+    return agreed
+
+
 def _host_seconds(bench: _Workbench) -> tuple[float, float | None]:
     """Host seconds of one operator, and of one kernel's launch, in an eager step, autograd's share included."""
     # Operators of a CPU wait for their results: there what counts is the call alone.
@@ -348,17 +506,13 @@ def _host_seconds(bench: _Workbench) -> tuple[float, float | None]:
     problem = Problem(point, bench.device, TORCH_DTYPES[dtype])
 
     def step_seconds(variant: str, steps: int = 50) -> float:
-        times = []
-        for _ in range(5):
-            if bench.on_gpu:
-                torch.cuda.synchronize()
-            start = time.perf_counter()
+        def run() -> None:
             for _ in range(steps):
                 problem.step(bench.module, variant)
             if bench.on_gpu:
                 torch.cuda.synchronize()
-            times.append((time.perf_counter() - start) / steps)
-        return min(times)
+
+        return _basic(bench, f"{steps} steps of {variant}", run, torch.device("cpu")) / steps
 
     programs = {p.id: p for p in enumerate_programs(goals(bench.workload), table=rows(kernels=bench.kernels))}
     plain = programs[_HOST_VARIANTS[0]]
