@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -89,12 +90,10 @@ def causal(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **op
 
 def llama(shape: Shape, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """Layers with random weights, frozen."""
-    from transformers import AttentionInterface, LlamaConfig, LlamaModel
-    from transformers.masking_utils import AttentionMaskInterface
-
-    AttentionInterface.register("causal", causal)
-    AttentionMaskInterface.register("causal", lambda *args, **options: None)
-    config = LlamaConfig(
+    transformers, masking = (import_module(name) for name in ("transformers", "transformers.masking_utils"))
+    transformers.AttentionInterface.register("causal", causal)
+    masking.AttentionMaskInterface.register("causal", lambda *args, **options: None)
+    config = transformers.LlamaConfig(
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
         num_attention_heads=shape.heads,
@@ -106,7 +105,7 @@ def llama(shape: Shape, device: torch.device, dtype: torch.dtype) -> nn.Module:
         dtype=dtype,
     )
     with device:
-        model: nn.Module = LlamaModel(config).to(dtype)
+        model: nn.Module = transformers.LlamaModel(config).to(dtype)
     return model.requires_grad_(False)
 
 

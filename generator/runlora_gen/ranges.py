@@ -26,9 +26,9 @@ _TOLERANCE = 0.05
 #: Between measured sizes prices are no finer than this: two runs of ``tune`` agree within 3 % on single operations.
 _RESOLUTION = 0.01
 #: What a step does beside its linears (attention, norms, activations, sums), on the device and on the host, in units of
-#: what the frozen linears take there: measured on Llama's layers as Transformers runs them eagerly
+#: what the frozen linears take there: medians over three of Llama's sizes as Transformers runs them eagerly
 #: (tools/results/step_h100.json).
-_REST_DEVICE, _REST_HOST = 1.0, 2.4
+REST_DEVICE, REST_HOST = 0.74, 1.39
 #: Steps of the search for the host's share of a step that host and device bound together.
 _BISECTIONS = 6
 
@@ -134,7 +134,7 @@ class _Contest(ABC, Generic[Choice, Candidate]):
         rest_device_s, rest_host_s = (
             factor
             * sum(s.count * self.frozen_s(setting, share) for s, setting in zip(self.sites, settings, strict=True))
-            for factor, share in ((_REST_DEVICE, DEVICE_BOUND), (_REST_HOST, HOST_BOUND))
+            for factor, share in ((REST_DEVICE, DEVICE_BOUND), (REST_HOST, HOST_BOUND))
         )
 
         def sums(share: float) -> tuple[float, float]:
