@@ -285,16 +285,20 @@ def explain(show_all: bool, as_json: bool, **options: Any) -> None:
 
 @main.command()
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--examples", type=click.IntRange(1, 100_000), default=50, show_default=True, help="Cases a property.")
+@click.option("--examples", type=click.IntRange(1, 100_000), default=30, show_default=True, help="Cases a property.")
+@click.option("--require-kernels", is_flag=True, help="Kernels that can't run here are a failure.")
+@click.option("-x", "--exitfirst", is_flag=True, help="Stop at the first property that fails.")
 @click.option("-q", "--quiet", is_flag=True, help="Print failures only.")
-def verify(path: Path, examples: int, quiet: bool) -> None:
-    """Prove a generated folder: every variant against a plain autograd LoRA."""
+def verify(path: Path, examples: int, require_kernels: bool, exitfirst: bool, quiet: bool) -> None:
+    """Prove generated modules, a file or a folder: every variant against a plain autograd LoRA.
+
+    Kernels run on the GPU, without one in Triton's interpreter. Where neither can, the verdict says so.
+    """
     try:
-        from .measure.verify import verify_folder
+        from .measure.verify import verify as prove
     except ModuleNotFoundError as error:
         raise SpecError(f"verify: needs {error.name}; install runlora-gen[verify]") from None
-    failed = verify_folder(path, examples=examples, quiet=quiet)
-    if failed:
+    if prove(path, examples=examples, quiet=quiet, require_kernels=require_kernels, exit_first=exitfirst):
         sys.exit(EXIT_STALE)
 
 

@@ -1,54 +1,75 @@
-"""Prove a generated folder: its modules against a plain autograd LoRA.
+"""Prove generated modules, in a folder or alone, against a plain autograd LoRA.
 
 The properties are those of the emitted ``test_equivalence.py``, rendered afresh from the template, so that a folder
-cannot prove itself with a test that was changed.
+cannot prove itself with a test that was changed. They run in processes of their own: :mod:`.proof`.
 """
 
 from __future__ import annotations
 
-import ast
-import importlib.util
+import contextlib
 import json
 import os
+import subprocess
 import sys
-import traceback
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import IO, Any
 
 import click
-import hypothesis
-import pytest  # noqa: F401  # the rendered test file needs it: fail here, with a clear name, if it is missing
-import torch  # noqa: F401
+import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from ..emit.package import GENERATOR, MANIFEST
-from ..emit.render import MARKER, MAX_GENERATED_BYTES, render_test
-from ..spec.errors import SpecError, one_line, shorten
-from ..spec.files import read_text
+from ..emit.render import MARKER, MAX_GENERATED_BYTES
+from ..spec.errors import SpecError, shorten
+from ..spec.files import is_plain, read_text
+from .proof import KERNELS, TORCH
 
-_PACKAGE = "_runlora_gen_verified"
-
-
-@dataclass(frozen=True)
-class Check:
-    """One property of one variant of one module."""
-
-    module: str
-    title: str
-    run: Callable[[], None]
+#: What a generated module holds, and no other generated file.
+_MODULE = "def lora_linear("
 
 
-def verify_folder(path: Path, *, examples: int, quiet: bool) -> int:
-    """Run every property on every module of a generated folder, or of each one below it.
+@dataclass
+class _Verdict:
+    """What was found out about one module."""
+
+    proved: int = 0
+    failures: list[str] = field(default_factory=list)
+    #: Why the kernels did not run; empty if they did; None for a module without kernels.
+    not_run: str | None = None
+    kernels: str | None = None
+
+    def text(self, require_kernels: bool) -> str:
+        """The verdict on one line."""
+        count = self.proved + len(self.failures)
+        if self.failures:
+            return f"FAILED {len(self.failures)} of {count} properties"
+        if self.not_run:
+            verdict = f"kernels not run: {self.not_run}"
+            return f"FAILED: {verdict}" if require_kernels else f"proved (torch path; {verdict}), {count} properties"
+        where = f", {self.kernels}" if self.kernels else ""
+        return f"proved, {count} properties{where}"
+
+    def failed(self, require_kernels: bool) -> bool:
+        """Whether it is no proof."""
+        return bool(self.failures) or (require_kernels and bool(self.not_run))
+
+
+def verify(
+    path: Path, *, examples: int, quiet: bool = False, require_kernels: bool = False, exit_first: bool = False
+) -> int:
+    """Run every property on a module, on every module of a folder, or on those of the folders below it.
 
     Args:
-        path: a folder with a manifest, or one that holds such folders.
+        path: a module's file, a folder that holds some, with or without a manifest, or one that holds such folders.
         examples: cases that hypothesis draws for a property.
         quiet: print failing modules only.
+        require_kernels: kernels that can't run here are a failure.
+        exit_first: stop at the first property that fails.
 
     Returns:
         The number of modules that failed.
@@ -56,105 +77,171 @@ def verify_folder(path: Path, *, examples: int, quiet: bool) -> int:
     Raises:
         SpecError: there is nothing generated at ``path``, or a module can't be imported.
     """
-    folders = [path] if os.path.lexists(path / MANIFEST) else sorted(p.parent for p in path.glob(f"*/{MANIFEST}"))
-    if not folders:
-        raise SpecError(
-            f"verify: no {MANIFEST} in {shorten(str(path))} or below it; give a folder that {GENERATOR} wrote"
-        )
-    # The verdict counts, not the smallest counterexample: shrinking would take most of the time.
-    phases = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
-    hypothesis.settings.register_profile("verify", max_examples=examples, phases=phases)
     failed = 0
-    for folder in folders:
-        previous = hypothesis.settings.get_current_profile_name()
-        hypothesis.settings.load_profile("verify")
-        try:
-            checks = list(_checks(folder))
-        finally:
-            hypothesis.settings.load_profile(previous)
-        errors = _run(folder, checks)
-        for name in dict.fromkeys(check.module for check in checks):
-            failures = [(check, error) for check, error in errors if check.module == name]
-            count = sum(check.module == name for check in checks)
-            failed += bool(failures)
-            if failures or not quiet:
-                verdict = f"FAILED {len(failures)} of {count}" if failures else f"proved, {count}"
-                click.echo(f"{folder / name}.py: {verdict} properties")
-            for check, error in failures:
-                click.echo(f"  {check.title}: {_reason(error)}")
+    for files in _found(path):
+        # A file's name need not be one that Python could import.
+        names = {
+            f"module_{number}" if not file.stem.isidentifier() else file.stem: file for number, file in enumerate(files)
+        }
+        verdicts = _prove(names, examples, exit_first)
+        for name, file in names.items():
+            verdict = verdicts[name]
+            failed += verdict.failed(require_kernels)
+            if verdict.failed(require_kernels) or not quiet:
+                click.echo(f"{file}: {verdict.text(require_kernels)}")
+            for failure in verdict.failures:
+                click.echo(f"  {failure}")
+        if failed and exit_first:
+            break
     return failed
 
 
-def _checks(folder: Path) -> Iterator[Check]:
+def _found(path: Path) -> Iterator[list[Path]]:
+    """The modules to prove, by the folder that they lie in."""
+    if is_plain(path):
+        if _MODULE not in _read(path):
+            raise SpecError(f"verify: {shorten(str(path))} is no generated module: it has no function lora_linear")
+        yield [path]
+        return
+    folders = [path, *sorted(place for place in path.glob("*") if place.is_dir())] if path.is_dir() else []
+    found = [files for folder in folders if (files := _modules_in(folder))]
+    if not found:
+        raise SpecError(
+            f"verify: no generated module at {shorten(str(path))} or one folder below; give a file or a folder"
+        )
+    yield from found
+
+
+def _modules_in(folder: Path) -> list[Path]:
+    """The generated modules of a folder: those that its manifest lists, which must be there, or all with the mark."""
+    if not os.path.lexists(folder / MANIFEST):
+        files = sorted(file for file in folder.glob("*.py") if is_plain(file))
+        texts = {file: _read(file) for file in files}
+        return [file for file, text in texts.items() if MARKER in text and _MODULE in text]
     text = _read(folder / MANIFEST)
     try:
         manifest = json.loads(text)
+        if manifest["generator"] != GENERATOR:
+            raise ValueError
         names = [str(layer["module"]) for layer in manifest["layers"]]
-        workload = manifest["workload"]
-        source = render_test(names, train=workload["train"], input_grad=workload["input_grad"])
     except (KeyError, TypeError, ValueError, RecursionError):
         raise SpecError(f"verify: {shorten(str(folder / MANIFEST))} is no manifest of {GENERATOR}") from None
     for name in names:
-        module_path = folder / f"{name}.py"
-        if not name.isidentifier() or MARKER not in _read(module_path):
-            raise SpecError(f"verify: {shorten(str(module_path))} was not generated by {GENERATOR}")
-    tests = _import_tests(folder, source)
-    properties = [value for key, value in vars(tests).items() if key.startswith("test_")]
-    for module, variant in tests.CASES:
-        short = module.__name__.rsplit(".", 1)[-1]
-        for function in properties:
-            title = function.__name__.removeprefix("test_").replace("_", " ")
-            if hasattr(function, "hypothesis"):
-                yield Check(short, f"{variant or 'as selected'}: {title}", _bind(function, module, variant))
-            elif variant is None:
-                yield Check(short, title, _bind(function, module))
+        if not name.isidentifier() or MARKER not in _read(folder / f"{name}.py"):
+            raise SpecError(f"verify: {shorten(str(folder / f'{name}.py'))} was not generated by {GENERATOR}")
+    return [folder / f"{name}.py" for name in names]
 
 
 def _read(path: Path) -> str:
     return read_text(path, label=f"verify: {shorten(str(path))}", limit=MAX_GENERATED_BYTES, kind="generated file")
 
 
-def _bind(function: Callable[..., None], *arguments: Any) -> Callable[[], None]:
-    return lambda: function(*arguments)
-
-
-def _import_tests(folder: Path, source: str) -> ModuleType:
-    """Execute the rendered properties as a member of the generated package, under a name of our own."""
-    for name in [name for name in sys.modules if name.split(".")[0] == _PACKAGE]:
-        del sys.modules[name]
-    spec = importlib.util.spec_from_file_location(
-        _PACKAGE, folder / "__init__.py", submodule_search_locations=[str(folder)]
-    )
-    assert spec is not None and spec.loader is not None
-    package = importlib.util.module_from_spec(spec)
-    sys.modules[_PACKAGE] = package
-    tests = ModuleType(f"{_PACKAGE}.test_equivalence")
-    tests.__package__ = _PACKAGE
-    sys.modules[tests.__name__] = tests  # hypothesis looks modules up by name
-    try:
-        # The package itself is not executed: the modules are what is proved, and each must work alone.
-        exec(compile(ast.parse(source), "<properties>", "exec"), tests.__dict__)
-    except Exception as error:
-        raise SpecError(f"verify: {shorten(str(folder))} can't be imported: {_reason(error)}") from None
-    return tests
-
-
-def _run(folder: Path, checks: list[Check]) -> list[tuple[Check, BaseException]]:
-    errors: list[tuple[Check, BaseException]] = []
+def _prove(modules: Mapping[str, Path], examples: int, exit_first: bool) -> dict[str, _Verdict]:
+    """Both parts side by side: the torch path, and the kernels on a GPU or in Triton's interpreter."""
+    verdicts = {name: _Verdict() for name in modules}
+    on_gpu = torch.cuda.is_available()
+    where = f"kernels on {torch.cuda.get_device_name()}" if on_gpu else "kernels in Triton's interpreter"
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    parts = [_Part(TORCH, modules, examples, {})]
+    parts.append(_Part(KERNELS, modules, examples, {} if on_gpu else {"TRITON_INTERPRET": "1"}))
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(folder.name, total=len(checks))
-        for check in checks:
-            progress.update(task, description=f"{check.module}: {check.title}")
-            try:
-                check.run()
-            except KeyboardInterrupt:
-                raise
-            except BaseException as error:  # hypothesis raises groups, torch anything: all are a failed proof
-                errors.append((check, error))
-            progress.advance(task)
-    return errors
+        for part in parts:
+            part.start(progress)
+        try:
+            while any(part.running for part in parts) and not (exit_first and any(part.failed for part in parts)):
+                time.sleep(0.05)
+        finally:
+            for part in parts:
+                part.stop()
+    for part in parts:
+        if part.refused is not None:
+            raise SpecError(f"verify: {_label(modules)} can't be imported: {part.refused}")
+        for module, title, result in part.results:
+            verdict = verdicts[module]
+            skipped = result.get("skipped")
+            if "error" in result:
+                verdict.failures.append(f"{title}: {result['error']}")
+            elif skipped is None:
+                verdict.proved += 1
+                verdict.kernels = where if part.name == KERNELS else verdict.kernels
+            elif skipped.startswith("kernels not run: "):
+                verdict.not_run = skipped.removeprefix("kernels not run: ")
+    return verdicts
 
 
-def _reason(error: BaseException) -> str:
-    return one_line("".join(traceback.format_exception_only(error)))
+def _label(modules: Mapping[str, Path]) -> str:
+    files = list(modules.values())
+    return shorten(str(files[0] if len(files) == 1 else files[0].parent))
+
+
+class _Part:
+    """A process that runs one part of a proof, and a thread that reads what it says."""
+
+    def __init__(self, name: str, modules: Mapping[str, Path], examples: int, environment: Mapping[str, str]) -> None:
+        self.name = name
+        #: Module, title and outcome of every check that was begun.
+        self.results: list[tuple[str, str, dict[str, str]]] = []
+        #: Why the modules could not be imported.
+        self.refused: str | None = None
+        spec = {"modules": {n: str(file.absolute()) for n, file in modules.items()}, "part": name, "examples": examples}
+        self._first = next(iter(modules))
+        self._stopped = False
+        self._command = [sys.executable, "-m", "runlora_gen.measure.proof", json.dumps(spec)]
+        # One thread each: two processes share the cores, and the products are small.
+        self._environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+
+    def start(self, progress: Progress) -> None:
+        """Begin."""
+        self._process = subprocess.Popen(
+            self._command, env=self._environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding="utf-8"
+        )
+        task = progress.add_task(f"{self.name}: starting", total=None)
+        assert self._process.stdout is not None
+        self._reader = threading.Thread(target=self._listen, args=(self._process.stdout, progress, task), daemon=True)
+        self._reader.start()
+
+    @property
+    def running(self) -> bool:
+        """Whether there is more to hear of it."""
+        return self._reader.is_alive()
+
+    @property
+    def failed(self) -> bool:
+        """Whether something failed."""
+        return self.refused is not None or any("error" in result for _, _, result in self.results)
+
+    def stop(self) -> None:
+        """End it, also where it would go on."""
+        self._stopped = self.running
+        with contextlib.suppress(OSError):
+            self._process.kill()
+        self._process.wait()
+        self._reader.join()
+
+    def _listen(self, stream: IO[str], progress: Progress, task: TaskID) -> None:
+        begun: tuple[str, str] | None = None
+        announced, ended = False, False
+        for text in stream:
+            line: dict[str, Any] = json.loads(text)
+            if "refused" in line:
+                self.refused = line["refused"]
+            elif "total" in line:
+                announced = True
+                progress.update(task, total=line["total"])
+            elif "title" in line:
+                begun = (line["module"], line["title"])
+                progress.update(task, description=f"{self.name}: {line['module']}: {line['title']}")
+            elif "done" in line and begun is not None:
+                self.results.append((*begun, line))
+                begun = None
+                progress.advance(task)
+            else:
+                ended = True
+        if self._stopped:
+            return
+        if not announced:
+            self.refused = self.refused or "it ended the process"
+        elif not ended:
+            # Whatever was not run is not proved.
+            module, title = begun or (self._first, "all properties")
+            self.results.append((module, title, {"error": "the process ended before the property was proved"}))
