@@ -5,6 +5,7 @@ ratio to the frozen linear and to PEFT in the same round (median, least, most), 
 contender is timed eagerly and as the replay of a CUDA graph. Run:
 
     python tools/bench_linear.py --arch llama-250m --rank 8,128 --tokens 2048 --dtype fp32 --json OUT.json
+    python tools/bench_linear.py --arch llama-250m --rank 8 --tokens 1,16,128 --chosen-for 2048 --inference --dtype fp32
     python tools/bench_linear.py --shapes 4096:5120x5120,8192:5120x13824 --rank 16 --dtype bf16 --profile h200
 
 A rival that is no package is given as ``--rival NAME=FILE.py``: a file with ``make(linear, rank) -> torch.nn.Module``.
@@ -41,6 +42,7 @@ from runlora_gen.spec.workload import Workload
 from torch import Tensor, nn
 
 REFERENCE = "peft"
+PLAIN = "plain"
 FLOOR = "frozen"
 
 
@@ -100,7 +102,7 @@ def contenders(
 
     makers: dict[str, Callable[[], nn.Module]] = {
         FLOOR: lambda: linear,
-        "plain": lambda: PlainLoRA(linear, rank),
+        PLAIN: lambda: PlainLoRA(linear, rank),
         REFERENCE: lambda: peft_linear(linear, rank, dtype),
     }
     if linear.weight.is_cuda:
@@ -114,7 +116,13 @@ def contenders(
     return makers
 
 
-def step(module: nn.Module, x: Tensor, grad_output: Tensor) -> None:
+def infer(module: nn.Module, x: Tensor, grad_output: Tensor) -> None:
+    """One forward where no gradient is wanted."""
+    with torch.no_grad():
+        module(x)
+
+
+def train(module: nn.Module, x: Tensor, grad_output: Tensor) -> None:
     """One forward and backward, with fresh gradients."""
     x.grad = None
     module.zero_grad(set_to_none=True)
@@ -152,6 +160,8 @@ def _decision(choice: LayerChoice) -> Decision:
 
 #: Steps that a GPU runs back to back for one timing: as in training, the host may run ahead of the device.
 STEPS = 4
+#: Forwards that a CPU runs so: one of a single token takes less than the clock tells apart.
+FORWARDS = 20
 
 
 def measure(
@@ -163,8 +173,13 @@ def measure(
     rivals: dict[str, Path],
     rounds: int,
     skip: frozenset[str],
+    inference: bool = False,
 ) -> dict[str, Any]:
-    """All contenders on one shape. One that fails is reported with its error."""
+    """All contenders on one shape. One that fails is reported with its error.
+
+    ``inference``: the forward alone, without gradients.
+    """
+    step = infer if inference else train
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size = (layer.in_features, layer.out_features)
@@ -188,7 +203,7 @@ def measure(
             results[name] = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
             replays.pop(name, None)
     eager = {name: functools.partial(step, module, x, grad_output) for name, module in modules.items()}
-    steps = STEPS if device.type == "cuda" else 1
+    steps = STEPS if device.type == "cuda" else FORWARDS if inference else 1
     modes: dict[str, dict[str, Run]] = {"eager": {**eager}, "graph": replays}
     for mode, runs in modes.items():
         if steps > 1:
@@ -197,9 +212,13 @@ def measure(
         for name, values in times.items():
             results[name][mode] = {
                 "median_us": round(statistics.median(values) / steps * 1e6, 1),
-                **{f"over_{other}": spread(values, times[other]) for other in (FLOOR, REFERENCE)},
+                **{
+                    f"over_{other}": spread(values, times[other])
+                    for other in (FLOOR, REFERENCE, PLAIN)
+                    if other in times
+                },
             }
-    for name, module in modules.items():
+    for name, module in modules.items() if not inference else ():
         results[name]["saved_bytes"] = saved_bytes(functools.partial(module, x), module.parameters())
         x.grad = None
         module.zero_grad(set_to_none=True)
@@ -245,6 +264,9 @@ def print_row(row: dict[str, Any]) -> None:
                     for other, o in zip((FLOOR, REFERENCE), over, strict=True)
                 )
                 parts.append(f"{mode} {result[mode]['median_us']:9.1f} us  {ratios}")
+        if "saved_bytes" not in result:
+            print("  ".join(parts), flush=True)
+            continue
         parts.append(f"saved {result['saved_bytes'] / 2**20:.2f} MiB  peak {result['peak_bytes'] / 2**20:.2f} MiB")
         if "kernels" in result:
             parts.append(f"{result['kernels']} kernels")
@@ -260,7 +282,8 @@ def wanted(options: argparse.Namespace) -> Iterator[tuple[int, Layer, int]]:
                 yield point.tokens, point.layer, rank
         else:
             for layer in layers(load_architecture(options.arch)):
-                yield options.tokens, layer, rank
+                for tokens in map(int, options.tokens.split(",")):
+                    yield tokens, layer, rank
 
 
 def main() -> None:
@@ -269,7 +292,9 @@ def main() -> None:
     parser.add_argument("--arch", default="llama-250m")
     parser.add_argument("--shapes", help="comma list of TOKENS:INxOUT, instead of --arch and --tokens")
     parser.add_argument("--rank", default="8,128", help="comma list")
-    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--tokens", default="2048", help="comma list")
+    parser.add_argument("--chosen-for", type=int, help="token count that modules are generated for [the measured one]")
+    parser.add_argument("--inference", action="store_true", help="forwards alone, without gradients")
     parser.add_argument("--dtype", choices=TORCH_DTYPES, default="fp32")
     parser.add_argument("--profile", default="cpu", help="device profile that the choice is made for")
     parser.add_argument("--rival", action="append", default=[], metavar="NAME=FILE", help="another contender")
@@ -285,9 +310,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for tokens, layer, rank in wanted(options):
             # Never keep more than PEFT: the input, x lora_Aᵀ, and the adapter's casts.
-            kept = tokens * (layer.in_features + rank) + rank * (layer.in_features + layer.out_features)
+            kept = (options.chosen_for or tokens) * (layer.in_features + rank) + rank * (
+                layer.in_features + layer.out_features
+            )
             limit = kept * TORCH_DTYPES[options.dtype].itemsize
-            workload = Workload(tokens=(tokens,), dtype=options.dtype, device=options.profile, max_saved_bytes=limit)
+            workload = Workload(
+                tokens=(options.chosen_for or tokens,),
+                dtype=options.dtype,
+                device=options.profile,
+                max_saved_bytes=limit,
+            )
             place = Path(folder) / str(len(rows))
             generated, chosen = {}, {}
             variants = {"generated": (workload, False)}
@@ -306,7 +338,10 @@ def main() -> None:
                 generated[name], chosen[name] = generate(
                     layer, rank, load_, place / f"v{number}_{len(rows)}", paper=paper
                 )
-            result = measure(layer, rank, tokens, TORCH_DTYPES[options.dtype], generated, rivals, options.rounds, skip)
+            dtype = TORCH_DTYPES[options.dtype]
+            result = measure(
+                layer, rank, tokens, dtype, generated, rivals, options.rounds, skip, inference=options.inference
+            )
             rows.append({"tokens": tokens, "shape": layer.name, "rank": rank, "chosen": chosen, "results": result})
             print_row(rows[-1])
             if options.json:
