@@ -96,9 +96,7 @@ def _with_kernels(program: Program, kernels: tuple[Fused, ...], replacing: bool)
     if not kernels:
         return program
     by_kernel = program.by_kernel if replacing else tuple(symbol for kernel in kernels for symbol in kernel.outputs)
-    return pair(
-        phase_with_kernels(program.forward, kernels), phase_with_kernels(program.backward, kernels), by_kernel
-    )
+    return pair(phase_with_kernels(program.forward, kernels), phase_with_kernels(program.backward, kernels), by_kernel)
 
 
 @lru_cache(maxsize=65536)
