@@ -124,6 +124,14 @@ def test_a_product_that_was_measured_takes_no_other_s_ratio(tmp_path: Path) -> N
     assert 7e-6 < price_operation(parse("G = dY.T @ X"), case).device_s < 30e-6
 
 
+def test_a_kernel_says_nothing_of_torch(tmp_path: Path) -> None:
+    kernel = '"x_at: S = s X Aᵀ" = [[1024, 512, 8, 500]]\n'
+    device = profile(tmp_path, BASE + TIMES.replace("[tiles", kernel + "[tiles"))
+    case, operation = setting(device, 1024), parse("dA = P.T @ X")
+    ratio = price_operation(LOW_RANK, case).device_s / roofline(LOW_RANK, case).device_s
+    assert price_operation(operation, case).device_s == pytest.approx(ratio * roofline(operation, case).device_s)
+
+
 @pytest.mark.parametrize(
     "formula",
     [
@@ -131,7 +139,9 @@ def test_a_product_that_was_measured_takes_no_other_s_ratio(tmp_path: Path) -> N
         "M = W + s * B @ A",
         "db = sum(dY)",
         "A = cast(lora_A)",
-        "fused_gemm: dX = P @ A; dX += dY @ W",  # a kernel is as efficient as it is: others say nothing of it
+        # A kernel is as efficient as it is: torch says nothing of it.
+        "fused_gemm: dX = P @ A; dX += dY @ W",
+        "x_at: S = s * X @ A.T",
     ],
 )
 def test_what_nothing_is_known_of_has_the_roofline(measured: DeviceProfile, formula: str) -> None:
