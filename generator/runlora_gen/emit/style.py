@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ class Style:
         )
         return black.format_str(source, mode=mode)
 
-    @property
+    @cached_property
     def key(self) -> str:
         """What the formatted form of a text depends on beside the text: black's version too."""
         version = importlib.metadata.version("black")
