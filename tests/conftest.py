@@ -160,10 +160,10 @@ def generated_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pristine(small: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """OUT as a plain run of the small spec leaves it; tests only read it."""
     out = tmp_path_factory.mktemp("pristine")
-    run_in_process(*SMALL, "-o", out).ok()
+    run_in_process(*small, "-o", out).ok()
     return out
 
 
