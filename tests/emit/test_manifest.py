@@ -32,6 +32,14 @@ def validator(name: str) -> jsonschema.Draft202012Validator:
     return jsonschema.Draft202012Validator(schema)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _unformatted() -> Iterator[None]:
+    """Of the text of modules there are digests here, and black takes longest of all."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Style, "format", lambda self, source: source)
+        yield
+
+
 @pytest.fixture(scope="module", params=SPECS)
 def both(request: pytest.FixtureRequest, run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, dict]:
     """A package's folder, its manifest, and what explain says of the same spec."""
@@ -211,9 +219,8 @@ def test_manifest_and_explain_agree(both) -> None:
         assert len(part["variants"]) == len(wanted)
 
 
-def test_the_manifest_of_the_main_job_is_small(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_manifest_of_the_main_job_is_small(run, tmp_path: Path) -> None:
     """And holds what people ask it for: it had 800 KB, with everything in it."""
-    monkeypatch.setattr(Style, "format", lambda self, source: source)  # of which it holds digests only
     run("--arch", "llama-13b", "--rank", "8", "-o", tmp_path).ok()
     path = tmp_path / "llama_13b_r8" / "manifest.json"
     assert path.stat().st_size <= 60_000

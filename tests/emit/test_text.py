@@ -41,7 +41,15 @@ SPECS = {
     "frozen": ("--arch", "gpt2", "--target-modules", "c_attn", "--train", "b", "--no-input-grad", *HALF),
     "lossy": (*SMALL, "--allow-lossy-merge", "--max-saved-bytes", "99999999", "--train", "a", "--no-kernels"),
     "every variant": (*SMALL, "--all-variants", "--train", "b", "--no-input-grad", "--adapter-dtype", "bf16"),
-    "config": ("--arch", "my.model/config.json", "--device", "a100", "--no-kernels", "--train", "b"),
+    "config": (
+        "--arch",
+        "my.model/config.json",
+        "--device",
+        "a100",
+        "--no-kernels",
+        "--target-modules",
+        "k_proj,down_proj",
+    ),
     "model type": ("--arch", "llama-3-8b", "--model-type", "mistral", "--target-modules", "v_proj, q_proj", *NARROW),
 }
 EVERYWHERE = {"__future__", "collections.abc", "typing"}
