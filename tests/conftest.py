@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 # Before anything imports Triton: where there is no GPU, its interpreter runs the kernels.
@@ -19,6 +20,7 @@ if not Path("/dev/nvidiactl").exists():
 import black
 import pytest
 from runlora_gen import cli as command_line
+from runlora_gen.emit import package
 
 #: One small shape, so that a run takes a tenth of a second.
 SMALL = ("--arch", "llama-9m", "--target-modules", "q_proj", "--rank", "4")
@@ -106,6 +108,14 @@ def _black_once_a_text() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(black, "format_str", format_str)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _decide_once_a_spec() -> Iterator[None]:
+    """The choice is a function of the spec, too: most runs here are of a spec that was run before."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(package, "decide_model", cache(package.decide_model))
         yield
 
 
