@@ -1,4 +1,4 @@
-"""The choice: Pareto front, criterion, constraints, tie-break, thresholds, and reasons that are true."""
+"""The choice in one setting: Pareto front, criterion, constraints, tie-break, and reasons that are true."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import random
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from runlora_gen import choose
 from runlora_gen.choose import (
@@ -19,20 +19,34 @@ from runlora_gen.choose import (
     Priced,
     check_saved_limit,
     decide,
-    decide_ranges,
+    decide_forward,
+    enumerated,
+    fastest,
     pareto_front,
+    programs_for,
+    ranked,
     setting_for,
 )
-from runlora_gen.cost.price import Cost, PhaseCost, price
+from runlora_gen.cost.lower import available, phase_with_kernels, subsets
+from runlora_gen.cost.price import Cost, PhaseCost, Setting, price, price_phase, rounded, weighted
+from runlora_gen.ranges import decide_model
 from runlora_gen.spec.architecture import load_architecture
 from runlora_gen.spec.errors import SpecError
 from runlora_gen.spec.layers import layers
 from runlora_gen.spec.workload import Workload
 
+#: With kernels and with casts, but not with both: four times as many programs, and nothing else.
+OPERANDS = (
+    {"dtype": "bf16", "adapter_dtype": "bf16"},
+    {"dtype": "fp16", "adapter_dtype": "fp16"},
+    {"dtype": "bf16", "kernels": False},
+    {"dtype": "fp16", "kernels": False},
+    {"dtype": "fp32"},
+)
 workloads = st.builds(
-    Workload,
+    lambda operands, **options: Workload(**operands, **options),
+    operands=st.sampled_from(OPERANDS),
     tokens=st.integers(1, 2**16).map(lambda tokens: (tokens,)),
-    dtype=st.sampled_from(["bf16", "fp16", "fp32"]),
     train=st.sampled_from([("a", "b"), ("a",), ("b",)]),
     input_grad=st.booleans(),
     criterion=st.sampled_from(CRITERIA),
@@ -40,17 +54,21 @@ workloads = st.builds(
     device=st.sampled_from(["h100", "cpu", "rtx-4090"]),
 )
 sizes = st.tuples(st.integers(1, 2048), st.integers(1, 2048), st.integers(1, 64))
-property_test = settings(deadline=None, max_examples=25)
+shares = st.sampled_from([0.0, 0.03125, 0.25, 0.5, 1.0])
+property_test = settings(deadline=None, max_examples=15)
 
 
-def decided(workload: Workload, size: tuple[int, int, int], tokens: int | None = None) -> Decision:
+def decided(workload: Workload, size: tuple[int, int, int], host_share: float = 0.0) -> Decision:
     in_features, out_features, rank = size
-    setting = setting_for(workload, in_features, out_features, rank, False, tokens or workload.tokens[0])
-    return decide(workload, setting)
+    return decide(
+        workload, setting_for(workload, in_features, out_features, rank, False, workload.tokens[0]), host_share
+    )
 
 
-def vector(candidate: Priced) -> tuple[float, ...]:
-    return tuple(QUANTITIES[name].of(candidate.cost) for name in PARETO)
+def vector(candidate: Priced) -> tuple[tuple[float, ...], ...]:
+    """What may be traded; of equal times that is the less which takes the device less, then the host."""
+    parts = (("time", "device", "host"), *((name,) for name in PARETO[1:]))
+    return tuple(tuple(QUANTITIES[name].of(candidate.cost) for name in names) for names in parts)
 
 
 def allowed(decision: Decision, workload: Workload) -> list[Priced]:
@@ -64,9 +82,9 @@ def allowed(decision: Decision, workload: Workload) -> list[Priced]:
 
 
 @property_test
-@given(workloads, sizes)
-def test_front_by_brute_force(workload: Workload, size: tuple[int, int, int]) -> None:
-    decision = decided(workload, size)
+@given(workloads, sizes, shares)
+def test_front_by_brute_force(workload: Workload, size: tuple[int, int, int], share: float) -> None:
+    decision = decided(workload, size, share)
     vectors = {candidate.program.id: vector(candidate) for candidate in decision.candidates}
     best = {
         mine
@@ -80,9 +98,12 @@ def test_front_by_brute_force(workload: Workload, size: tuple[int, int, int]) ->
 
 
 @property_test
-@given(workloads, sizes)
-def test_the_chosen_is_the_best_allowed_and_on_the_front(workload: Workload, size: tuple[int, int, int]) -> None:
-    decision = decided(workload, size)
+@example(Workload(adapter_dtype="bf16", tokens=(1,), input_grad=False), (1, 1, 1), 1.0)  # ties in the host's time
+@given(workloads, sizes, shares)
+def test_the_chosen_is_the_best_allowed_and_on_the_front(
+    workload: Workload, size: tuple[int, int, int], share: float
+) -> None:
+    decision = decided(workload, size, share)
     candidates = allowed(decision, workload)
     chosen = decision.chosen
     measure = QUANTITIES[workload.criterion].of
@@ -90,17 +111,33 @@ def test_the_chosen_is_the_best_allowed_and_on_the_front(workload: Workload, siz
     assert measure(chosen.cost) == min(measure(candidate.cost) for candidate in candidates)
     assert chosen.program.id in decision.front
     if workload.dtype != "fp32" and not workload.allow_lossy_merge:
-        assert not chosen.program.lossy_in_16_bit and decision.fallback == chosen
+        assert not chosen.program.lossy_in_16_bit and decision.fallback is chosen
     if not workload.allow_lossy_merge:
         assert not decision.fallback.program.lossy_in_16_bit
     else:
-        assert decision.fallback == chosen
+        assert decision.fallback is chosen
 
 
 @property_test
-@given(workloads, sizes)
-def test_reason_is_true(workload: Workload, size: tuple[int, int, int]) -> None:
-    decision = decided(workload, size)
+@given(workloads, sizes, shares)
+def test_time_is_the_device_s_and_the_host_s_by_their_shares(
+    workload: Workload, size: tuple[int, int, int], share: float
+) -> None:
+    decision = decided(workload, size, share)
+    assert decision.host_share == share
+    for candidate in decision.candidates:
+        cost = candidate.cost
+        assert cost.time_s == rounded(weighted(cost.device_s, cost.host_s, share))
+        assert cost.time_s == pytest.approx(share * cost.host_s + (1 - share) * cost.device_s)
+    if share in (0.0, 1.0):  # what is not the bound decides nothing but ties
+        name = ("device", "host")[int(share)]
+        assert QUANTITIES["time"].of(decision.chosen.cost) == QUANTITIES[name].of(decision.chosen.cost)
+
+
+@property_test
+@given(workloads, sizes, shares)
+def test_reason_is_true(workload: Workload, size: tuple[int, int, int], share: float) -> None:
+    decision = decided(workload, size, share)
     runner_up, reason = decision.runner_up, decision.reason
     assert runner_up is not None and runner_up != decision.chosen
     measure = QUANTITIES[workload.criterion].of
@@ -129,115 +166,143 @@ def test_reason_is_true(workload: Workload, size: tuple[int, int, int]) -> None:
 @property_test
 @given(workloads, sizes, st.randoms(use_true_random=False))
 def test_order_of_the_candidates_is_of_no_matter(workload: Workload, size: tuple, shuffler: random.Random) -> None:
-    decision = decided(workload, size)
+    decision = decided(workload, size, 0.25)
     shuffled = [candidate.program for candidate in decision.candidates]
     shuffler.shuffle(shuffled)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(choose, "programs_for", lambda *_: tuple(shuffled))
-        again = decided(workload, size)
+        again = decided(workload, size, 0.25)
     assert (again.chosen, again.fallback, again.runner_up) == (decision.chosen, decision.fallback, decision.runner_up)
     assert (again.front, again.reason) == (decision.front, decision.reason)
 
 
 def test_tie_break_is_pinned() -> None:
-    assert TIE_BREAK == ("time", "saved", "memory", "flops", "error", "device", "bytes", "launches")
+    assert TIE_BREAK == ("time", "device", "host", "saved", "memory", "flops", "error", "bytes", "launches")
     assert PARETO == ("time", "saved", "memory", "flops", "error")
     programs = choose.enumerate_programs(("dX", "dA", "dB"))
 
     def priced(
-        program, time: float = 1e-3, saved: int = 10, flops: int = 5, moved: int = 7, launches: int = 3
+        program,
+        time: float = 1e-3,
+        host: float = 1e-4,
+        saved: int = 10,
+        flops: int = 5,
+        moved: int = 7,
+        launches: int = 3,
+        share: float = 0.0,
     ) -> Priced:
-        half = PhaseCost(flops, moved, launches, 0, time / 2, time / 2)
-        return Priced(program, Cost(half, half, saved, 0.0))
+        half = PhaseCost(flops, moved, launches, 0, time / 2, host / 2)
+        return Priced(program, Cost(half, half, saved, 0.0, share))
 
     def first(*candidates: Priced, criterion: str = "time") -> Priced:
-        results = {choose._rank(order, criterion)[0].program for order in itertools.permutations(candidates)}
+        results = {ranked(order, criterion)[0].program for order in itertools.permutations(candidates)}
         (winner,) = results
-        return next(candidate for candidate in candidates if candidate.program == winner)
+        return next(candidate for candidate in candidates if candidate.program is winner)
 
     p, q = sorted(programs[:2], key=lambda program: program.id)
-    assert first(priced(p), priced(q)).program == p  # the name
-    assert first(priced(p), priced(q, launches=2)).program == q
-    assert first(priced(p, moved=6), priced(q, launches=2)).program == p
-    assert first(priced(p, moved=6), priced(q, flops=4)).program == q
-    assert first(priced(p, saved=9), priced(q, flops=4)).program == p
-    assert first(priced(p, saved=9), priced(q, time=0.9e-3)).program == q
-    assert first(priced(p, saved=9), priced(q, time=0.9e-3), criterion="memory").program == p
+    assert first(priced(p), priced(q)).program is p  # the name
+    assert first(priced(p), priced(q, launches=2)).program is q
+    assert first(priced(p, moved=6), priced(q, launches=2)).program is p
+    assert first(priced(p, moved=6), priced(q, flops=4)).program is q
+    assert first(priced(p, saved=9), priced(q, flops=4)).program is p
+    assert first(priced(p, saved=9), priced(q, host=0.9e-4)).program is q
+    assert first(priced(p, host=0.9e-4), priced(q, time=0.9e-3)).program is q
+    assert first(priced(p, host=0.9e-4, share=1.0), priced(q, time=0.9e-3, share=1.0)).program is p
+    # Equal in the time that counts: the device's goes before the host's.
+    assert first(priced(p, share=0.5), priced(q, time=0.9e-3, host=2e-4, share=0.5)).program is q
+    assert first(priced(p, saved=9), priced(q, time=0.9e-3), criterion="memory").program is p
     # The same sum in another order is a tie, so what comes next decides.
     noisy = 1e-3 * (1 + 4e-16)
     assert noisy != 1e-3
-    assert first(priced(p, time=noisy, saved=9), priced(q)).program == p
+    assert first(priced(p, time=noisy, saved=9), priced(q)).program is p
     assert pareto_front([priced(p, time=noisy), priced(q, launches=2)]) == {q.id}
 
 
-def test_equal_operations_in_another_order_are_a_tie() -> None:
+@pytest.mark.parametrize("share", [0.0, 0.25])
+def test_equal_operations_in_another_order_are_a_tie(share: float) -> None:
     """Keeping S or computing it in the backward, and no other rounding: found as noise in the time before."""
-    decision = decided(Workload(), (5120, 5120, 8))
-    times = sorted({candidate.cost.time_s for candidate in decision.candidates})
-    compared = sorted({QUANTITIES["time"].of(candidate.cost) for candidate in decision.candidates})
+    costs = [c.cost for c in decided(Workload(adapter_dtype="bf16"), (5120, 5120, 8), share).candidates]
+    times = {weighted(cost.device_s, cost.host_s, share) for cost in costs}
+    compared = sorted({QUANTITIES["time"].of(cost) for cost in costs})
     assert len(compared) < len(times)
     assert all(b / a - 1 > 1e-10 for a, b in itertools.pairwise(compared))
 
 
-RANGES = [
-    # architecture, rank, workload: at least two ranges each
-    ("llama-13b", 8, Workload()),
-    ("llama-13b", 128, Workload(dtype="fp32")),
-    ("llama-13b", 8, Workload(dtype="fp32", criterion="flops", train=("b",))),
-    ("llama-250m", 8, Workload(input_grad=False, kernels=False, launch="graph")),
-    ("llama-9m", 128, Workload(criterion="memory", train=("b",))),
-    ("llama-13b", 8, Workload(dtype="fp32", device="cpu", train=("b",))),
-]
+#: By time and without a limit, which is where the fastest is found without pricing everything.
+FASTEST = (
+    Workload(),
+    Workload(adapter_dtype="bf16"),
+    Workload(adapter_dtype="fp16", dtype="fp16", device="h200", train=("b",)),
+    Workload(kernels=False),
+    Workload(train=("b",), input_grad=False),
+    Workload(dtype="fp32", device="h200"),
+    Workload(dtype="fp32", device="cpu"),
+    Workload(adapter_dtype="bf16", device="cpu", allow_lossy_merge=True),
+    Workload(adapter_dtype="bf16", allow_lossy_merge=True, merge_rounding="stochastic", train=("a",)),
+    Workload(train=("a",), input_grad=False, allow_lossy_merge=True),
+)
 
 
-@pytest.mark.parametrize(("name", "rank", "workload"), RANGES, ids=lambda value: str(value)[:12])
-def test_thresholds_stand_at_the_crossover(name: str, rank: int, workload: Workload) -> None:
-    workload = replace(workload, tokens=(16, 1024, 65536))
-    layer = layers(load_architecture(name))[0]
-    setting = setting_for(workload, layer.in_features, layer.out_features, rank, layer.bias, 16)
-    ranges = decide_ranges(workload, setting)
-    assert len(ranges) > 1 and ranges[-1].last_tokens is None
-    ends = [part.last_tokens for part in ranges[:-1]]
-    assert ends == sorted(set(ends))
-    for tokens in workload.tokens:  # at the wanted counts the range's choice is the decision there
-        part = next(p for p in ranges if p.last_tokens is None or tokens <= p.last_tokens)
-        decision = decide(workload, replace(setting, tokens=tokens))
-        for ours, best in ((part.decision.chosen, decision.chosen), (part.decision.fallback, decision.fallback)):
-            assert ours.program.plain_id == best.program.plain_id
-            if ours.program != best.program:  # only in kernels that make no difference
-                assert price(ours.program, decision.setting).time_s <= 1.01 * best.cost.time_s
-    measure = QUANTITIES[workload.criterion].of
-    for low, high in itertools.pairwise(ranges):
-        pair = low.decision.chosen.program, high.decision.chosen.program
-        if pair[0] == pair[1]:
-            pair = low.decision.fallback.program, high.decision.fallback.program
-        for tokens, better, worse in ((low.last_tokens, *pair), (low.last_tokens + 1, *reversed(pair))):
-            costs = [price(program, replace(setting, tokens=tokens)) for program in (better, worse)]
-            assert measure(costs[0]) <= measure(costs[1])
-        wide = [price(p, replace(setting, tokens=low.decision.setting.tokens)) for p in pair]
-        assert measure(wide[0]) <= measure(wide[1])
+@settings(deadline=None, max_examples=60)
+@given(
+    workload=st.sampled_from(FASTEST),
+    size=st.sampled_from([(2, 128, 96, 4), (700, 512, 2048, 16), (4096, 768, 768, 8)]),
+    share=shares,
+)
+def test_the_fastest_is_what_is_decided_by_time(workload: Workload, size: tuple[int, ...], share: float) -> None:
+    tokens, in_features, out_features, rank = size
+    setting = setting_for(workload, in_features, out_features, rank, False, tokens)
+    decision = decide(workload, setting, share)
+    lossy = workload.allow_lossy_merge
+    fallback = fastest(workload, setting, share, merging=lossy)
+    chosen = fastest(workload, setting, share, merging=lossy or not setting.dtype.half)
+    assert (chosen.program, fallback.program) == (decision.chosen.program, decision.fallback.program)
+    assert (chosen.cost, fallback.cost) == (decision.chosen.cost, decision.fallback.cost)
 
 
-def test_one_winner_is_one_range() -> None:
-    workload = Workload(tokens=(4096, 8192, 4096), kernels=False, launch="graph")
-    setting = setting_for(workload, 5120, 5120, 8, False, 4096)
-    (part,) = decide_ranges(workload, setting)
-    assert part.last_tokens is None and part.decision.setting.tokens == 4096
+def test_the_fastest_prices_few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    workload = Workload()
+    setting = setting_for(workload, 640, 640, 8, False, 3000)
+    priced = []
+    monkeypatch.setattr(choose, "price", lambda *arguments: priced.append(arguments) or price(*arguments))
+    fastest(workload, setting, 0.0)
+    assert 1 <= len(priced) < 100 < len(enumerated(workload, setting))
 
 
-def test_limit_on_saved_bytes_holds_up_to_the_threshold() -> None:
-    """What wins at few tokens may not run on to where it would save more than the limit."""
-    free = Workload(tokens=(4096, 8192), kernels=False, launch="graph")
-    size = (5120, 5120, 8)
-    low = decided(free, size, 4096).chosen
-    limit = min(candidate.cost.saved_bytes for candidate in decided(free, size, 8192).candidates)
-    limited = replace(free, max_saved_bytes=limit)
-    setting = setting_for(limited, *size, False, 4096)
-    ranges = decide_ranges(limited, setting)
-    assert len(ranges) == 2 and ranges[0].decision.chosen.program == low.program
-    (end,) = [part.last_tokens for part in ranges[:-1]]
-    assert price(low.program, replace(setting, tokens=end)).saved_bytes <= limit
-    assert price(low.program, replace(setting, tokens=end + 1)).saved_bytes > limit
+def every_forward(workload: Workload, setting: Setting) -> list:
+    """All forwards that keep nothing, with every choice of kernels for single products."""
+    programs = enumerated(workload, setting)
+    plain = dict.fromkeys(p.forward for p in programs if not p.forward.keeps)
+    twins = available(setting) if any(p.kernels for p in programs_for(workload, setting)) else ()
+    return list(dict.fromkeys(phase_with_kernels(phase, kernels) for phase in plain for kernels in subsets(twins)))
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    workload=st.sampled_from(FASTEST).map(lambda workload: replace(workload, criterion="memory")),
+    size=st.sampled_from([(2, 128, 96, 4), (700, 512, 2048, 16), (4096, 768, 768, 8)]),
+    share=shares,
+)
+def test_y_alone_is_computed_by_the_fastest_forward(workload: Workload, size: tuple[int, ...], share: float) -> None:
+    """Whatever the criterion is for training: nothing is kept."""
+    tokens, in_features, out_features, rank = size
+    setting = setting_for(workload, in_features, out_features, rank, False, tokens)
+    decision = decide_forward(workload, setting, share)
+    times = {phase: price_phase(phase, setting).weighted_s(share) for phase in every_forward(workload, setting)}
+    lossless = min(time for phase, time in times.items() if not phase.lossy_in_16_bit)
+    least = min(times.values())
+    half, lossy = setting.dtype.half, workload.allow_lossy_merge
+    assert price_phase(decision.chosen, setting).weighted_s(share) == (lossless if half and not lossy else least)
+    assert price_phase(decision.fallback, setting).weighted_s(share) == (least if lossy else lossless)
+    assert not (decision.chosen.lossy_in_16_bit and half and not lossy)
+    assert not (decision.fallback.lossy_in_16_bit and not lossy)
+    assert decision.chosen.keeps == () and decision.setting is setting and decision.host_share == share
+
+
+def test_what_a_step_waits_for_is_said() -> None:
+    assert choose.show_bound(0.0) == "the device"
+    assert choose.show_bound(1.0) == "the host"
+    assert choose.show_bound(0.25) == "device and host alike (of time 25% is the host's)"
 
 
 @property_test
@@ -261,16 +326,15 @@ def test_limit_is_met_or_the_closest_value_is_named(workload: Workload, size: tu
 @pytest.mark.parametrize("train", [("a", "b"), ("a",), ("b",)])
 def test_limit_named_for_all_layers_ranks_and_tokens(train: tuple[str, ...]) -> None:
     architecture = load_architecture("llama-9m")
-    workload = Workload(tokens=(16, 4096), train=train, max_saved_bytes=1)
+    workload = Workload(tokens=(16, 4096), train=train, max_saved_bytes=1, adapter_dtype="bf16", kernels=False)
     with pytest.raises(SpecError, match="the smallest feasible value is") as caught:
         check_saved_limit(architecture, (4, 64), workload)
     least = int(str(caught.value).rpartition(" ")[2])
     check_saved_limit(architecture, (4, 64), replace(workload, max_saved_bytes=least))
     with pytest.raises(SpecError):
         check_saved_limit(architecture, (4, 64), replace(workload, max_saved_bytes=least - 1))
-    for layer, rank in itertools.product(layers(architecture), (4, 64)):
-        setting = setting_for(workload, layer.in_features, layer.out_features, rank, layer.bias, 16)
-        decide_ranges(replace(workload, max_saved_bytes=least), setting)
+    for rank in (4, 64):
+        decide_model(replace(workload, max_saved_bytes=least), layers(architecture), rank)
     check_saved_limit(architecture, (4, 64), replace(workload, max_saved_bytes=None))
 
 
@@ -293,15 +357,3 @@ def test_limit_named_for_all_layers_ranks_and_tokens(train: tuple[str, ...]) -> 
 )
 def test_how_people_write_it(show, value: float, expected: str) -> None:
     assert show(value) == expected
-
-
-def test_kernels_that_make_no_difference_make_no_range() -> None:
-    """At 2048 tokens the kernel for S is 0.5 µs of 300 faster, at 16384 torch is: no reason for two functions."""
-    workload = Workload(tokens=(2048, 16384), device="h200", launch="graph")
-    decided = [decide(workload, setting_for(workload, 5120, 5120, 16, False, tokens)) for tokens in workload.tokens]
-    first, second = (decision.chosen.program for decision in decided)
-    assert first.id != second.id and first.plain_id == second.plain_id
-    (part,) = decide_ranges(workload, decided[0].setting)
-    assert part.last_tokens is None and part.decision.chosen.program.id == first.id
-    loss = price(first, decided[1].setting).time_s / decided[1].chosen.cost.time_s
-    assert 1 < loss < 1.01

@@ -98,8 +98,10 @@ QUANTITIES: Mapping[str, Quantity] = {
 
 #: What may be traded against each other. Bytes and launches are not here: they matter through the time.
 PARETO = ("time", "saved", "memory", "flops", "error")
+#: How times compare: of equal ones that is the better which takes the device less, then the host.
+_TIME = ("time", "device", "host")
 #: After the criterion, ties are broken by these in order, and at last by the program's id.
-TIE_BREAK = ("time", "device", "host", *PARETO[1:], "bytes", "launches")
+TIE_BREAK = (*_TIME, *PARETO[1:], "bytes", "launches")
 
 CRITERIA = ("time", "flops", "memory")
 
@@ -313,11 +315,11 @@ def pareto_front(candidates: Iterable[Priced]) -> frozenset[str]:
 
     Programs of equal price dominate one another by the tie-break, so that each price appears once.
     """
-    ordered = sorted(candidates, key=lambda candidate: _key(candidate, (*PARETO, *TIE_BREAK)))
-    front: list[tuple[float, ...]] = []
+    ordered = sorted(candidates, key=lambda candidate: _key(candidate, TIE_BREAK))
+    front: list[tuple[tuple[float, ...], ...]] = []
     ids = []
     for candidate in ordered:
-        vector = _values(candidate, PARETO)
+        vector = (_values(candidate, _TIME), *(_values(candidate, (name,)) for name in PARETO[1:]))
         # Sorted lexicographically, nothing that comes later can dominate what is on the front already.
         if not any(all(a <= b for a, b in zip(kept, vector, strict=True)) for kept in front):
             front.append(vector)

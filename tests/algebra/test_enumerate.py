@@ -6,60 +6,117 @@ import itertools
 from collections.abc import Iterator
 
 import pytest
-from runlora_gen.algebra.enumerate import Phase, Program, enumerate_programs
-from runlora_gen.algebra.operations import SYMBOLS, Fused, Matmul, parse
-from runlora_gen.algebra.table import TABLE, rows, way
+from runlora_gen.algebra.enumerate import (
+    Phase,
+    Program,
+    enumerate_backwards,
+    enumerate_forwards,
+    enumerate_programs,
+    pair,
+)
+from runlora_gen.algebra.operations import SYMBOLS, Cast, Fused, Matmul, parse
+from runlora_gen.algebra.table import TABLE, inputs, rows, way
 
 ALL = ("dX", "dA", "dB")
 TORCH = rows(kernels=False, rank=8)
+CASTS = {SYMBOLS["A"], SYMBOLS["B"]}
+PAPER = [f"forward{i}/backward{j}" for i in range(1, 5) for j in range(1, 9)]
 
 
 @pytest.mark.parametrize(
-    ("goals", "count"),
+    ("goals", "count", "with_casts"),
     [
-        # 4 forwards × 2 ways of dA × 3 of dB (S kept or not) × 6 of dX (M or D kept or not).
-        (ALL, 144),
-        ((*ALL, "db"), 144),
-        (("dX", "dA"), 4 * 2 * 6),
-        (("dX", "dB"), 4 * 3 * 6),
-        (("dA", "dB"), 4 * 2 * 3),
-        (("dA",), 4 * 2),
-        (("dB",), 4 * 3),
-        (("dX",), 4 * 6),
+        # 4 forwards × 2 ways of dA × 3 of dB (S kept or not) × 6 of dX (M or D kept or not). Where the adapter is cast,
+        # each of A and B that the backward reads is kept or cast again.
+        (ALL, 144, 544),
+        ((*ALL, "db"), 144, 544),
+        (("dX", "dA"), 4 * 2 * 6, 160),
+        (("dX", "dB"), 4 * 3 * 6, 232),
+        (("dA", "dB"), 4 * 2 * 3, 80),
+        # P needs B, s Bᵀ G too; S that is kept needs nothing, recomputed it needs A, like s G Aᵀ.
+        (("dA",), 4 * 2, 4 * 2 * 2),
+        (("dB",), 4 * 3, 4 * (1 + 2 + 2)),
+        # A and B for both sums and for M and D, neither where M or D is kept.
+        (("dX",), 4 * 6, 4 * (4 * 4 + 2)),
     ],
 )
-def test_exact_counts(goals: tuple[str, ...], count: int) -> None:
-    programs = enumerate_programs(goals, table=TORCH)
-    assert len(programs) == count
-    assert len({program.id for program in programs}) == count
+def test_exact_counts(goals: tuple[str, ...], count: int, with_casts: int) -> None:
+    for casts, expected in ((False, count), (True, with_casts)):
+        programs = enumerate_programs(goals, table=TORCH, casts=casts)
+        assert len(programs) == expected
+        assert len({program.id for program in programs}) == expected
+    assert with_casts == sum(2 ** len(CASTS & p.backward.reads) for p in enumerate_programs(goals, table=TORCH))
 
 
 @pytest.mark.parametrize(
-    ("rank", "count"),
+    ("rank", "count", "with_casts"),
     [
         # 5 forwards × backwards: dA 2 × dX 7 × (dB apart 3, or with P 2); without any need of P no pass is shared.
-        (8, 310),
+        (8, 310, 1180),
         # Above its largest rank the shared pass over dY is no candidate: 5 × 2 × 3 × 7.
-        (64, 210),
+        (64, 210, 800),
     ],
 )
-def test_exact_counts_with_kernels(rank: int, count: int) -> None:
-    programs = enumerate_programs(ALL, table=rows(kernels=True, rank=rank))
-    assert len(programs) == count
-    assert len({program.id for program in programs}) == count
+def test_exact_counts_with_kernels(rank: int, count: int, with_casts: int) -> None:
+    for casts, expected in ((False, count), (True, with_casts)):
+        programs = enumerate_programs(ALL, table=rows(kernels=True, rank=rank), casts=casts)
+        assert len(programs) == expected
+        assert len({program.id for program in programs}) == expected
 
 
-def test_the_paper_s_pairs_are_all_found_once() -> None:
-    labels = [label for program in enumerate_programs(ALL) for label in program.paper]
-    expected = [f"forward{i}/backward{j}" for i in range(1, 5) for j in range(1, 9)]
-    assert sorted(labels) == sorted(expected)
-
-
-def test_nothing_kept_goes_unused_and_x_is_dropped_when_a_is_frozen() -> None:
+def test_casts_are_made_by_the_forward_and_kept_or_made_again() -> None:
+    assert [str(symbol) for symbol in inputs(casts=True)] == ["X", "W", "lora_A", "lora_B"]
+    assert [str(symbol) for symbol in inputs(casts=False)] == ["X", "W", "A", "B"]
+    for program in enumerate_programs(ALL, casts=True):
+        assert set(program.forward.held) == CASTS and program.backward.held == ()
+        again = {op.out for op in program.backward.operations if isinstance(op, Cast)}
+        kept = CASTS & set(program.kept)
+        assert not again & kept and again | kept == CASTS & (again | program.backward.reads)
+        # What is not kept as a cast, the backward casts from the parameter.
+        assert {f"lora_{symbol}" for symbol in again} <= {str(symbol) for symbol in program.saved_inputs}
+        assert not CASTS & set(program.saved_inputs)
     for program in enumerate_programs(ALL):
+        assert not any(isinstance(operation, Cast) for operation in program.operations)
+        assert program.forward.held == () and not CASTS & set(program.kept)
+
+
+@pytest.mark.parametrize("casts", [False, True])
+def test_the_paper_s_pairs_are_all_found_once(casts: bool) -> None:
+    labels = [label for program in enumerate_programs(ALL, casts=casts) for label in program.paper]
+    assert sorted(labels) == sorted(PAPER)
+
+
+@pytest.mark.parametrize("casts", [False, True])
+def test_a_program_is_one_object(casts: bool) -> None:
+    """Programs and phases are compared by identity: whoever puts a pair together gets the enumerated one."""
+    programs = set(enumerate_programs(ALL, casts=casts))
+    backwards = enumerate_backwards(ALL, casts=casts)
+    assert {pair(f, b) for b in backwards for f in enumerate_forwards(casts=casts, keeps=b.saved)} == programs
+    # However the table is spelled, and whatever else it holds.
+    assert set(enumerate_programs(ALL, table=TABLE, casts=casts)) == programs
+    assert set(enumerate_programs(ALL, table=TORCH, casts=casts)) < programs
+    alone = enumerate_forwards(casts=casts)
+    assert alone == enumerate_forwards(casts=casts, keeps=()) and set(alone) < {p.forward for p in programs}
+
+
+@pytest.mark.parametrize("casts", [False, True])
+def test_what_a_phase_says_of_itself(casts: bool) -> None:
+    for program in enumerate_programs(ALL, casts=casts):
+        for phase in (program.forward, program.backward):
+            operations = phase.operations
+            assert phase.kernels == {op.kernel for op in operations if isinstance(op, Fused)} and not phase.seeded
+            assert phase.made == {out for op in operations for out in op.outputs} | set(phase.saved)
+            assert phase.lossy_in_16_bit == (SYMBOLS["M"] in phase.made)
+        assert program.lossy_in_16_bit == any(p.lossy_in_16_bit for p in (program.forward, program.backward))
+        assert program.kernels == program.forward.kernels | program.backward.kernels
+
+
+@pytest.mark.parametrize("casts", [False, True])
+def test_nothing_kept_goes_unused_and_x_is_dropped_when_a_is_frozen(casts: bool) -> None:
+    for program in enumerate_programs(ALL, casts=casts):
         assert set(program.kept) <= program.backward.reads
         assert SYMBOLS["X"] in program.saved_inputs
-    frozen_a = enumerate_programs(("dX", "dB"))
+    frozen_a = enumerate_programs(("dX", "dB"), casts=casts)
     without_x = [program for program in frozen_a if SYMBOLS["X"] not in program.saved_inputs]
     assert without_x and all(SYMBOLS["S"] in program.kept for program in without_x)
 
@@ -82,9 +139,21 @@ def test_cyclic_choices_are_discarded() -> None:
             assert all(chosen.name != "from_dx" for chosen in program.backward.ways)
 
 
-@pytest.mark.parametrize("formula", ["Y = X @ W", "Y += Q @ W.T", "Y = X * W", "Y = X @ W.T + c", "M = A + s * B @ A"])
+@pytest.mark.parametrize(
+    "formula",
+    [
+        "Y = X @ W",
+        "Y += Q @ W.T",
+        "Y = X * W",
+        "Y = X @ W.T + c",
+        "M = A + s * B @ A",
+        "A = cast(lora_C)",
+        "A = cast(lora_A.T)",
+        "k: A = cast(lora_A); S = s * X @ A.T",
+    ],
+)
 def test_the_grammar_refuses_what_does_not_fit(formula: str) -> None:
-    with pytest.raises(ValueError, match=r"formula|inner|shape|grammar|symbol"):
+    with pytest.raises(ValueError, match=r"formula|inner|shape|grammar|symbol|products only"):
         parse(formula)
 
 
@@ -191,7 +260,11 @@ def _structure(program: Program) -> tuple:
 
     def expand(phase: Phase, given: dict) -> dict:
         trees = dict(given)
-        pending = [part for op in phase.operations for part in (op.parts if isinstance(op, Fused) else (op,))]
+        casts = [op for op in phase.operations if isinstance(op, Cast)]
+        assert all(str(op.operand) == f"lora_{op.out}" for op in casts)
+        trees |= {op.out.name: op.out.name for op in casts}  # a cast is no product
+        products = [op for op in phase.operations if op not in casts]
+        pending = [part for op in products for part in (op.parts if isinstance(op, Fused) else (op,))]
         while pending:
             for operation in list(pending):
                 assert isinstance(operation, Matmul)
@@ -214,21 +287,36 @@ def _structure(program: Program) -> tuple:
                 pending.remove(operation)
         return trees
 
-    inputs = {name: name for name in ("X", "W", "A", "B")}
-    forward = expand(program.forward, inputs)
+    given = {symbol.name: symbol.name for symbol in inputs(casts=bool(program.forward.held))}
+    forward = expand(program.forward, given)
     for symbol in program.kept:
         kept[symbol.name] = forward[symbol.name]
-    backward = expand(program.backward, {**inputs, "dY": "dY", **kept})
+    backward = expand(program.backward, {**given, "dY": "dY", **kept})
     return (
         _canonical(forward["Y"]),
         tuple(_canonical(backward[name]) for name in ALL),
-        tuple(sorted(map(_canonical, kept.values()))),
+        tuple(sorted(_canonical(tree) for name, tree in kept.items() if SYMBOLS[name] not in CASTS)),
     )
 
 
-def test_complete_against_brute_force() -> None:
+@pytest.mark.parametrize("casts", [False, True])
+def test_complete_against_brute_force(casts: bool) -> None:
     expected = _brute_force()
     for table in (TORCH, TABLE):  # the fused rows compute the same trees in fewer passes
-        assert {_structure(program) for program in enumerate_programs(ALL, table=table)} == expected
+        assert {_structure(program) for program in enumerate_programs(ALL, table=table, casts=casts)} == expected
     # The table also knows two orders of the split sum, in Y and in dX, which are one tree here.
     assert len(expected) == 3 * (2 * 3 * 5)
+
+
+def test_of_what_is_cast_every_part_is_kept() -> None:
+    """Each program without casts stands for one with every set of the casts that its backward reads."""
+    found = {}
+    for program in enumerate_programs(ALL, casts=True):
+        plain = program.id.removesuffix("-b").removesuffix("-a")
+        plain = f"{plain}-nothing" if plain.endswith("/keep") else plain
+        found.setdefault(plain, set()).add(frozenset(CASTS & set(program.kept)))
+    for program in enumerate_programs(ALL):
+        read = sorted(CASTS & program.backward.reads)
+        sets = {frozenset(kept) for size in range(len(read) + 1) for kept in itertools.combinations(read, size)}
+        assert found.pop(program.id) == sets
+    assert not found

@@ -5,11 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-from runlora_gen.cost.device import device_names, load_device, parse_toml
+from runlora_gen.cost import device as device_module
+from runlora_gen.cost.device import device_names, load_device, parse_profile, parse_toml
 from runlora_gen.spec import files
 from runlora_gen.spec.errors import SpecError
 
@@ -31,6 +34,65 @@ def test_the_named_profiles_are_there() -> None:
 def test_unknown_device(name: str) -> None:
     with pytest.raises(SpecError, match=r"^--device: .*known: .*h100"):
         load_device(name)
+
+
+def data() -> dict[str, Any]:
+    return {
+        "title": "A machine",
+        "source": "a test",
+        "memory_gb_per_s": 1000,
+        "launch_us": 1,
+        "host_us": 10,
+        "kernel_host_us": 20,
+        "multiprocessors": 4,
+        "tflops": {"bf16": 100, "fp16": 100, "fp32": 10},
+        "times": {"bf16": {"S = s X Aᵀ": [[64, 32, 8, 5.5]]}},
+        "tiles": {"bf16": {"x_at: S = s X Aᵀ": [[64, 32, 8, {"BT": 128}]]}},
+    }
+
+
+def figures(value: Any, path: tuple = ()) -> Iterator[tuple]:
+    """The path of every number and text."""
+    if isinstance(value, dict | list):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from figures(item, (*path, key))
+    else:
+        yield path
+
+
+FIGURES = list(figures(data()))
+
+
+class TestDigest:
+    """By its content a profile is known, as a file may change under its name."""
+
+    def test_the_same_content_has_one(self) -> None:
+        first, second = (parse_profile(name, data()) for name in ("a", "b.toml"))
+        turned = parse_profile("a", dict(reversed(data().items())))
+        assert first.digest == second.digest == turned.digest
+
+    @pytest.mark.parametrize("path", FIGURES, ids=lambda path: "-".join(map(str, path)))
+    def test_it_changes_with_every_figure(self, path: tuple) -> None:
+        changed: Any = data()
+        *above, last = path
+        place = changed
+        for key in above:
+            place = place[key]
+        place[last] = f"{place[last]}x" if isinstance(place[last], str) else place[last] * 2
+        assert parse_profile("a", changed).digest != parse_profile("a", data()).digest
+
+    def test_it_changes_with_what_another_profile_measured(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def digest() -> str:
+            return parse_profile("a", {**data(), "times": {}, "tiles": {}, "measured_on": "h200"}).digest
+
+        before = digest()
+        meter = replace(load_device("h200"), digest="other")
+        monkeypatch.setattr(device_module, "load_device", lambda name: meter)
+        assert digest() != before
+
+    def test_no_two_of_the_package_have_the_same(self) -> None:
+        digests = {load_device(name).digest for name in device_names()}
+        assert len(digests) == len(device_names())
 
 
 class TestFile:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from runlora_gen.algebra.operations import parse, signature
 from runlora_gen.choose import enumerated, setting_for
 from runlora_gen.cost.device import DeviceProfile, load_device
-from runlora_gen.cost.price import DTYPES, Setting, price_operation, roofline
+from runlora_gen.cost.price import DTYPES, Setting, price_operation, roofline, setting_at
 from runlora_gen.spec.errors import SpecError
 from runlora_gen.spec.workload import Workload
 
@@ -58,15 +58,15 @@ def setting(device: DeviceProfile, tokens: int, dtype: str = "bf16") -> Setting:
 
 def test_measured_sizes_cost_what_was_measured(measured: DeviceProfile) -> None:
     for operation, time_us in ((PRODUCT, 30), (LOW_RANK, 5.5), (FUSED, 40)):
-        assert price_operation(operation, setting(measured, 1024)).time_s == pytest.approx(time_us * 1e-6)
+        assert price_operation(operation, setting(measured, 1024)).device_s == pytest.approx(time_us * 1e-6)
 
 
 @given(tokens=st.integers(1, 10**6))
 def test_other_sizes_are_as_efficient_as_those_measured(measured: DeviceProfile, tokens: int) -> None:
     def over_roofline(count: int) -> float:
         case = setting(measured, count)
-        plain = roofline(PRODUCT, case.dims, case.dtype, measured, bias=False)
-        return price_operation(PRODUCT, case).time_s / plain.time_s
+        plain = roofline(PRODUCT, case)
+        return price_operation(PRODUCT, case).device_s / plain.device_s
 
     low, high = sorted((over_roofline(1024), over_roofline(4096)))
     assert low * 0.9999 <= over_roofline(tokens) <= high * 1.0001
@@ -75,10 +75,7 @@ def test_other_sizes_are_as_efficient_as_those_measured(measured: DeviceProfile,
 def test_the_nearer_measurement_weighs_more(measured: DeviceProfile) -> None:
     def over_roofline(count: int) -> float:
         case = setting(measured, count)
-        return (
-            price_operation(PRODUCT, case).time_s
-            / roofline(PRODUCT, case.dims, case.dtype, measured, bias=False).time_s
-        )
+        return price_operation(PRODUCT, case).device_s / roofline(PRODUCT, case).device_s
 
     first, last = over_roofline(1024), over_roofline(4096)
     assert abs(over_roofline(1100) - first) < abs(over_roofline(1100) - last)
@@ -91,28 +88,76 @@ def test_rows_off_16_bytes_are_a_class_of_their_own(tmp_path: Path) -> None:
 
     def over_roofline(in_features: int) -> float:
         case = replace(setting_for(Workload(), in_features, 512, 8, False, 1024), device=device)
-        plain = roofline(PRODUCT, case.dims, case.dtype, device, bias=False)
-        return price_operation(PRODUCT, case).time_s / plain.time_s
+        plain = roofline(PRODUCT, case)
+        return price_operation(PRODUCT, case).device_s / plain.device_s
 
     assert over_roofline(520) == pytest.approx(over_roofline(512)) == pytest.approx(over_roofline(4096))
     assert over_roofline(510) == pytest.approx(over_roofline(511))
     assert over_roofline(510) > 3 * over_roofline(512)
 
 
-def test_what_was_not_measured_has_the_roofline(measured: DeviceProfile) -> None:
-    other = parse("dX = dY @ W")
+def test_a_product_that_was_not_measured_is_as_efficient_as_others_of_its_dimensions(measured: DeviceProfile) -> None:
+    """The bare roofline would flatter it beside them."""
+
+    def over_roofline(formula: str, tokens: int) -> float:
+        case = setting(measured, tokens)
+        operation = parse(formula)
+        return price_operation(operation, case).device_s / roofline(operation, case).device_s
+
+    for tokens in (1024, 2000, 4096):
+        wide = over_roofline("Y = X @ W.T + b", tokens)
+        assert wide > 1.5
+        for formula in ("dX = dY @ W", "dX += dY @ W", "Y += X @ W.T", "G = dY.T @ X"):
+            assert over_roofline(formula, tokens) == pytest.approx(wide)
+        thin = over_roofline("S = s * X @ A.T", tokens)
+        assert thin != pytest.approx(wide)
+        for formula in ("dA = P.T @ X", "dX = P @ A"):
+            assert over_roofline(formula, tokens) == pytest.approx(thin)
+
+
+def test_a_product_that_was_measured_takes_no_other_s_ratio(tmp_path: Path) -> None:
+    device = profile(tmp_path, BASE + TIMES.replace('"S = s X', '"dX = dY W" = [[1024, 512, 512, 7]]\n"S = s X'))
+    case = setting(device, 1024)
+    assert price_operation(parse("dX = dY @ W"), case).device_s == pytest.approx(7e-6)
+    assert price_operation(PRODUCT, case).device_s == pytest.approx(30e-6)
+    # Those that have no row stand between both.
+    assert 7e-6 < price_operation(parse("G = dY.T @ X"), case).device_s < 30e-6
+
+
+def test_a_kernel_says_nothing_of_torch(tmp_path: Path) -> None:
+    kernel = '"x_at: S = s X Aᵀ" = [[1024, 512, 8, 500]]\n'
+    device = profile(tmp_path, BASE + TIMES.replace("[tiles", kernel + "[tiles"))
+    case, operation = setting(device, 1024), parse("dA = P.T @ X")
+    ratio = price_operation(LOW_RANK, case).device_s / roofline(LOW_RANK, case).device_s
+    assert price_operation(operation, case).device_s == pytest.approx(ratio * roofline(operation, case).device_s)
+
+
+@pytest.mark.parametrize(
+    "formula",
+    [
+        "P = s * dY @ B",  # T, O and R: nothing of these was measured
+        "M = W + s * B @ A",
+        "db = sum(dY)",
+        "A = cast(lora_A)",
+        # A kernel is as efficient as it is: torch says nothing of it.
+        "fused_gemm: dX = P @ A; dX += dY @ W",
+        "x_at: S = s * X @ A.T",
+    ],
+)
+def test_what_nothing_is_known_of_has_the_roofline(measured: DeviceProfile, formula: str) -> None:
+    other = parse(formula)
     case = setting(measured, 1024)
-    assert price_operation(other, case) == roofline(other, case.dims, case.dtype, measured, bias=False)
+    assert price_operation(other, case) == roofline(other, case)
 
 
 def test_16_bit_dtypes_stand_for_each_other_and_fp32_does_not(measured: DeviceProfile) -> None:
-    assert price_operation(PRODUCT, setting(measured, 1024, "fp16")).time_s == pytest.approx(30e-6)
+    assert price_operation(PRODUCT, setting(measured, 1024, "fp16")).device_s == pytest.approx(30e-6)
     case = setting(measured, 1024, "fp32")
-    assert price_operation(PRODUCT, case) == roofline(PRODUCT, case.dims, DTYPES["fp32"], measured, bias=False)
+    assert price_operation(PRODUCT, case) == roofline(PRODUCT, case)
 
 
 def test_the_merged_weight_is_as_fast_as_the_weight(measured: DeviceProfile) -> None:
-    assert price_operation(parse("Y = X @ M.T + b"), setting(measured, 1024)).time_s == pytest.approx(30e-6)
+    assert price_operation(parse("Y = X @ M.T + b"), setting(measured, 1024)).device_s == pytest.approx(30e-6)
     assert signature(parse("Y += X @ D.T")) == signature(parse("Y += X @ W.T"))
     assert signature(parse("D = s * B @ A")) != signature(parse("M = W + s * B @ A"))
 
@@ -125,8 +170,8 @@ def test_another_machine_s_ratios_stand_in() -> None:
         ratios = []
         for device in (h100, h200):
             case = setting(device, 3000)
-            plain = roofline(operation, case.dims, case.dtype, device, bias=False)
-            ratios.append(price_operation(operation, case).time_s / plain.time_s)
+            plain = roofline(operation, case)
+            ratios.append(price_operation(operation, case).device_s / plain.device_s)
         assert ratios[0] == pytest.approx(ratios[1])
 
 
@@ -143,7 +188,7 @@ def test_half_a_wave_takes_as_long_as_a_whole_one() -> None:
 
     def busy(out_features: int) -> float:
         dims = {"T": 1024, "I": 8192, "O": out_features, "R": 8}
-        return roofline(FUSED, dims, DTYPES["bf16"], h200, bias=False).time_s - h200.launch_s
+        return roofline(FUSED, setting_at(dims, DTYPES["bf16"], h200)).device_s - h200.launch_s
 
     assert busy(128 * 9) == pytest.approx(busy(128 * 16), rel=0.01)  # 72 tiles or 128: one wave
     assert busy(128 * 17) == pytest.approx(2 * busy(128 * 16), rel=0.01)  # 136 tiles: two
@@ -214,8 +259,8 @@ def test_stochastic_rounding_is_as_efficient_as_the_merge() -> None:
     ratios = []
     for operation in (plain, stochastic):
         case = replace(setting(h200, 1024), in_features=5120, out_features=5120)
-        limit = roofline(operation, case.dims, case.dtype, h200, bias=False)
-        ratios.append(price_operation(operation, case).time_s / limit.time_s)
+        limit = roofline(operation, case)
+        ratios.append(price_operation(operation, case).device_s / limit.device_s)
     assert ratios[1] == pytest.approx(ratios[0], rel=0.1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import json
 from collections.abc import Iterator
@@ -12,32 +13,33 @@ from typing import Any
 import jsonschema
 import pytest
 from runlora_gen.emit import package, report
+from runlora_gen.emit.style import Style
 
 SCHEMAS = Path(package.__file__).parent
+SMALL = ("--arch", "llama-9m", "--target-modules", "q_proj")
 SPECS = {
-    "llama": ("--arch", "llama-9m", "--rank", "8"),
+    "llama": ("--arch", "llama-9m", "--rank", "8", "--adapter-dtype", "bf16"),
+    "casts": (*SMALL, "--rank", "8", "--no-kernels", "--launch", "graph"),
     "gpt2": ("--arch", "gpt2", "--rank", "4", "--target-modules", "c_attn", "--train", "b", "--criterion", "memory"),
-    "fp32": (
-        "--arch",
-        "roberta-base",
-        "--rank",
-        "16",
-        "--target-modules",
-        "query",
-        "--dtype",
-        "fp32",
-        "--device",
-        "cpu",
-    ),
-    "first": ("--arch", "vit-base", "--rank", "4", "--no-input-grad", "--train", "a", "--max-saved-bytes", "99999999"),
-    "lossy": ("--arch", "qwen2.5-7b", "--rank", "64", "--target-modules", "v_proj", "--allow-lossy-merge"),
+    "fp32": (*SMALL, "--rank", "16", "--dtype", "fp32", "--device", "cpu"),
+    "first": (*SMALL, "--rank", "4", "--no-input-grad", "--train", "a", "--max-saved-bytes", "99999999"),
+    "lossy": (*SMALL, "--rank", "64", "--no-kernels", "--train", "b", "--allow-lossy-merge", "--tokens", "100000"),
 }
 
 
+@functools.cache
 def validator(name: str) -> jsonschema.Draft202012Validator:
     schema = json.loads((SCHEMAS / f"{name}.schema.json").read_text())
     jsonschema.Draft202012Validator.check_schema(schema)
     return jsonschema.Draft202012Validator(schema)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _unformatted() -> Iterator[None]:
+    """Of the text of modules there are digests here, and black takes longest of all."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Style, "format", lambda self, source: source)
+        yield
 
 
 @pytest.fixture(scope="module", params=SPECS)
@@ -54,6 +56,17 @@ def both(request: pytest.FixtureRequest, run, tmp_path_factory: pytest.TempPathF
     )
 
 
+@pytest.fixture(scope="module")
+def merged(run, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The manifest of a module that merges at many tokens: below the asked count it has another range."""
+    out = tmp_path_factory.mktemp("merged")
+    run(*SMALL, "--rank", "4", "--dtype", "fp32", "--device", "cpu", "--tokens", "65536", "-o", out).ok()
+    manifest: dict[str, Any] = json.loads((out / "llama_9m_r4" / "manifest.json").read_text())
+    first, last = manifest["layers"][0]["ranges"]
+    assert first["programs"] == 0 < last["programs"] and last["chosen"] != last["on_16_bit_weights"]
+    return manifest
+
+
 def test_both_follow_their_schemas(both) -> None:
     _, manifest, explained = both
     validator("manifest").validate(manifest)
@@ -66,7 +79,27 @@ def test_ranges_follow_the_schema(generated_once: Path) -> None:
     manifest = json.loads((generated_once / "llama_9m_r4" / "manifest.json").read_text())
     validator("manifest").validate(manifest)
     (layer,) = manifest["layers"]
-    assert len(layer["ranges"]) > 1
+    assert len(layer["ranges"]) > 1 and len(layer["forwards"]) > 1
+    for ranges in (layer["ranges"], layer["forwards"]):
+        *ends, last = (part["last_tokens"] for part in ranges)
+        assert last is None and ends == sorted(set(ends))
+        for part, end in zip(ranges, ends, strict=False):
+            assert part["tokens"] <= end
+
+
+def test_below_the_asked_counts_only_the_winners_were_sought(merged: dict[str, Any], both) -> None:
+    """They are named with their prices; that nothing else was priced is said, too."""
+    for manifest in (merged, both[1]):
+        asked, by_time = manifest["workload"]["tokens"], manifest["workload"]["criterion"] == "time"
+        limited = manifest["workload"]["max_saved_bytes"] is not None
+        for part in (part for layer in manifest["layers"] for part in layer["ranges"]):
+            sought = part["tokens"] in asked or not by_time or limited
+            assert (part["programs"] > 0) == (part["pareto"] > 0) == bool(part["reason"]) == sought
+            assert (part["runner_up"] is not None) == sought
+            if not sought:
+                ids = {variant["id"] for variant in part["variants"]}
+                assert ids == {part["chosen"], part["on_16_bit_weights"]}
+                assert not any(variant["pareto"] for variant in part["variants"])
 
 
 def places(value: Any, path: tuple = ()) -> Iterator[tuple]:
@@ -80,13 +113,11 @@ def places(value: Any, path: tuple = ()) -> Iterator[tuple]:
 
 
 @pytest.mark.parametrize("name", ["manifest", "explain"])
-def test_schemas_are_strict(run, generated_once: Path, name: str) -> None:
+def test_schemas_are_strict(run, merged: dict[str, Any], name: str) -> None:
     """Nothing may be added anywhere, and nothing left out."""
-    if name == "manifest":
-        document = json.loads((generated_once / "llama_9m_r4" / "manifest.json").read_text())
-    else:
-        arguments = ("explain", "--json", "--arch", "llama-9m", "--target-modules", "q_proj", "--rank", "4")
-        document = json.loads(run(*arguments).ok().out)
+    document = copy.deepcopy(merged)
+    if name == "explain":
+        document = json.loads(run("explain", "--json", *SMALL, "--rank", "4", "--dtype", "fp32").ok().out)
     for layer in document["layers"]:
         for part in layer.get("ranges", [layer]):
             del part["variants"][3:]
@@ -102,28 +133,71 @@ def test_schemas_are_strict(run, generated_once: Path, name: str) -> None:
         target["surprise"] = 1
         assert not schema.is_valid(changed), path
         del target["surprise"]
-        if path and path[-1] == "files":
+        if path and path[-1] in ("files", "rendered"):
             continue
         for key in list(target):
             kept = target.pop(key)
+            assert not schema.is_valid(changed), (*path, key)
+            target[key] = [kept]
+            # The only lists of lists in here are none.
             assert not schema.is_valid(changed), (*path, key)
             target[key] = kept
         assert schema.is_valid(changed)
 
 
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("schema_version",), 1),
+        (("workload", "adapter_dtype"), "fp64"),
+        (("layers", 0, "ranges", -1, "host_share"), 1.5),
+        (("layers", 0, "ranges", -1, "host_share"), -0.1),
+        (("layers", 0, "ranges", -1, "reason"), ""),
+        (("layers", 0, "ranges", -1, "pareto"), 0),
+        (("layers", 0, "ranges", -1, "programs"), 0),
+        (("layers", 0, "ranges", 0, "reason"), "x"),
+        (("layers", 0, "ranges", 0, "pareto"), 1),
+        (("layers", 0, "ranges", 0, "runner_up"), "a/b/keep-nothing"),
+        (("layers", 0, "forwards"), []),
+        (("layers", 0, "forwards", 0, "chosen"), "merged/merged"),
+        (("layers", 0, "ranges", -1, "variants", 0, "host_us"), 0),
+        (("layers", 0, "ranges", -1, "variants", 0, "device_us"), None),
+        (("layers", 0, "ranges", -1, "variants", 0, "keeps"), ["lora_A"]),
+        (("layers", 0, "ranges", -1, "variants", 0, "keeps"), ["A", "A"]),
+    ],
+    ids=str,
+)
+def test_what_no_manifest_may_hold(merged: dict[str, Any], path: tuple, value: object) -> None:
+    document = copy.deepcopy(merged)
+    *above, last = path
+    target: Any = document
+    for step in above:
+        target = target[step]
+    assert validator("manifest").is_valid(document) and target[last] != value
+    target[last] = value
+    assert not validator("manifest").is_valid(document)
+
+
 def test_the_issue_s_fields_are_there(both) -> None:
     _, _, explained = both
-    assert list(explained) == ["schema_version", "arch", "rank", "tokens", "dtype", "device", "layers"]
+    top = ["schema_version", "arch", "rank", "tokens", "dtype", "adapter_dtype", "device", "layers"]
+    assert list(explained) == top
     for layer in explained["layers"]:
         wanted = ["name", "in_features", "out_features", "rank", "count", "projections", "chosen", "variants"]
-        assert list(layer) == wanted
+        assert [key for key in layer if key in wanted] == wanted
+        assert set(layer) - set(wanted) == {"host_share", "on_16_bit_weights", "runner_up", "reason"}
         for variant in layer["variants"]:
             wanted = ["id", "forward", "backward", "paper", "flops", "saved_bytes", "workspace_bytes", "bytes_moved"]
             assert {*wanted, "launches", "time_us", "update_error", "pareto"} == set(variant) - {
                 "keeps",
                 "paper_labels",
                 "by_kernel",
+                "device_us",
+                "host_us",
             }
+            share = layer["host_share"]
+            weighted = share * variant["host_us"] + (1 - share) * variant["device_us"]
+            assert variant["time_us"] == pytest.approx(weighted, abs=2e-3)
 
 
 def test_manifest_and_explain_agree(both) -> None:
@@ -132,11 +206,35 @@ def test_manifest_and_explain_agree(both) -> None:
         f"linear_{layer['name']}_r{layer['rank']}" for layer in explained["layers"]
     ]
     for made, said in zip(manifest["layers"], explained["layers"], strict=True):
-        (part,) = made["ranges"]
-        assert part["variants"] == said["variants"]
-        assert part["chosen"] == said["chosen"]
+        part = made["ranges"][-1]
+        for key in ("chosen", "on_16_bit_weights", "runner_up", "reason", "host_share"):
+            assert part[key] == said[key]
         for key in ("in_features", "out_features", "rank", "count", "projections"):
             assert made[key] == said[key]
+        # Of all that explain lists the manifest has what mattered, and says how many there were.
+        everything = {variant["id"]: variant for variant in said["variants"]}
+        assert part["programs"] == len(everything) == len(said["variants"])
+        front = {name for name, variant in everything.items() if variant["pareto"]}
+        assert part["pareto"] == len(front)
+        wanted = {*front, part["chosen"], part["on_16_bit_weights"], part["runner_up"]}
+        assert {variant["id"]: variant for variant in part["variants"]} == {name: everything[name] for name in wanted}
+        assert len(part["variants"]) == len(wanted)
+
+
+def test_the_manifest_of_the_main_job_is_small(run, tmp_path: Path) -> None:
+    """And holds what people ask it for: it had 800 KB, with everything in it."""
+    run("--arch", "llama-13b", "--rank", "8", "-o", tmp_path).ok()
+    path = tmp_path / "llama_13b_r8" / "manifest.json"
+    assert path.stat().st_size <= 60_000
+    manifest = json.loads(path.read_text())
+    validator("manifest").validate(manifest)
+    assert len(manifest["layers"]) == 3
+    for layer in manifest["layers"]:
+        part = layer["ranges"][-1]
+        ids = [variant["id"] for variant in part["variants"]]
+        assert {part["chosen"], part["on_16_bit_weights"], part["runner_up"]} <= set(ids)
+        assert part["programs"] == 1180
+        assert sum(variant["pareto"] for variant in part["variants"]) == part["pareto"] > 1
 
 
 def test_one_is_chosen_and_it_is_on_the_front(both) -> None:
@@ -147,7 +245,9 @@ def test_one_is_chosen_and_it_is_on_the_front(both) -> None:
         assert next(v for v in layer["variants"] if v["id"] == layer["chosen"])["pareto"]
         for variant in layer["variants"]:
             kept = "-".join(s.lower() for s in variant["keeps"]) or "nothing"
-            assert variant["id"] == f"{variant['forward']}/{variant['backward']}/keep-{kept}"
+            kernels = "-".join(s.lower() for s in variant["by_kernel"])
+            suffix = f"/kernel-{kernels}" if kernels else ""
+            assert variant["id"] == f"{variant['forward']}/{variant['backward']}/keep-{kept}{suffix}"
             assert variant["paper"] == (variant["paper_labels"] or [None])[0]
     for layer in manifest["layers"]:
         for part in layer["ranges"]:

@@ -145,11 +145,10 @@ class TestObsolete:
             module.publish(tmp_path, [package("a.py")], force=True)
         assert (tmp_path / "p" / "a.py").stat().st_size == 2**40
 
-    def test_through_the_command(self, run, tmp_path: Path) -> None:
-        base = ("--arch", "llama-9m", "--rank", "4", "-o", tmp_path)
-        run(*base, "--target-modules", "q_proj,down_proj").ok()
+    def test_through_the_command(self, run, small, tmp_path: Path) -> None:
+        run(*small, "--target-modules", "down_proj", "-o", tmp_path).ok()
         assert (tmp_path / PACKAGE / "linear_352x128_r4.py").is_file()
-        run(*base, "--target-modules", "q_proj").ok()
+        run(*small, "-o", tmp_path).ok()
         assert not (tmp_path / PACKAGE / "linear_352x128_r4.py").exists()
 
     HOSTILE = (
@@ -320,12 +319,11 @@ class TestFailure:
         assert done.stderr.startswith("runlora-gen: error: -o: cannot write to ") and done.stderr.count("\n") == 1
         assert tree(fresh) == before
 
-    def test_later_package_refused_means_none_is_written(self, run, tmp_path: Path, tree: Callable) -> None:
+    def test_later_package_refused_means_none_is_written(self, run, small, tmp_path: Path, tree: Callable) -> None:
         (tmp_path / "llama_9m_r8").mkdir()
         (tmp_path / "llama_9m_r8" / "notes.txt").write_text("mine")
         before = tree(tmp_path)
-        arguments = ("--arch", "llama-9m", "--target-modules", "q_proj", "--rank", "4,8", "-o", tmp_path)
-        assert "llama_9m_r8" in run(*arguments).error()
+        assert "llama_9m_r8" in run(*small, "--rank", "8", "-o", tmp_path).error()
         assert tree(tmp_path) == before
 
 

@@ -460,19 +460,21 @@ class TestCannotBeKept:
 
     def test_nested_deeper_than_python_recurses(self, tmp_path: Path, tree: Callable) -> None:
         folder = old_folder(tmp_path, "p") / "p"
-        before = os.getcwd()
-        try:  # step by step: as a whole the path is too long for the system
+        before, limit, levels = os.getcwd(), sys.getrecursionlimit(), 300
+        try:  # step by step: os.makedirs would recurse
             os.chdir(folder)
-            for _ in range(1100):
+            for _ in range(levels):
                 os.mkdir("d")
                 os.chdir("d")
             os.chdir(before)
+            sys.setrecursionlimit(len(traceback.extract_stack()) + levels - 100)
             publish(tmp_path, [new("p")])
             assert not stages(tmp_path)
             os.chdir(folder)
-            for _ in range(1100):
+            for _ in range(levels):
                 os.chdir("d")
         finally:
+            sys.setrecursionlimit(limit)
             os.chdir(before)
             stage._remove(folder)
 

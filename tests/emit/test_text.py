@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
+import inspect
+import itertools
 import json
 import os
 import re
@@ -12,11 +15,14 @@ import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import black
 import pytest
-from runlora_gen.emit.render import LINE_LENGTH, MARKER, OUTPUT_LICENCE, template_folder
+from runlora_gen.cost import device
+from runlora_gen.emit.render import MARKER, OUTPUT_LICENCE, template_folder
+from runlora_gen.emit.style import DEFAULT_LINE_LENGTH, Style
 
 CONFIG: dict[str, Any] = {
     "model_type": "qwen2",
@@ -26,14 +32,25 @@ CONFIG: dict[str, Any] = {
     "num_key_value_heads": 2,
     "num_hidden_layers": 2,
 }
+SMALL = ("--arch", "llama-9m", "--target-modules", "q_proj")
+NARROW, HALF = ("--adapter-dtype", "bf16"), ("--dtype", "fp16", "--criterion", "memory")
 SPECS = {
-    "plain": ("--arch", "llama-9m"),
-    "ranges": ("--arch", "llama-9m", "--tokens", "16,65536", "--dtype", "fp32", "--device", "cpu"),
-    "frozen": ("--arch", "gpt2", "--train", "b", "--no-input-grad", "--criterion", "memory", "--dtype", "fp16"),
-    "lossy": ("--arch", "llama-9m", "--allow-lossy-merge", "--max-saved-bytes", "99999999", "--train", "a"),
-    "every variant": ("--arch", "llama-9m", "--target-modules", "q_proj", "--all-variants"),
-    "config": ("--arch", "my.model/config.json", "--device", "a100"),
-    "model type": ("--arch", "llama-3-8b", "--model-type", "mistral", "--target-modules", "v_proj, q_proj"),
+    "plain": SMALL,
+    "ranges": (*SMALL, "--tokens", "16,65536", "--dtype", "fp32", "--device", "cpu"),
+    "kernels": (*SMALL, "--launch", "graph", "--tokens", "65536", "--adapter-dtype", "bf16"),
+    "frozen": ("--arch", "gpt2", "--target-modules", "c_attn", "--train", "b", "--no-input-grad", *HALF),
+    "lossy": (*SMALL, "--allow-lossy-merge", "--max-saved-bytes", "99999999", "--train", "a", "--no-kernels"),
+    "every variant": (*SMALL, "--all-variants", "--train", "b", "--no-input-grad", "--adapter-dtype", "bf16"),
+    "config": (
+        "--arch",
+        "my.model/config.json",
+        "--device",
+        "a100",
+        "--no-kernels",
+        "--target-modules",
+        "k_proj,down_proj",
+    ),
+    "model type": ("--arch", "llama-3-8b", "--model-type", "mistral", "--target-modules", "v_proj, q_proj", *NARROW),
 }
 EVERYWHERE = {"__future__", "collections.abc", "typing"}
 
@@ -67,7 +84,7 @@ def test_files_are_those_of_the_contract(made: Path) -> None:
 
 
 def test_black_changes_nothing(made: Path) -> None:
-    mode = black.Mode(line_length=LINE_LENGTH)
+    mode = black.Mode(line_length=DEFAULT_LINE_LENGTH)
     for name, text in sources(made).items():
         ast.parse(text)
         assert black.format_str(text, mode=mode) == text, name
@@ -122,7 +139,7 @@ def test_docstrings_are_the_derivation(made: Path) -> None:
     for layer in manifest["layers"]:
         text = (made / f"{layer['module']}.py").read_text()
         assert f"IN_FEATURES = {layer['in_features']}\nOUT_FEATURES = {layer['out_features']}\nRANK = 4\n" in text
-        for part in layer["ranges"]:
+        for part in {part["chosen"]: part for part in reversed(layer["ranges"])}.values():
             start = text.index(f'"""Variant {part["chosen"]}.')
             doc = text[start : text.index('"""', start + 3)]
             for expected in (
@@ -136,9 +153,112 @@ def test_docstrings_are_the_derivation(made: Path) -> None:
                 "Temporaries",
             ):
                 assert expected in doc
-            if part is layer["ranges"][0]:
-                assert f"The runner-up lost: {part['reason']}." in " ".join(doc.split())
-                assert f"Priced at {part['tokens']} tokens" in doc
+            said = " ".join(doc.split())
+            assert (f"The runner-up lost: {part['reason']}." in said) == bool(part["reason"])
+            assert f"Priced at {part['tokens']} tokens in {manifest['workload']['dtype']}" in said
+            casts = manifest["workload"]["adapter_dtype"] != manifest["workload"]["dtype"]
+            assert ("the adapter in fp32" in said) == casts == ("cast(lora_" in said)
+            bound = {0: "the device", 1: "the host"}.get(part["host_share"], "device and host alike")
+            eager = f"a step of the whole model is bound by {bound}"
+            assert (eager if manifest["workload"]["launch"] == "eager" else "Launches cost nothing") in said
+
+
+def load(path: Path, name: str) -> ModuleType:
+    """Import a file under a name; Triton wants its kernels in files."""
+    pytest.importorskip("torch")
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        del sys.modules[name]
+    return module
+
+
+def test_every_module_says_what_it_is(made: Path, request: pytest.FixtureRequest) -> None:
+    """The same names in all of them, and what they say is true."""
+    manifest = json.loads((made / "manifest.json").read_text())
+    workload = manifest["workload"]
+    trains = [
+        name
+        for name, wanted in (
+            ("x", workload["input_grad"]),
+            ("lora_A", "a" in workload["train"]),
+            ("lora_B", "b" in workload["train"]),
+            ("bias", True),
+        )
+        if wanted
+    ]
+    for layer in manifest["layers"]:
+        path = made / f"{layer['module']}.py"
+        module = load(path, f"says_{request.node.callspec.id}_{path.stem}".replace(" ", "_"))
+        names = {"IN_FEATURES", "KERNELS", "LOSSY_MERGE", "OUT_FEATURES", "RANK", "TRAINS", "VARIANTS"}
+        assert set(module.__all__) == {*names, "LoRALinear", "lora_linear"}
+        assert list(module.TRAINS) == trains
+        listed = " and ".join([", ".join(trains[:-1]), trains[-1]])
+        assert f"\n    Differentiable in {listed}.\n" in module.lora_linear.__doc__
+        for name, frozen in (("lora_A", "lora_A" not in trains), ("lora_B", "lora_B" not in trains)):
+            (line,) = re.findall(rf"^ +{name}: \((?:r, in|out)_features.*$", module.LoRALinear.__doc__, re.M)
+            assert ("frozen" in line) == frozen
+        assert module.LOSSY_MERGE is workload["allow_lossy_merge"]
+        wanted = {name for part in layer["ranges"] for name in (part["chosen"], part["on_16_bit_weights"])}
+        assert wanted <= set(module.VARIANTS)
+        assert (wanted == set(module.VARIANTS)) == ("--all-variants" not in manifest["command"])
+        parameter = inspect.signature(module.lora_linear).parameters["variant"]
+        assert parameter.kind is parameter.KEYWORD_ONLY and parameter.default is None
+        text = path.read_text(encoding="utf-8")
+        has_kernels = "@triton.jit" in text
+        assert has_kernels == ("RUNLORA_KERNELS" in text) == ("triton" in text)
+        assert ("#: Whether fused kernels run: this module has none.\nKERNELS = False\n" in text) == (not has_kernels)
+        assert isinstance(module.KERNELS, bool) and (has_kernels or not module.KERNELS)
+        wide = workload["adapter_dtype"] == "fp32"
+        assert ("by default float32 over a 16-bit base" in module.LoRALinear.__doc__) == wide
+
+
+def test_the_specs_have_kernels_and_have_none(made: Path, request: pytest.FixtureRequest) -> None:
+    text = "".join(sources(made).values())
+    if request.node.callspec.id in ("kernels", "plain"):
+        assert ("@triton.jit" in text) == (request.node.callspec.id == "kernels")
+
+
+def test_the_adapter_s_dtype_is_in_the_command_where_it_is_no_default(made: Path) -> None:
+    manifest = json.loads((made / "manifest.json").read_text())
+    narrow = manifest["workload"]["adapter_dtype"] != "fp32"
+    assert (f" --adapter-dtype {manifest['workload']['adapter_dtype']} " in manifest["command"]) == narrow
+    assert ("--adapter-dtype" in manifest["command"]) == narrow
+
+
+@pytest.fixture(scope="module")
+def with_kernels(run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("triton", minversion="3.4")
+    place = tmp_path_factory.mktemp("with_kernels")
+    run(*SPECS["kernels"], "--rank", "4", "-o", place).ok()
+    return place / "llama_9m_r4" / "linear_128x128_r4.py"
+
+
+def test_two_modules_never_share_operators(with_kernels: Path) -> None:
+    """Torch refuses a second operator of one name: the same file may be loaded as two modules of any names."""
+    spaces = [
+        load(with_kernels, name)._NAMESPACE
+        for name in ("models.llama_mlp", "models_llama.mlp", "models.llama.mlp", "models_llama_mlp", "modéls.llama_mlp")
+    ]
+    assert len(set(spaces)) == len(spaces)
+    assert all(re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", space) for space in spaces)
+
+
+def test_no_two_names_give_one_namespace(with_kernels: Path) -> None:
+    (value,) = (
+        statement.value
+        for statement in ast.parse(with_kernels.read_text(encoding="utf-8")).body
+        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "_NAMESPACE"
+    )
+    namespace = compile(ast.Expression(value), "namespace", "eval")
+    # What a name may hold, and what may stand for it.
+    parts = ("", ".", "_", "é", "a", "2e", "5f", "e9", "_2e_", "_5f_")
+    names = {"".join(chosen) for chosen in itertools.product(parts, repeat=3)}
+    assert len({eval(namespace, {"__name__": name}) for name in names}) == len(names) > 500
 
 
 def test_modules_have_no_effects_at_import(made: Path) -> None:
@@ -169,9 +289,48 @@ def test_digest_follows_spec_and_templates(run, small, tmp_path: Path, monkeypat
         run(*small, *options, "-o", tmp_path).ok()
         return json.loads((tmp_path / "llama_9m_r4" / "manifest.json").read_text())["digest"]
 
-    variations = ((), ("--tokens", "8"), ("--train", "a"), ("--criterion", "flops"), ("--device", "a100"))
+    variations = (
+        (),
+        ("--tokens", "8"),
+        ("--train", "a"),
+        ("--criterion", "flops"),
+        ("--device", "a100"),
+        ("--adapter-dtype", "fp32"),
+        ("--launch", "graph"),
+        ("--all-variants", "--train", "b", "--no-input-grad"),
+        ("--train", "b", "--no-input-grad"),
+    )
+    monkeypatch.setattr(Style, "format", lambda self, source: source)
     digests = [digest(*options) for options in variations]
     assert len(set(digests)) == len(variations)
     assert digest() == digests[0]
     monkeypatch.setattr("runlora_gen.emit.package.template_digest", lambda: "other")
     assert digest() not in digests
+
+
+def test_digest_follows_a_profile_s_content(run, small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name stays, and with it the command: what was generated is stale all the same."""
+    monkeypatch.setattr(Style, "format", lambda self, source: source)
+    profile = (Path(device.__file__).parent / "devices" / "a100.toml").read_text(encoding="utf-8")
+    assert "\nhost_us = 64\n" in profile
+    found = []
+    for folder, text in (
+        ("a", profile),
+        ("b", profile.replace("\nhost_us = 64\n", "\nhost_us = 65\n")),
+        ("c", profile),
+    ):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mine.toml").write_text(text, encoding="utf-8")
+        run(*small, "--device", tmp_path / folder / "mine.toml", "-o", tmp_path / folder / "out").ok()
+        found.append(json.loads((tmp_path / folder / "out" / "llama_9m_r4" / "manifest.json").read_text()))
+    commands = {manifest["command"] for manifest in found}
+    assert len(commands) == 1 and "--device mine.toml" in commands.pop()
+    first, second, third = (manifest["digest"] for manifest in found)
+    assert first == third != second
+    # The text of the modules may stay, but not their headers.
+    assert (
+        run(*small, "--device", tmp_path / "b" / "mine.toml", "-o", tmp_path / "a" / "out", "--check", "-q").code == 1
+    )
+    assert (
+        run(*small, "--device", tmp_path / "c" / "mine.toml", "-o", tmp_path / "a" / "out", "--check", "-q").code == 0
+    )

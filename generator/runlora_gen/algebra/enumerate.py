@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 
 from .operations import SYMBOLS, Cast, Fused, Operation, Symbol
 from .table import KERNELS, LOSSY_IN_16_BIT, PAPER_BACKWARDS, TABLE, Way, inputs
 
 
-@dataclass(frozen=True, eq=False)  # made once by the cached enumeration: identity is equality, and cheap to hash
+@dataclass(frozen=True, eq=False)  # made once by ``phase_of``: identity is equality, and cheap to hash
 class Phase:
-    """One computation graph: a forward or a backward.
+    """One computation graph: a forward or a backward; made by :func:`phase_of`.
 
     Attributes:
         goals: what must be there at its end (Y, or the wanted gradients).
@@ -86,7 +86,7 @@ class Phase:
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """A forward and a backward that fit together: what one autograd function does.
+    """A forward and a backward that fit together: what one autograd function does; made by :func:`pair`.
 
     ``by_kernel``: symbols whose single product a kernel of ours computes where torch could.
     """
@@ -178,7 +178,7 @@ def enumerate_phases(
     for chosen in expand(wanted, {}):
         used = set(wanted).union(*(way.reads for way in chosen.values()))
         if used >= chosen.keys() and _acyclic(chosen):
-            yield Phase(tuple(goals), tuple(keeps), tuple(way for way in table if way in chosen.values()))
+            yield phase_of(tuple(goals), tuple(keeps), tuple(way for way in table if way in chosen.values()))
 
 
 def _acyclic(chosen: dict[Symbol, Way]) -> bool:
@@ -213,10 +213,20 @@ def enumerate_programs(
     )
 
 
-@lru_cache(maxsize=65536)
-def pair(forward: Phase, backward: Phase) -> Program:
+@cache
+def phase_of(goals: tuple[Symbol, ...], keeps: tuple[Symbol, ...], ways: tuple[Way, ...]) -> Phase:
+    """The phase of these ways: always the same object, from whichever table they were taken."""
+    return Phase(goals, keeps, ways)
+
+
+def pair(forward: Phase, backward: Phase, by_kernel: tuple[Symbol, ...] = ()) -> Program:
     """The program of a forward and a backward: always the same object, as programs are compared by identity."""
-    return Program(forward, backward)
+    return _pair(forward, backward, by_kernel)
+
+
+@cache
+def _pair(forward: Phase, backward: Phase, by_kernel: tuple[Symbol, ...]) -> Program:
+    return Program(forward, backward, by_kernel)
 
 
 @lru_cache

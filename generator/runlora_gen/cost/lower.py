@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
-from ..algebra.enumerate import Phase, Program
+from ..algebra.enumerate import Phase, Program, pair, phase_of
 from ..algebra.operations import Fused, Operation
 from ..algebra.table import TWINS, runs
 from .price import DEVICE_BOUND, Setting, is_priced, price_operation, rounded, wanted_operations, weighted
@@ -96,9 +96,7 @@ def _with_kernels(program: Program, kernels: tuple[Fused, ...], replacing: bool)
     if not kernels:
         return program
     by_kernel = program.by_kernel if replacing else tuple(symbol for kernel in kernels for symbol in kernel.outputs)
-    return Program(
-        phase_with_kernels(program.forward, kernels), phase_with_kernels(program.backward, kernels), by_kernel
-    )
+    return pair(phase_with_kernels(program.forward, kernels), phase_with_kernels(program.backward, kernels), by_kernel)
 
 
 @lru_cache(maxsize=65536)
@@ -106,4 +104,4 @@ def phase_with_kernels(phase: Phase, kernels: tuple[Fused, ...]) -> Phase:
     """The phase with kernels in place of the products that they compute."""
     twins: Mapping[Operation, Operation] = {kernel.parts[0]: kernel for kernel in kernels}
     ways = tuple(replace(way, operations=tuple(twins.get(op, op) for op in way.operations)) for way in phase.ways)
-    return phase if ways == phase.ways else Phase(phase.goals, phase.keeps, ways)
+    return phase if ways == phase.ways else phase_of(phase.goals, phase.keeps, ways)

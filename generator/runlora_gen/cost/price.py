@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -276,11 +277,11 @@ def _correction(operation: Operation, at: tuple[int, ...], dtype: DType, device:
     """
     total = weights = 0.0
     ratios = _ratios(operation, dtype, device.meter)
+    if there := [ratio for measured_at, ratio in ratios if measured_at == at]:
+        return math.exp(statistics.mean(there))  # of several products that stand for one
     aligned = _aligned(operation, at, dtype)
     for measured_at, ratio in [row for row in ratios if _aligned(operation, row[0], dtype) == aligned] or ratios:
         apart = distance(measured_at, at)
-        if apart == 0:
-            return math.exp(ratio)
         total, weights = total + ratio / apart**4, weights + 1 / apart**4
     return math.exp(total / weights) if weights else 1.0
 

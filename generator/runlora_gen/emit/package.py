@@ -102,7 +102,7 @@ def build_package(
         SpecError: a constraint that no variant meets, or a repository whose style can't be read.
     """
     folder = f"{architecture.slug}_r{rank}"
-    style = style_of(out, line_length)
+    style = style_of(out / folder, line_length)
     # Of a profile's path only the name: a generated file says nothing of the machine that it was made on.
     public = replace(workload, device=_NOT_PLAIN.sub("_", Path(workload.device).name))
     header = Header(

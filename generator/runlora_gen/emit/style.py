@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,23 @@ from ..spec.files import read_if_there
 DEFAULT_LINE_LENGTH = 88
 MIN_LINE_LENGTH, MAX_LINE_LENGTH = 60, 320
 _PYPROJECT = "pyproject.toml"
+#: What of ``[tool.black]`` says how a text is formatted, and not which files.
+_OPTIONS = frozenset(
+    {
+        "target_version",
+        "enable_unstable_feature",
+        "skip_string_normalization",
+        "skip_magic_trailing_comma",
+        "skip_source_first_line",
+        "pyi",
+        "preview",
+        "unstable",
+    }
+)
+_FLAGS = {
+    **dict.fromkeys(("1", "true", "t", "yes", "y", "on"), True),
+    **dict.fromkeys(("0", "false", "f", "no", "n", "off"), False),
+}
 _MAX_PYPROJECT_BYTES = 1 << 20
 
 
@@ -27,7 +46,7 @@ class Style:
 
     Attributes:
         line_length: columns of a line, also of wrapped docstrings.
-        options: the repository's ``[tool.black]``, with underscores in its names.
+        options: others of the repository's ``[tool.black]``, with underscores in their names.
         project: its ``requires-python``, from which black takes the Python versions if ``[tool.black]`` names none.
     """
 
@@ -45,25 +64,38 @@ class Style:
         from black.files import infer_target_version
         from black.mode import Preview, TargetVersion
 
-        options = self.options
         try:
-            versions = {TargetVersion[str(name).upper()] for name in options.get("target_version", ())}
-            features = {Preview[str(name)] for name in options.get("enable_unstable_feature", ())}
-        except (KeyError, TypeError) as error:
+            versions = {TargetVersion[name.upper()] for name in self._names("target_version")}
+            features = {Preview[name] for name in self._names("enable_unstable_feature")}
+        except KeyError as error:
             raise SpecError(f"{_PYPROJECT}: tool.black: {shorten(error.args[0])} is unknown to black") from None
         mode = black.Mode(
             line_length=self.line_length,
             target_versions=versions or set(infer_target_version({"project": dict(self.project)}) or ()),
             enabled_features=features,
-            string_normalization=not options.get("skip_string_normalization", False),
-            magic_trailing_comma=not options.get("skip_magic_trailing_comma", False),
-            skip_source_first_line=bool(options.get("skip_source_first_line", False)),
-            preview=bool(options.get("preview", False)),
-            unstable=bool(options.get("unstable", False)),
+            string_normalization=not self._flag("skip_string_normalization"),
+            magic_trailing_comma=not self._flag("skip_magic_trailing_comma"),
+            skip_source_first_line=self._flag("skip_source_first_line"),
+            is_pyi=self._flag("pyi"),
+            preview=self._flag("preview"),
+            unstable=self._flag("unstable"),
         )
         return black.format_str(source, mode=mode)
 
-    @property
+    def _names(self, option: str) -> list[str]:
+        names = self.options.get(option, [])
+        if not isinstance(names, list):
+            raise SpecError(f"{_option(option)}: {shorten(names)} is not allowed; give a list")
+        return list(map(str, names))
+
+    def _flag(self, option: str) -> bool:
+        """As black takes it: also from text."""
+        value = str(self.options.get(option, False)).lower()
+        if value not in _FLAGS:
+            raise SpecError(f"{_option(option)}: {shorten(value)} is not allowed; give true or false")
+        return _FLAGS[value]
+
+    @cached_property
     def key(self) -> str:
         """What the formatted form of a text depends on beside the text: black's version too."""
         version = importlib.metadata.version("black")
@@ -81,16 +113,23 @@ def style_of(out: Path, line_length: int | None = None) -> Style:
         SpecError: its ``pyproject.toml`` is no TOML, or its line length none that is supported.
     """
     tables = _pyproject(out)
-    black = tables.get("tool", {}).get("black", {})
+    black = _table(_table(tables, "tool"), "black")
     options = {str(key).replace("--", "").replace("-", "_"): value for key, value in black.items()}
-    length = options.pop("line_length", DEFAULT_LINE_LENGTH) if line_length is None else line_length
-    options.pop("line_length", None)
+    length = options.get("line_length", DEFAULT_LINE_LENGTH) if line_length is None else line_length
     if not str(length).isdecimal() or not MIN_LINE_LENGTH <= int(length) <= MAX_LINE_LENGTH:
-        where = f"{_PYPROJECT}: tool.black.line-length" if line_length is None else "--line-length"
+        where = _option("line_length") if line_length is None else "--line-length"
         allowed = f"give a whole number from {MIN_LINE_LENGTH} to {MAX_LINE_LENGTH}"
         raise SpecError(f"{where}: {shorten(length)} is not allowed; {allowed}")
-    requires = tables.get("project", {}).get("requires-python")
+    requires = _table(tables, "project").get("requires-python")
+    if requires is not None and not isinstance(requires, str):
+        raise SpecError(f"{_PYPROJECT}: project.requires-python: {shorten(requires)} is not allowed; give text")
+    options = {name: value for name, value in options.items() if name in _OPTIONS}
     return Style(int(length), options, {} if requires is None else {"requires-python": requires})
+
+
+def _option(name: str) -> str:
+    """An option of black, for errors."""
+    return f"{_PYPROJECT}: tool.black.{name.replace('_', '-')}"
 
 
 def _pyproject(out: Path) -> dict[str, Any]:
@@ -98,12 +137,20 @@ def _pyproject(out: Path) -> dict[str, Any]:
 
     Not a user's own, as that would format the same repository differently elsewhere.
     """
-    place = out.absolute()
+    place = Path(os.path.realpath(out))  # as black does: what lies there, lies where a link leads to
+    tables: dict[str, Any] = {}
     for folder in (place, *place.parents):
         tables = _read_toml(folder / _PYPROJECT)
-        if (folder / ".git").exists() or (folder / ".hg").is_dir() or "black" in tables.get("tool", {}):
-            return tables
-    return {}
+        if (folder / ".git").exists() or (folder / ".hg").is_dir() or "black" in _table(tables, "tool"):
+            break
+    return tables
+
+
+def _table(tables: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    table = tables.get(name, {})
+    if not isinstance(table, dict):
+        raise SpecError(f"{_PYPROJECT}: {name}: {shorten(table)} is not allowed; give a table")
+    return table
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
