@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import pytest
-from runlora_gen.choose import decide_ranges, setting_for
 from runlora_gen.emit.nodes import module_node
 from runlora_gen.emit.render import Header, render
+from runlora_gen.ranges import decide_model
 from runlora_gen.spec.layers import Layer
 from runlora_gen.spec.workload import Workload
 
@@ -31,8 +31,8 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Render]:
         all_variants: bool = False,
     ) -> ModuleType:
         layer = Layer(in_features, out_features, False, 1, ("up_proj",))
-        setting = setting_for(workload, in_features, out_features, rank, False, workload.tokens[0])
-        node = module_node(layer, rank, workload, decide_ranges(workload, setting), all_variants=all_variants)
+        (choice,) = decide_model(workload, (layer,), rank)
+        node = module_node(choice, rank, workload, width=120, all_variants=all_variants)
         source = render("linear.py.jinja", {"header": Header("command", "digest"), "module": node})
         # Triton reads the source of its kernels: the module must be a file.
         path = tmp_path_factory.mktemp("generated") / f"generated_{len(loaded)}.py"

@@ -1,8 +1,16 @@
-"""What the prices say is what torch counts: FLOPs, saved bytes and workspace of every program."""
+"""What the prices say is what torch counts: FLOPs, launches, saved bytes and workspace of every phase of every program.
+
+A program's costs are those of its forward and of its backward, so programs that together hold every phase stand for all
+of them. Those with kernels run the same products through torch here: they are counted in ``test_kernels.py``.
+"""
 
 from __future__ import annotations
 
+import itertools
+import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -10,17 +18,78 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runlora_gen.algebra.enumerate import Program, enumerate_programs
-from runlora_gen.algebra.operations import SYMBOLS
+from runlora_gen.algebra.enumerate import Phase, Program, enumerate_programs, pair
+from runlora_gen.algebra.operations import SYMBOLS, Cast, signature
+from runlora_gen.algebra.table import OPERATIONS, rows
 from runlora_gen.cost.device import load_device
-from runlora_gen.cost.price import DTYPES, Setting, price, saved_symbols
+from runlora_gen.cost.price import (
+    DTYPES,
+    Setting,
+    price,
+    roofline,
+    saved_activations,
+    saved_symbols,
+    setting_at,
+)
+from runlora_gen.measure.problem import TORCH_DTYPES
+from runlora_gen.spec.workload import Workload
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-PROGRAMS = enumerate_programs(("dX", "dA", "dB", "db"))
-TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GRADIENT_OF = {"x": "dX", "lora_A": "dA", "lora_B": "dB", "bias": "db"}
 #: torch's CPU allocator rounds a block up to this.
 ALIGNMENT = 64
+
+
+def covering(programs: Sequence[Program]) -> Iterator[Program]:
+    """Programs that together hold every two ways that some phase has side by side."""
+
+    def pairs(program: Program) -> set[frozenset[Any]]:
+        phases = (program.forward.ways, program.backward.ways)
+        return {frozenset(pair) for ways in phases for pair in itertools.combinations_with_replacement(ways, 2)}
+
+    held = {program: pairs(program) for program in programs}
+    missing = set().union(*held.values())
+    while missing:
+        best = max(programs, key=lambda program: len(held[program] & missing))
+        missing -= held[best]
+        yield best
+
+
+def every_phase(programs: Sequence[Program]) -> Iterator[Program]:
+    """Programs that together hold every forward and every backward."""
+    by_kept: dict[Any, tuple[dict[Phase, None], dict[Phase, None]]] = {}
+    for program in programs:
+        forwards, backwards = by_kept.setdefault(program.kept, ({}, {}))
+        forwards[program.forward] = backwards[program.backward] = None
+    for forwards, backwards in by_kept.values():
+        count = max(len(forwards), len(backwards))
+        both = (itertools.islice(itertools.cycle(phases), count) for phases in (forwards, backwards))
+        yield from itertools.starmap(pair, zip(*both, strict=True))
+
+
+def enumerated(casts: bool) -> tuple[Program, ...]:
+    return enumerate_programs(("dX", "dA", "dB", "db"), table=rows(kernels=False), casts=casts)
+
+
+#: Whether the adapter has a dtype of its own, and a program: that multiplies programs by four and changes none of them.
+PROGRAMS = [
+    *((False, program) for program in every_phase(enumerated(False))),
+    *((True, program) for program in covering(enumerated(True))),
+]
+every_program = pytest.mark.parametrize(
+    ("casts", "program"), PROGRAMS, ids=[f"{'casts' if casts else 'same'}-{p.id}" for casts, p in PROGRAMS]
+)
+
+
+@pytest.fixture(scope="module")
+def module_of(load: Callable[..., ModuleType]) -> Callable[[bool], ModuleType]:
+    """Every variant in plain torch, of an adapter in the activations' dtype or in its own."""
+    made = {
+        casts: load(Workload(kernels=False, adapter_dtype="fp32" if casts else "bf16"), all_variants=True)
+        for casts in (False, True)
+    }
+    return made.__getitem__
 
 
 @dataclass(frozen=True)
@@ -30,32 +99,41 @@ class Case:
     setting: Setting
     seed: int
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:  # a device profile fills screens
+        printer.text(f"Case({self.setting.dims}, {self.setting.dtype.name}, {sorted(self.setting.gradients)})")
+
     def tensors(self) -> dict[str, Any]:
         """Arguments of ``lora_linear``."""
-        dims, dtype = self.setting.dims, TORCH_DTYPES[self.setting.dtype.name]
-        generator = torch.Generator().manual_seed(self.seed)
+        setting, generator = self.setting, torch.Generator().manual_seed(self.seed)
         shapes = {"x": "TI", "weight": "OI", "lora_A": "RI", "lora_B": "OR", "bias": "O"}
         tensors: dict[str, Any] = {
-            name: torch.randn([dims[d] for d in shape], generator=generator).to(dtype) for name, shape in shapes.items()
+            name: torch.randn([setting.dims[d] for d in shape], generator=generator).to(dtype_of(setting, name))
+            for name, shape in shapes.items()
         }
         for name, tensor in tensors.items():
-            tensor.requires_grad_(GRADIENT_OF.get(name) in self.setting.gradients)
-        if not self.setting.bias:
+            tensor.requires_grad_(GRADIENT_OF.get(name) in setting.gradients)
+        if not setting.bias:
             tensors["bias"] = None
         return tensors
 
 
+def dtype_of(setting: Setting, name: str) -> torch.dtype:
+    return TORCH_DTYPES[(setting.adapter_dtype if name.startswith("lora") else setting.dtype).name]
+
+
 @st.composite
-def cases(draw: st.DrawFn, dtypes: tuple[str, ...] = ("fp32", "bf16"), smallest: int = 1, largest: int = 64) -> Case:
-    size = st.integers(smallest, largest)
+def cases(draw: st.DrawFn, casts: bool, dtypes: tuple[str, ...] = ("fp32", "bf16"), smallest: int = 1) -> Case:
+    size = st.integers(smallest, 64)
     bias = draw(st.booleans())
     gradients = draw(st.frozensets(st.sampled_from(["dX", "dA", "dB"] + ["db"] * bias), min_size=1))
+    dtype = "bf16" if casts else draw(st.sampled_from(dtypes))
     setting = Setting(
         tokens=draw(size),
         in_features=draw(size),
         out_features=draw(size),
         rank=draw(st.integers(1, 16)),
-        dtype=DTYPES[draw(st.sampled_from(dtypes))],
+        dtype=DTYPES[dtype],
+        adapter_dtype=DTYPES["fp32" if casts else dtype],
         bias=bias,
         gradients=gradients,
         device=load_device("h100"),
@@ -63,42 +141,116 @@ def cases(draw: st.DrawFn, dtypes: tuple[str, ...] = ("fp32", "bf16"), smallest:
     return Case(setting, draw(st.integers(0, 2**31)))
 
 
-every_program = pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.id)
-few = settings(max_examples=5, deadline=None)
+@every_program
+def test_flops_and_saved_bytes_are_what_torch_counts(
+    module_of: Callable[[bool], ModuleType], casts: bool, program: Program
+) -> None:
+    module = module_of(casts)
+
+    @settings(max_examples=5, deadline=None)
+    @given(case=cases(casts))
+    def run(case: Case) -> None:
+        cost, tensors = price(program, case.setting), case.tensors()
+        parameters = {t.untyped_storage().data_ptr() for name, t in tensors.items() if name != "x" and t is not None}
+        packed: list[torch.Tensor] = []
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            packed.append(tensor)
+            return tensor
+
+        with FlopCounterMode(display=False) as counter:
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                output = module.lora_linear(**tensors, scaling=0.5, variant=program.id)
+            forward = counter.get_total_flops()
+            output.backward(torch.randn_like(output))
+        assert forward == cost.forward.flops
+        assert counter.get_total_flops() - forward == cost.backward.flops
+        activations = [tensor for tensor in packed if tensor.untyped_storage().data_ptr() not in parameters]
+        assert sum(tensor.nbytes for tensor in activations) == cost.saved_bytes
+        assert len(activations) == len(saved_activations(program, case.setting.gradients))
+        # Parameters that no wanted gradient reads are not saved either.
+        assert len(packed) == len(saved_symbols(program, case.setting.gradients))
+
+    run()
+
+
+def test_fp32_adapters_keep_their_casts(module_of: Callable[[bool], ModuleType]) -> None:
+    """By hand: X, S and both casts in two bytes, and not one byte less."""
+    program = next(p for p in enumerated(True) if p.id.endswith("-pt_x-dyt_s/keep-s-a-b"))
+    setting = Setting(
+        16, 32, 48, 8, DTYPES["bf16"], DTYPES["fp32"], False, frozenset({"dX", "dA", "dB"}), load_device("h100")
+    )
+    assert price(program, setting).saved_bytes == 2 * (16 * 32 + 16 * 8 + 8 * 32 + 48 * 8)
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operators that launch something: neither views nor allocations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not (func.is_view or "empty" in str(func) or "detach" in str(func))
+        return func(*args, **(kwargs or {}))
 
 
 @every_program
-@few
-@given(case=cases())
-def test_flops_are_what_torch_counts(everything: ModuleType, program: Program, case: Case) -> None:
-    cost = price(program, case.setting)
-    tensors = case.tensors()
-    with FlopCounterMode(display=False) as counter:
-        output = everything.lora_linear(**tensors, scaling=0.5, variant=program.id)
-        forward = counter.get_total_flops()
-        output.backward(torch.randn_like(output))
-    assert forward == cost.forward.flops
-    assert counter.get_total_flops() - forward == cost.backward.flops
+def test_launches_are_the_operators_that_run(
+    module_of: Callable[[bool], ModuleType], monkeypatch: pytest.MonkeyPatch, casts: bool, program: Program
+) -> None:
+    module = module_of(casts)
+    real, launches = module._mm_as, Launches()
+
+    def mm_as(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype, scaling: float = 1.0) -> torch.Tensor:
+        """As on a GPU, which writes a product in a wider dtype at once, and scales it by itself."""
+        before = launches.count
+        result: torch.Tensor = real(left, right, dtype, scaling)
+        if dtype.itemsize > left.itemsize:
+            launches.count = before + 1 + (scaling != 1)
+        return result
+
+    monkeypatch.setattr(module, "_mm_as", mm_as)
+
+    @settings(max_examples=3, deadline=None)
+    @given(case=cases(casts))
+    def run(case: Case) -> None:
+        cost, tensors = price(program, case.setting), case.tensors()
+        launches.count = 0
+        with launches:
+            output = module.lora_linear(**tensors, scaling=0.5, variant=program.id)
+            forward = launches.count
+        grad_output = torch.randn_like(output)
+        wanted = [tensor for tensor in tensors.values() if tensor is not None and tensor.requires_grad]
+        with launches:
+            torch.autograd.grad(output, wanted, grad_output)
+        assert (forward, launches.count - forward) == (cost.forward.launches, cost.backward.launches)
+
+    run()
 
 
-@every_program
-@few
-@given(case=cases())
-def test_saved_bytes_are_what_torch_saves(everything: ModuleType, program: Program, case: Case) -> None:
-    tensors = case.tensors()
-    parameters = {t.untyped_storage().data_ptr() for name, t in tensors.items() if name != "x" and t is not None}
-    packed: list[torch.Tensor] = []
+def test_a_gpu_counts_the_launches_and_the_bytes_that_are_priced() -> None:
+    """The counters of an H100: launches, where a library splits none; the fewest bytes, but for large products.
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        packed.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        everything.lora_linear(**tensors, scaling=0.5, variant=program.id)
-    activations = [tensor for tensor in packed if tensor.untyped_storage().data_ptr() not in parameters]
-    assert sum(tensor.nbytes for tensor in activations) == price(program, case.setting).saved_bytes
-    # Parameters that no wanted gradient reads are not saved either.
-    assert len(packed) == len(saved_symbols(program, case.setting.gradients))
+    Those read their operands once a band of tiles, more than once, which their arithmetic hides.
+    """
+    (path,) = (Path(__file__).parents[2] / "tools" / "results").glob("traffic_*.json")
+    data = json.loads(path.read_text(encoding="utf-8"))
+    operations = {signature(operation): operation for operation in OPERATIONS if not isinstance(operation, Cast)}
+    assert operations.keys() - {row["operation"] for row in data["rows"]} == {"merge_stochastic: M = W + s B A"}
+    setting = setting_at(data["at"], DTYPES[data["dtype"]], load_device("h100"))
+    for row in data["rows"]:
+        operation, counted = operations[row["operation"]], row["counted"]
+        priced = roofline(operation, setting)
+        split = operation.outputs[0].store == "adapter" and not row["kernel"]
+        assert priced.launches <= counted["launches"] <= priced.launches + split, row["operation"]
+        moved = (counted["read"] + counted["written"]) / priced.bytes_moved
+        if priced.flops / setting.device.flops_per_s["bf16"] > priced.bytes_moved / setting.device.bytes_per_s:
+            assert 1 < moved < 4, row["operation"]
+        else:  # part of a small result is still in the cache when its kernel ends
+            assert 0.35 < moved < 1.25, row["operation"]
+            if priced.launches == 1:  # with two the first writes partial sums
+                assert counted["read"] < 1.02 * priced.bytes_moved, row["operation"]
 
 
 def _peak(run: Any) -> tuple[int, int]:
@@ -115,38 +267,48 @@ def _peak(run: Any) -> tuple[int, int]:
 
 
 @every_program
-@settings(max_examples=2, deadline=None)
-@given(case=cases(dtypes=("fp32",), smallest=16))
-def test_workspace_bounds_the_measured_peak(everything: ModuleType, program: Program, case: Case) -> None:
-    cost, dims = price(program, case.setting), case.setting.dims
-    tensors = case.tensors()
+def test_workspace_bounds_the_measured_peak(
+    module_of: Callable[[bool], ModuleType], casts: bool, program: Program
+) -> None:
+    module = module_of(casts)
 
-    def size(names: Any) -> int:
-        return sum(SYMBOLS[name].numel(dims) * case.setting.dtype.bytes for name in names)
+    @settings(max_examples=2, deadline=None)
+    @given(case=cases(casts, dtypes=("fp32",), smallest=16))
+    def run(case: Case) -> None:
+        setting, cost, tensors = case.setting, price(program, case.setting), case.tensors()
 
-    def run() -> torch.Tensor:
-        output: torch.Tensor = everything.lora_linear(**tensors, scaling=0.5, variant=program.id)
-        return output
+        def size(names: Any) -> int:
+            return sum(setting.bytes_of(SYMBOLS[name]) for name in names)
 
-    # A forward computes what it keeps even where no wanted gradient reads it.
-    kept = size(str(symbol) for symbol in program.kept)
-    peak, blocks = _peak(run)
-    assert peak <= size(["Y"]) + kept + cost.forward.workspace_bytes + blocks * ALIGNMENT
+        def forward() -> torch.Tensor:
+            output: torch.Tensor = module.lora_linear(**tensors, scaling=0.5, variant=program.id)
+            return output
 
-    output = run()
-    wanted = [tensor for tensor in tensors.values() if tensor is not None and tensor.requires_grad]
-    grad_output = torch.randn_like(output)
-    peak, blocks = _peak(lambda: torch.autograd.grad(output, wanted, grad_output))
-    returned = size(case.setting.gradients)
-    assert peak <= returned + cost.backward.workspace_bytes + blocks * ALIGNMENT
+        # A forward computes what it keeps even where no wanted gradient reads it.
+        kept = size(str(symbol) for symbol in program.kept)
+        peak, blocks = _peak(forward)
+        assert peak <= size(["Y"]) + kept + cost.forward.workspace_bytes + blocks * ALIGNMENT
+        if casts:  # a CPU writes no product in a wider dtype than its factors': it casts blocks of them
+            return
+        output = forward()
+        wanted = [tensor for tensor in tensors.values() if tensor is not None and tensor.requires_grad]
+        grad_output = torch.randn_like(output)
+        peak, blocks = _peak(lambda: torch.autograd.grad(output, wanted, grad_output))
+        returned = size(setting.gradients)
+        assert peak <= returned + cost.backward.workspace_bytes + blocks * ALIGNMENT
+
+    run()
 
 
-def test_workspace_is_no_idle_bound(everything: ModuleType) -> None:
+def test_workspace_is_no_idle_bound(module_of: Callable[[bool], ModuleType]) -> None:
     """With G the largest tensor of all, the measured peak comes close to what is predicted."""
-    program = next(p for p in PROGRAMS if p.id == "base_first/merged-bt_g-g_at/keep-nothing")
-    setting = Setting(8, 512, 512, 4, DTYPES["fp32"], False, frozenset({"dX", "dA", "dB"}), load_device("h100"))
+    module = module_of(False)
+    name = "base_first/merged-bt_g-g_at/keep-nothing"
+    program = next(p for p in enumerated(False) if p.id == name)
+    wanted_gradients, fp32 = frozenset({"dX", "dA", "dB"}), DTYPES["fp32"]
+    setting = Setting(8, 512, 512, 4, fp32, fp32, False, wanted_gradients, load_device("h100"))
     tensors = Case(setting, 0).tensors()
-    output = everything.lora_linear(**tensors, scaling=0.5, variant=program.id)
+    output = module.lora_linear(**tensors, scaling=0.5, variant=program.id)
     wanted = [tensors["x"], tensors["lora_A"], tensors["lora_B"]]
     peak, _ = _peak(lambda: torch.autograd.grad(output, wanted, torch.ones_like(output)))
     predicted = price(program, setting).backward.workspace_bytes

@@ -38,10 +38,10 @@ MERGED = "merged/merged-pt_x-one_pass/keep-nothing"
 
 def with_all_kernels(load: Any, **options: Any) -> ModuleType:
     """Every variant of a layer, with our kernels wherever one computes a product, with the table's tiles."""
-    workload = Workload(launch="graph", device="h200", allow_lossy_merge=True, **options)
+    workload = Workload(adapter_dtype="bf16", launch="graph", device="h200", allow_lossy_merge=True, **options)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DeviceProfile, "tiles_for", lambda *args: None)
-        patch.setattr(choose, "lowered", lambda program, setting: with_kernels(program, tuple(TWINS.values())))
+        patch.setattr(choose, "lowered", lambda program, *_: with_kernels(program, tuple(TWINS.values())))
         module: ModuleType = load(workload, in_features=40, out_features=24, rank=4, all_variants=True)
     assert module.KERNELS
     return module
@@ -131,13 +131,15 @@ class Launches(list[tuple[str, dict[str, Any]]]):
 class Spy:
     """A kernel that notes its launches."""
 
+    runs = True
+
     def __init__(self, name: str, kernel: Any, launches: Launches) -> None:
         self.name, self.kernel, self.launches = name, kernel, launches
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
         def launch(*args: Any, **constants: Any) -> Any:
             self.launches.append((self.name, constants))
-            return self.kernel[grid](*args, **constants)
+            return self.kernel[grid](*args, **constants) if self.runs else None
 
         return launch
 
@@ -158,15 +160,16 @@ def resize(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Callable[[in
     return lambda count: monkeypatch.setattr(kernels, "_multiprocessors", lambda device: count)
 
 
-sizes = st.integers(1, 300)
-multiples_of_8 = st.integers(1, 38).map(lambda n: 8 * n)  # a GEMM writes those through a tensor descriptor
+# Below, at and above the sides of tiles. A GEMM writes multiples of 8 through a tensor descriptor.
+sizes = st.integers(1, 300) if GPU else st.sampled_from([1, 7, 31, 32, 33, 63, 64, 65, 100, 129, 150])
+multiples_of_8 = st.integers(1, 38).map(lambda n: 8 * n) if GPU else st.sampled_from([8, 32, 64, 72, 128, 136])
 # On a GPU every rank is compiled anew: a few stand for all.
 ranks = st.sampled_from([1, 5, 16, 33, 128]) if GPU else st.integers(1, 70)
 machines = st.sampled_from([1, 3, 4, 132])
 layouts = st.sampled_from(LAYOUTS)
 pairs, triples, quadruples = (st.tuples(*[layouts] * n) for n in (2, 3, 4))
 seeds = st.integers(0, 2**20)
-property_test = settings(max_examples=15 if GPU else 25, deadline=None)
+property_test = settings(max_examples=15 if GPU else 6, deadline=None)
 
 ALIGNED, PADDED = ("aligned",) * 4, ("padded",) * 4
 BOTH = {(tma, whole) for tma in {DESCRIPTORS, False} for whole in (True, False)}
@@ -322,7 +325,10 @@ def test_wide_gradients_come_from_the_float32_sums(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_tiles_in_flight_fit_the_shared_memory(kernels: ModuleType, launches: Launches, dtype: torch.dtype) -> None:
+def test_tiles_in_flight_fit_the_shared_memory(
+    kernels: ModuleType, launches: Launches, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(Spy, "runs", False)  # what would be launched is all that matters
     for rank in (4, 32, 64, 128):
         x, s, b = draw_all(0, dtype, ("contiguous",) * 3, (4096, 8), (4096, rank), (8, rank))
         kernels._launch_x_at(x[:64], b.t(), 1.0, "S")
@@ -491,7 +497,9 @@ def test_backward_merges_to_the_bits_of_the_forward(
     W, A, B = exact_operands(0, 24, 40, 4, dtype)
     nearest = torch.addmm(W, B, A, alpha=0.5)
     exact = W.double() + 0.5 * B.double() @ A.double()
-    names = [id for id in stochastic.VARIANTS if "/merged-" in id]
+    # One for each forward and what it keeps: the backward's other products are no matter here.
+    merging = {(id.split("/")[0], id.split("/")[2]): id for id in stochastic.VARIANTS if "/merged-pt_x-" in id}
+    names = list(merging.values())
     assert {id.split("/")[0] for id in names} == {"base_first", "lowrank_first", "merged", "fused", "delta"}
     for name in names:
         linear = partial(stochastic.lora_linear, variant=name)

@@ -1,25 +1,28 @@
-"""`verify`: right modules pass, whichever way they were generated; any mutation of the arithmetic fails."""
+"""`verify`: right modules pass, wherever they lie; mutated ones fail; what did not run is not proved."""
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
-from runlora_gen import cli
-from runlora_gen.emit import render
-from runlora_gen.measure.verify import verify_folder
+from runlora_gen.measure import proof
+from runlora_gen.measure.verify import verify
 from runlora_gen.spec.errors import SpecError
 
-SMALL = ["--arch", "llama-9m", "--rank", "4", "--target-modules", "q_proj"]
+MODULE = "linear_128x128_r4.py"
 
 
-def generate(out: Path, *options: str) -> Path:
-    result = CliRunner().invoke(cli.main, [*SMALL, *options, "-o", str(out), "-q"], catch_exceptions=False)
-    assert result.exit_code == 0
-    return out / "llama_9m_r4"
+def errors(path: Path, examples: int = 3) -> list[str]:
+    """What the torch path's properties find, in this process."""
+    proof.load({"proved": path})
+    found = [(check, proof.outcome(check)) for check in proof.checks(["proved"], proof.TORCH, examples)]
+    assert len(found) > 15
+    return [f"{check.title}: {outcome['error']}" for check, outcome in found if "error" in outcome]
 
 
 @pytest.mark.parametrize(
@@ -28,7 +31,7 @@ def generate(out: Path, *options: str) -> Path:
         (),
         ("--train", "a"),
         ("--train", "b"),
-        ("--no-input-grad",),
+        ("--no-input-grad", "--adapter-dtype", "bf16"),
         ("--criterion", "memory"),
         ("--criterion", "flops", "--dtype", "fp32"),
         ("--dtype", "fp32", "--device", "cpu", "--tokens", "16,64,4096,1000000"),
@@ -36,113 +39,174 @@ def generate(out: Path, *options: str) -> Path:
     ],
     ids=" ".join,
 )
-def test_generated_folders_are_proved(tmp_path: Path, options: tuple[str, ...]) -> None:
-    assert verify_folder(generate(tmp_path, *options), examples=10, quiet=True) == 0
+def test_generated_modules_are_proved(run, small: tuple[str, ...], tmp_path: Path, options: tuple[str, ...]) -> None:
+    run(*small, *options, "-o", tmp_path).ok()
+    assert errors(tmp_path / "llama_9m_r4" / MODULE) == []
 
 
-def test_every_variant_is_proved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = generate(tmp_path, "--all-variants")
-    assert verify_folder(folder, examples=3, quiet=False) == 0
-    # 310 variants and the selected one, three properties each, and one of the layer.
-    assert f"proved, {311 * 3 + 1} properties" in capsys.readouterr().out
-
-
-#: A slip of a careful engineer: in the text of the template, or of the line that an operation emits.
+#: A slip of a careful engineer: in the text of the template, or of the line that an operation emits. Those of kernels,
+#: launchers, prices and all others are in the catalogue of mutants.
 MUTATIONS = {
     "dropped scaling": ("alpha=scaling)", "alpha=1.0)"),
-    "sign of S or P": ("beta=0, alpha=scaling", "beta=0, alpha=-scaling"),
-    "sign of dA": ("dA = (P.t() @ X)", "dA = (-P.t() @ X)"),
-    "transposed dB": ("dB = (dY.t() @ S)", "dB = (S.t() @ dY).t().flip(0)"),
     "update lost": ("Y = _accumulate(Y, S, B.t())", "Y = Y.clone()"),
-    "update gradient lost": ("dX = _accumulate(dX, P, A)", "dX = dX.clone()"),
-    "transposed weight": ("dX = dY @ W", "dX = dY @ W.t().reshape(W.shape)"),
-    "bias lost": ("F.linear(X, W, b)", "F.linear(X, W)"),
-    "bias gradient doubled": ("dY.sum(0)", "2 * dY.sum(0)"),
-    "wrong condition": ("if need_dB:", "if need_dX:"),
-    "swapped returns": ("return dX, None, dA, dB, db, None", "return dX, None, None, dB, db, None"),
-    "subtracted": ("dX = _accumulate(dX, P, A)", "dX = _accumulate(dX, -P, A)"),
-    "leading dimensions": ("Y.view(*x.shape[:-1], weight.shape[0])", "Y"),
-    "saved too little": ("S if need_dB else None", "None"),
+    "wrong above 64 tokens": ("        return Y, S\n", "        return Y * (1 if X.shape[0] <= 64 else 2), S\n"),
+    "wrong above rank 9": ("        return Y, S\n", "        return Y * (1 if A.shape[0] <= 9 else 2), S\n"),
+    "autocast lost": ("torch.is_autocast_enabled(device)", "False"),
+    "second derivatives allowed": (
+        "not _transformed():\n            _refuse_second",
+        "False:\n            _refuse_second",
+    ),
+    "arguments unchecked": ("    _check_arguments(x, weight", "    if False: _check_arguments(x, weight"),
+    "a negative scaling wrong": ("ctx.scaling = scaling", "ctx.scaling = abs(scaling)"),
+    "wide gradients rounded": ("if dtype.itemsize <= left.dtype.itemsize:", "if True:"),
 }
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
-def test_a_mutated_module_fails(tmp_path: Path, mutation: str) -> None:
-    folder = generate(tmp_path)
+def test_a_mutated_module_fails(fresh: Path, mutation: str) -> None:
+    module = fresh / "llama_9m_r4" / MODULE
     old, new = MUTATIONS[mutation]
-    module = folder / "linear_128x128_r4.py"
     text = module.read_text(encoding="utf-8")
     assert old in text
     module.write_text(text.replace(old, new), encoding="utf-8")
-    assert verify_folder(folder, examples=30, quiet=True) == 1
+    assert errors(module)
 
 
-def test_a_mutated_template_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    templates = tmp_path / "templates"
-    shutil.copytree(render.template_folder(), templates)
-    path = templates / "linear.py.jinja"
-    text = path.read_text(encoding="utf-8")
-    assert "beta=0, alpha=scaling" in text
-    path.write_text(text.replace("beta=0, alpha=scaling", "beta=0, alpha=scaling * scaling"), encoding="utf-8")
-    render._environment.cache_clear()
-    with monkeypatch.context() as patch:
-        patch.setattr(render, "template_folder", lambda: templates)
-        folder = generate(tmp_path / "out")
-    render._environment.cache_clear()
-    assert verify_folder(folder, examples=30, quiet=True) == 1
+@pytest.fixture(scope="module")
+def kernels(run, small: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder whose one module has kernels."""
+    out = tmp_path_factory.mktemp("kernels")
+    run(*small, "--launch", "graph", "--tokens", "65536", "-o", out).ok()
+    return out / "llama_9m_r4"
 
 
-def test_the_folder_s_own_test_is_not_what_is_trusted(tmp_path: Path) -> None:
-    folder = generate(tmp_path)
+class TestCommand:
+    """Whole runs: in processes of their own, the kernels in Triton's interpreter."""
+
+    def test_kernels_run_in_the_interpreter(self, run, kernels: Path) -> None:
+        pytest.importorskip("triton", minversion="3.4")
+        done = run("verify", "--examples", "2", "--require-kernels", kernels)
+        assert done.code == 0 and done.out.startswith(f"{kernels / MODULE}: proved, ")
+        assert done.out.endswith(" properties, kernels in Triton's interpreter\n") or "kernels on " in done.out
+
+    def test_a_mutated_kernel_fails(self, run, kernels: Path, tmp_path: Path) -> None:
+        pytest.importorskip("triton", minversion="3.4")
+        text = (kernels / MODULE).read_text(encoding="utf-8")
+        old = "acc = tl.dot(left_tile, right_tile, acc)"
+        assert text.count(old) == 1
+        (tmp_path / "alone.py").write_text(text.replace(old, "acc = tl.dot(left_tile, right_tile)"), encoding="utf-8")
+        done = run("verify", "--examples", "2", "-x", tmp_path / "alone.py")
+        assert done.code == 1 and "alone.py: FAILED 1 of " in done.out
+
+    def test_what_did_not_run_is_said(
+        self, run, kernels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        shutil.copy(kernels / MODULE, tmp_path / "alone.py")
+        (tmp_path / "triton.py").write_text("raise ImportError", encoding="utf-8")
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+        done = run("verify", "--examples", "1", tmp_path / "alone.py")
+        assert done.code == 0
+        assert done.out.startswith(f"{tmp_path / 'alone.py'}: proved (torch path; kernels not run: no triton), ")
+        done = run("verify", "--examples", "1", "--require-kernels", tmp_path / "alone.py")
+        assert done.code == 1 and done.out == f"{tmp_path / 'alone.py'}: FAILED: kernels not run: no triton\n"
+
+    def test_a_module_that_ends_the_process(self, run, fresh: Path) -> None:
+        module = fresh / "llama_9m_r4" / MODULE
+        text = module.read_text(encoding="utf-8")
+        for end in ("raise SystemExit", "import os; os._exit(0)"):
+            module.write_text(f"{text}\n{end}\n", encoding="utf-8")
+            assert "can't be imported: " in run("verify", "--examples", "1", module).error()
+        late = text.replace("    X = x.reshape(", "    import os; os._exit(0)\n    X = x.reshape(")
+        assert late != text
+        module.write_text(late, encoding="utf-8")
+        done = run("verify", "--examples", "1", module)
+        assert done.code == 1 and "the process ended before the property was proved" in done.out
+
+
+class TestWhereItLies:
+    """Which modules are found; nothing is run."""
+
+    @pytest.fixture(autouse=True)
+    def found(self, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+        groups: list[list[str]] = []
+
+        def prove(modules: dict[str, Path], *_: object) -> dict[str, object]:
+            groups.append([str(path) for path in modules.values()])
+            return {name: module._Verdict(proved=1) for name in modules}
+
+        from runlora_gen.measure import verify as module
+
+        monkeypatch.setattr(module, "_prove", prove)
+        return groups
+
+    def test_a_folder_with_a_manifest_or_without_one_or_above_or_a_file(
+        self, fresh: Path, tmp_path: Path, found: list[list[str]]
+    ) -> None:
+        module = fresh / "llama_9m_r4" / MODULE
+        vendored = tmp_path / "vendored"
+        vendored.mkdir()
+        shutil.copy(module, vendored / "my lora.py")  # no name that Python imports
+        (vendored / "mine.py").write_text("def lora_linear(): ...\n", encoding="utf-8")
+        for path in (module.parent, module, fresh, vendored, vendored / "my lora.py"):
+            assert verify(path, examples=1, quiet=True) == 0
+        assert found == [[str(module)]] * 3 + [[str(vendored / "my lora.py")]] * 2
+
+    @pytest.mark.parametrize(
+        "kind", ["empty", "odd manifest", "no json", "missing module", "foreign module", "bytes", "other file"]
+    )
+    def test_bad_input_is_one_clear_error(self, fresh: Path, kind: str, found: list[list[str]]) -> None:
+        folder = fresh / "llama_9m_r4"
+        module, manifest = folder / MODULE, folder / "manifest.json"
+        path = folder
+        match kind:
+            case "empty":
+                shutil.rmtree(folder)
+            case "odd manifest":
+                manifest.write_text('{"generator": "runlora-gen", "layers": [{"module": 3}]}', encoding="utf-8")
+            case "no json":
+                manifest.write_text("{", encoding="utf-8")
+            case "missing module":
+                module.unlink()
+            case "foreign module":
+                module.write_text("print('hello')\n", encoding="utf-8")
+            case "bytes":
+                module.write_bytes(module.read_bytes() + b"# \xff\n")
+            case "other file":
+                path = folder / "test_equivalence.py"
+        with pytest.raises(SpecError, match=r"^verify: [^\n]+$"):
+            verify(path, examples=2, quiet=True)
+        assert not found
+
+    @pytest.mark.parametrize("name", ["manifest.json", MODULE])
+    def test_what_is_no_file(self, fresh: Path, name: str, odd: Callable[[Path], None]) -> None:
+        folder = fresh / "llama_9m_r4"
+        (folder / name).unlink()
+        odd(folder / name)
+        for path in (folder, fresh):
+            with pytest.raises(SpecError, match=rf"^verify: '[^\n]*{name}': not a regular file$"):
+                verify(path, examples=2, quiet=True)
+
+
+def test_a_module_that_is_no_python(run, fresh: Path) -> None:
+    module = fresh / "llama_9m_r4" / MODULE
+    module.write_text(module.read_text(encoding="utf-8") + "\ndef (", encoding="utf-8")
+    assert "can't be imported: " in run("verify", module).error()
+
+
+def test_the_folder_s_own_test_is_not_what_is_trusted(run, fresh: Path) -> None:
+    folder = fresh / "llama_9m_r4"
     (folder / "test_equivalence.py").write_text("", encoding="utf-8")
-    module = folder / "linear_128x128_r4.py"
-    module.write_text(module.read_text(encoding="utf-8").replace("P.t() @ X", "-P.t() @ X"), encoding="utf-8")
-    assert verify_folder(folder, examples=30, quiet=True) == 1
+    text = (folder / MODULE).read_text(encoding="utf-8")
+    (folder / MODULE).write_text(text.replace("_mm_as(P.t(), X", "_mm_as(-P.t(), X"), encoding="utf-8")
+    assert run("verify", "-x", "--examples", "5", folder).code == 1
 
 
-def test_folders_below_are_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    generate(tmp_path)
-    assert verify_folder(tmp_path, examples=2, quiet=False) == 0
-    assert "linear_128x128_r4.py: proved, 7 properties" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "kind", ["empty", "no manifest", "odd manifest", "missing module", "foreign module", "bytes", "syntax"]
-)
-def test_bad_folders_are_one_clear_error(tmp_path: Path, kind: str) -> None:
-    folder = generate(tmp_path)
-    module, manifest = folder / "linear_128x128_r4.py", folder / "manifest.json"
-    match kind:
-        case "empty":
-            shutil.rmtree(folder)
-        case "no manifest":
-            manifest.unlink()
-        case "odd manifest":
-            manifest.write_text('{"layers": [{"module": 3}]}', encoding="utf-8")
-        case "missing module":
-            module.unlink()
-        case "foreign module":
-            module.write_text("print('hello')\n", encoding="utf-8")
-        case "bytes":
-            module.write_bytes(module.read_bytes() + b"# \xff\n")
-        case "syntax":
-            module.write_text(module.read_text(encoding="utf-8") + "\ndef (", encoding="utf-8")
-    with pytest.raises(SpecError, match=r"^verify: [^\n]+$"):
-        verify_folder(folder, examples=2, quiet=True)
-
-
-def test_a_manifest_that_is_no_json(tmp_path: Path) -> None:
-    folder = generate(tmp_path)
-    (folder / "manifest.json").write_text("{", encoding="utf-8")
-    with pytest.raises(SpecError, match=r"^verify: [^\n]+$"):
-        verify_folder(folder, examples=2, quiet=True)
-
-
-@pytest.mark.parametrize("name", ["manifest.json", "linear_128x128_r4.py"])
-def test_what_is_no_file(tmp_path: Path, name: str, odd: Callable[[Path], None]) -> None:
-    folder = generate(tmp_path)
-    (folder / name).unlink()
-    odd(folder / name)
-    for path in (folder, tmp_path):
-        with pytest.raises(SpecError, match=rf"^verify: '[^\n]*{name}': not a regular file$"):
-            verify_folder(path, examples=2, quiet=True)
+def test_every_emitted_property_is_a_check(fresh: Path) -> None:
+    """What pytest runs of the emitted test is what verify runs, but for the process of the kernels' own."""
+    folder = fresh / "llama_9m_r4"
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", str(folder)]
+    listed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    collected = sum("::" in line for line in listed.splitlines())
+    proof.load({"proved": folder / MODULE})
+    checks = [check for part in (proof.TORCH, proof.KERNELS) for check in proof.checks(["proved"], part, 1)]
+    assert len(checks) == collected - 1

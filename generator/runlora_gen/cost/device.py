@@ -77,9 +77,9 @@ class DeviceProfile:
     kernel_host_s: float | None
     digest: str
     multiprocessors: int | None = None
-    times: Mapping[str, Times] = field(default_factory=dict)
-    tiles: Mapping[str, Tiles] = field(default_factory=dict)
-    measured_on: DeviceProfile | None = None
+    times: Mapping[str, Times] = field(default_factory=dict, repr=False)
+    tiles: Mapping[str, Tiles] = field(default_factory=dict, repr=False)
+    measured_on: DeviceProfile | None = field(default=None, repr=False)
 
     @property
     def kernels(self) -> bool:

@@ -144,7 +144,8 @@ def _prove(modules: Mapping[str, Path], examples: int, exit_first: bool) -> dict
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     parts = [_Part(TORCH, modules, examples, {})]
     parts.append(_Part(KERNELS, modules, examples, {} if on_gpu else {"TRITON_INTERPRET": "1"}))
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         for part in parts:
             part.start(progress)
         try:
@@ -221,22 +222,23 @@ class _Part:
     def _listen(self, stream: IO[str], progress: Progress, task: TaskID) -> None:
         begun: tuple[str, str] | None = None
         announced, ended = False, False
-        for text in stream:
-            line: dict[str, Any] = json.loads(text)
-            if "refused" in line:
-                self.refused = line["refused"]
-            elif "total" in line:
-                announced = True
-                progress.update(task, total=line["total"])
-            elif "title" in line:
-                begun = (line["module"], line["title"])
-                progress.update(task, description=f"{self.name}: {line['module']}: {line['title']}")
-            elif "done" in line and begun is not None:
-                self.results.append((*begun, line))
-                begun = None
-                progress.advance(task)
-            else:
-                ended = True
+        with stream:
+            for text in stream:
+                line: dict[str, Any] = json.loads(text)
+                if "refused" in line:
+                    self.refused = line["refused"]
+                elif "total" in line:
+                    announced = True
+                    progress.update(task, total=line["total"])
+                elif "title" in line:
+                    begun = (line["module"], line["title"])
+                    progress.update(task, description=f"{self.name}: {line['module']}: {line['title']}")
+                elif "done" in line and begun is not None:
+                    self.results.append((*begun, line))
+                    begun = None
+                    progress.advance(task)
+                else:
+                    ended = True
         if self._stopped:
             return
         if not announced:
