@@ -32,7 +32,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cache
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -301,7 +301,7 @@ def check_unchanged(
             key = mutant.where if mutant.of_module else mutant.killed_by
             arguments = (sources[mutant.name],) if mutant.of_module else ("", None, mutant.killed_by)
             checks[key] = (verified if mutant.of_module else tested, arguments)
-    pending = {key: pool.submit(check, *arguments) for key, (check, arguments) in checks.items()}  # type: ignore[operator]
+    pending = {key: pool.submit(check, *arguments) for key, (check, arguments) in checks.items()}
     seconds = {}
     for key, future in pending.items():
         run = future.result()

@@ -28,7 +28,10 @@ from ..spec.layers import Layer
 from ..spec.workload import Workload
 from .code import DTYPE_OF, helpers_of, line, results_of, uses_scaling
 
+#: What a line of a comment on a constant begins with.
+_COMMENT = "#: "
 #: Inputs of the emitted autograd functions, and the gradient that each may want.
+_INPUTS = ("X", "W", "lora_A", "lora_B", "b", "A", "B", "scaling")
 _INPUT_GRADIENTS = ("dX", None, "dA", "dB", "db", None, None, None)
 
 
@@ -50,6 +53,7 @@ class FunctionNode:
     doc: tuple[str, ...]
     forward: tuple[str, ...]
     outputs: tuple[str, ...]  # Y, and what is kept beside it
+    inputs: str  # the left side that takes from the inputs what is saved or asked
     needs: str  # the left side that unpacks needs_input_grad for what is saved
     saves: tuple[tuple[str, str], ...]  # symbol, condition
     backward_needs: str
@@ -109,12 +113,12 @@ class ModuleNode:
     wide_adapter: bool  # whether the adapter is in float32 by default, over 16-bit weights too
     lossy_merge: bool  # whether 16-bit weights may be merged
     kernels: tuple[str, ...]  # fused kernels that it brings
-    kernels_note: str  # what these need and take
+    kernels_note: tuple[str, ...]  # what these need and take, in lines of a comment
     helpers: frozenset[str]  # functions that its lines call, and what its kernels need of their common code
     largest_ranks: Mapping[str, int]  # above it a kernel is slower than torch
     tiles: Tiles  # their compile-time constants by what they compute
     small_tiles: Tiles
-    tiles_note: str
+    tiles_note: tuple[str, ...]
 
     @property
     def differentiable(self) -> str:
@@ -188,14 +192,14 @@ def module_node(
         wide_adapter=workload.adapter_dtype == "fp32",
         lossy_merge=workload.allow_lossy_merge,
         kernels=kernels,
-        kernels_note=_kernels_note(kernels),
+        kernels_note=tuple(textwrap.wrap(_kernels_note(kernels), width - len(_COMMENT))),
         helpers=helpers,
         largest_ranks={kernel: limit for kernel in kernels if (limit := KERNELS[kernel].largest_rank)},
         tiles=tuple((results_of(op), tuple(kernel_constants(op, setting).items())) for op in fused),
         small_tiles=tuple(
             (results_of(op), tuple(small.items())) for op in fused if (small := KERNELS[op.kernel].small_tiles)
         ),
-        tiles_note=_tiles_note(fused, setting),
+        tiles_note=tuple(textwrap.wrap(_tiles_note(fused, setting), width - len(_COMMENT))) if fused else (),
     )
 
 
@@ -233,7 +237,10 @@ def _kernels_note(kernels: Sequence[str]) -> str:
     takes = "16-bit tensors"
     if wide:
         takes += " and float32" if len(wide) == len(kernels) else f", {_listed(wide)} with float32 too"
-    return f"Fused kernels run where Triton is installed, on GPUs of compute capability 8.0 or more, with {takes}."
+    return (
+        f"Fused kernels run where Triton is installed, on GPUs of compute capability 8.0 or more, with {takes}. Set the "
+        "environment variable RUNLORA_KERNELS=0 before the import to run everything through torch."
+    )
 
 
 def module_name(layer: Layer, rank: int) -> str:
@@ -304,19 +311,23 @@ def _function(
         saves += (("seed", _guard(needed_by[merged])),)
         made.append("seed")
     gradients = tuple(str(gradient) for gradient in GRADIENTS if gradient in program.backward.goals)
+    keeps_scaling = any(map(uses_scaling, program.backward.operations))
+    # X and the adapter are what second derivatives would depend on.
+    used = {"X", "lora_A", "lora_B", *(symbol for symbol, _ in saves), *(["scaling"] if keeps_scaling else [])}
     return FunctionNode(
         class_name=class_name,
         id=program.id,
         doc=tuple(_derivation(candidate, decision, workload, reason, width)),
         forward=_forward_lines(program.forward, setting),
         outputs=("Y", *made),
+        inputs=", ".join(name if name in used else "_" for name in _INPUTS),
         needs=_unpack_needs({name for name in gradients if any(f"need_{name}" in guard for _, guard in saves)}),
         saves=saves,
         backward_needs=_unpack_needs(set(gradients)),
         backward=backward,
         gradients=gradients,
         returns=tuple(name if name in gradients else "None" for name in _INPUT_GRADIENTS),
-        keeps_scaling=any(map(uses_scaling, program.backward.operations)),
+        keeps_scaling=keeps_scaling,
         dtypes=tuple(
             DTYPE_OF[gradient] for gradient in GRADIENTS if gradient in DTYPE_OF and str(gradient) in gradients
         ),
