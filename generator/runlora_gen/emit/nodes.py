@@ -238,8 +238,8 @@ def _kernels_note(kernels: Sequence[str]) -> str:
     if wide:
         takes += " and float32" if len(wide) == len(kernels) else f", {_listed(wide)} with float32 too"
     return (
-        f"Fused kernels run where Triton is installed, on GPUs of compute capability 8.0 or more, with {takes}. Set the "
-        "environment variable RUNLORA_KERNELS=0 before the import to run everything through torch."
+        f"Fused kernels run where Triton is installed, on GPUs of compute capability 8.0 or more, with {takes}. Set "
+        "the environment variable RUNLORA_KERNELS=0 before the import to run everything through torch."
     )
 
 
