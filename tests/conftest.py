@@ -17,6 +17,10 @@ from pathlib import Path
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Workers share the cores: with a thread for each core in each of them, a run takes three times as long.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import black
 import pytest
 from runlora_gen import cli as command_line

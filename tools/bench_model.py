@@ -261,6 +261,14 @@ def print_row(row: dict[str, Any]) -> None:
         print(f"  {contender:<38} {modes}  {alone}  peak {result['peak_bytes'] / 2**20:.0f} MiB", flush=True)
 
 
+def measured_before(path: Path | None, report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Rows of the same day, machine and versions, by their shapes: a run of some shapes keeps the others'."""
+    former = json.loads(path.read_text(encoding="utf-8")) if path and path.exists() else {"rows": []}
+    if any(former.get(name) != value for name, value in report.items()):
+        return {}
+    return {row["shape"]: row for row in former["rows"]}
+
+
 def main() -> None:
     """Measure, print a table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -273,22 +281,21 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("torch sees no GPU")
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "triton", "transformers")}
-    rows: list[dict[str, Any]] = []
+    report = {
+        "date": datetime.date.today().isoformat(),
+        "machine": machine_name(torch.device("cuda")),
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "triton", "transformers")},
+        "profile": options.profile,
+    }
+    rows = measured_before(options.json, report)
     with tempfile.TemporaryDirectory() as folder:
         for name in options.shapes.split(","):
-            rows.append(measure(name, options, Path(folder)))
+            rows[name] = measure(name, options, Path(folder))
             torch.cuda.empty_cache()
-            print_row(rows[-1])
+            print_row(rows[name])
             if options.json:
-                report = {
-                    "date": datetime.date.today().isoformat(),
-                    "machine": machine_name(torch.device("cuda")),
-                    "versions": versions,
-                    "profile": options.profile,
-                    "rows": rows,
-                }
-                options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+                text = json.dumps({**report, "rows": list(rows.values())}, indent=1)
+                options.json.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ _RESOLUTION = 0.01
 #: What a step does beside its linears (attention, norms, activations, sums), on the device and on the host, in units of
 #: what the frozen linears take there: medians over three of Llama's sizes as Transformers runs them eagerly
 #: (tools/results/step_h100.json).
-REST_DEVICE, REST_HOST = 0.74, 1.39
+REST_DEVICE, REST_HOST = 0.70, 2.20
 #: Steps of the search for the host's share of a step that host and device bound together.
 _BISECTIONS = 6
 
