@@ -78,7 +78,7 @@ CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "explain of two token counts": (("explain", *ARCH, *RANK, "--tokens", "1,2"), ("explain", "--tokens")),
     "explain as JSON": (("explain", "--json", *ARCH, "--rank", "0"), ("--rank", "'0'")),
     "archs with an argument": (("archs", "llama"), ("llama",)),
-    "verify of nothing": (("verify", "none"), ("verify", "manifest.json", "none")),
+    "verify of nothing": (("verify", "none"), ("verify: no generated module at 'none'", "give a file or a folder")),
 }
 
 

@@ -154,6 +154,8 @@ def _table(tables: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
+    if not os.path.exists(path):  # also where the name is too long: what is written there is refused, in better words
+        return {}
     label = shorten(str(path))
     data = read_if_there(path, label=label, limit=_MAX_PYPROJECT_BYTES, kind=_PYPROJECT)
     try:
