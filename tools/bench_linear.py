@@ -144,7 +144,7 @@ def generate(
 
     ``paper``: the cheapest of the paper's own pairs that merges nothing, instead of the choice.
     """
-    choice = decide_model(workload, (layer,), rank)[0]
+    choice = decide_model(workload, (layer,), rank, alone=True)[0]
     if paper:
         decision = choice.ranges[-1].decision
         labelled = [c for c in decision.candidates if c.program.paper and not c.program.lossy_in_16_bit]

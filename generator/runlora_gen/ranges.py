@@ -68,25 +68,34 @@ def decide_step(workload: Workload, sites: Sequence[Layer], rank: int, tokens: i
     return _Training(workload, sites, rank).decide(tokens)
 
 
-def decide_model(workload: Workload, sites: Sequence[Layer], rank: int) -> tuple[LayerChoice, ...]:
+def decide_model(
+    workload: Workload, sites: Sequence[Layer], rank: int, *, alone: bool = False
+) -> tuple[LayerChoice, ...]:
     """The choice for every layer shape at all token counts.
 
     At the asked counts, and below them, where a module may run as well (``BELOW``). Between two counts with different
     winners the threshold is the last count at which the first winner is still at least as good, found by bisection.
 
+    Args:
+        workload: what to choose for.
+        sites: the layer shapes, with how often the model has each.
+        rank: of their LoRA.
+        alone: whether these linears are the whole step, as in a benchmark, and no model is around them.
+
     Raises:
         SpecError: no program of some layer meets ``max_saved_bytes``.
     """
-    training = _Training(workload, sites, rank).ranges()
-    inference = _Inference(workload, sites, rank).ranges()
+    training = _Training(workload, sites, rank, alone).ranges()
+    inference = _Inference(workload, sites, rank, alone).ranges()
     return tuple(LayerChoice(*parts) for parts in zip(sites, training, inference, strict=True))
 
 
 class _Contest(ABC, Generic[Choice, Candidate]):
     """Candidates for every layer shape of a model, held against each other at any token count."""
 
-    def __init__(self, workload: Workload, sites: Sequence[Layer], rank: int) -> None:
+    def __init__(self, workload: Workload, sites: Sequence[Layer], rank: int, alone: bool = False) -> None:
         self.workload, self.sites, self.rank = workload, sites, rank
+        self.rest = (0.0, 0.0) if alone else (REST_DEVICE, REST_HOST)
 
     @abstractmethod
     def decide(self, tokens: int) -> list[Choice]:
@@ -134,7 +143,7 @@ class _Contest(ABC, Generic[Choice, Candidate]):
         rest_device_s, rest_host_s = (
             factor
             * sum(s.count * self.frozen_s(setting, share) for s, setting in zip(self.sites, settings, strict=True))
-            for factor, share in ((REST_DEVICE, DEVICE_BOUND), (REST_HOST, HOST_BOUND))
+            for factor, share in zip(self.rest, (DEVICE_BOUND, HOST_BOUND), strict=True)
         )
 
         def sums(share: float) -> tuple[float, float]:

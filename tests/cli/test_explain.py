@@ -55,7 +55,7 @@ def test_json_is_the_same_with_all(run) -> None:
 
 def test_says_what_runs_on_16_bit_weights(run) -> None:
     text = run("explain", *SPEC, "--dtype", "fp32", "--device", "cpu").ok().out
-    assert re.search(r"→ chosen: merged/.*\n.*\n  on 16-bit weights: (?!merged)\S+/keep-", text)
+    assert re.search(r"→ chosen: merged/.*\n.*\n.*\n  on 16-bit weights: (?!merged)\S+/keep-", text)
 
 
 def test_no_line_is_cut_and_nothing_is_coloured_in_a_pipe(run) -> None:
