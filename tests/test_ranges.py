@@ -166,7 +166,7 @@ class TestBound:
 
         assert DEVICE_BOUND < share(0.0, 0.0) < HOST_BOUND
         assert share(REST_DEVICE, REST_HOST) == DEVICE_BOUND
-        (alone, *_) = decide_model(WORKLOAD, sites("llama-13b"), 8, alone=True)
+        alone, *_ = decide_model(WORKLOAD, sites("llama-13b"), 8, alone=True)
         assert share(0.0, 0.0) == alone.ranges[-1].decision.host_share
         assert share(0.0, 100.0) == HOST_BOUND
         assert share(100.0, 100.0) == DEVICE_BOUND

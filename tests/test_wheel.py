@@ -96,7 +96,7 @@ def test_metadata(wheel: Path) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [("--arch", "llama-13b", "--rank", "8"), ("--arch", "gpt2", "--rank", "4", "--tokens", "8,4096", "--train", "b")],
+    [("--arch", "llama-13b", "--rank", "8"), ("--arch", "gpt2", "--rank", "4", "--train", "b", "--no-kernels")],
     ids=["main job", "another"],
 )
 def test_generates_what_the_checkout_generates(

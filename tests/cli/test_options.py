@@ -11,19 +11,18 @@ from typing import Any
 import pytest
 from runlora_gen.cost.device import device_names
 
-
 #: Adapters in the activations' dtype: without casts there are fewer programs to choose from.
 NARROW = ("--adapter-dtype", "bf16")
 
 
 @pytest.fixture
 def generate(run, tmp_path: Path):
-    """Generate one shape of llama-9m and return its manifest and its module's text."""
+    """Generate one shape of llama-9m from few programs, and return its manifest and its module's text."""
 
     def call(*options: str, rank: int = 8) -> tuple[dict[str, Any], str]:
         arguments = ("--arch", "llama-9m", "--target-modules", "q_proj", "--rank", str(rank))
         dtype = options[options.index("--dtype") + 1] if "--dtype" in options else "bf16"
-        run(*arguments, "--adapter-dtype", dtype, *options, "-o", tmp_path / "out").ok()
+        run(*arguments, "--adapter-dtype", dtype, "--no-kernels", *options, "-o", tmp_path / "out").ok()
         folder = tmp_path / "out" / f"llama_9m_r{rank}"
         module = folder / f"linear_128x128_r{rank}.py"
         return json.loads((folder / "manifest.json").read_text()), module.read_text()
@@ -41,13 +40,13 @@ def ranges(manifest: dict[str, Any]) -> list[dict[str, Any]]:
     ids=["mixed", "spaces", "repeats"],
 )
 def test_ranks_each_get_a_folder(run, tmp_path: Path, options: tuple[str, ...]) -> None:
-    run("--arch", "llama-9m", "--target-modules", "q_proj", *options, *NARROW, "-o", tmp_path).ok()
+    run("--arch", "llama-9m", "--target-modules", "q_proj", *options, *NARROW, "--no-kernels", "-o", tmp_path).ok()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["llama_9m_r2", "llama_9m_r4", "llama_9m_r8"]
     assert (tmp_path / "llama_9m_r2" / "linear_128x128_r2.py").is_file()
 
 
 def test_target_modules_choose_the_shapes(run, tmp_path: Path) -> None:
-    base = ("--arch", "llama-9m", "--rank", "4", *NARROW, "--dry-run", "-o", tmp_path)
+    base = ("--arch", "llama-9m", "--rank", "4", *NARROW, "--no-kernels", "--dry-run", "-o", tmp_path)
     shapes = {
         (): {"128x128", "128x352", "352x128"},
         ("--target-modules", "q_proj,v_proj"): {"128x128"},
@@ -186,7 +185,7 @@ class TestMaxSavedBytes:
         "options",
         [
             ("--rank", "8", "--no-kernels"),
-            ("--rank", "8", "--train", "b", *NARROW),
+            ("--rank", "4", "--train", "b", *NARROW, "--no-kernels"),
             ("--rank", "4,64", "--train", "b", *NARROW, "--no-kernels"),
             ("--rank", "8", "--tokens", "16,4096", *NARROW, "--no-kernels"),
             ("--rank", "8", "--dtype", "fp32", "--device", "cpu", "--tokens", "65536"),
@@ -204,7 +203,7 @@ class TestMaxSavedBytes:
 
 
 def test_all_variants_holds_every_pair_and_every_paper_label(generate, run, tmp_path: Path) -> None:
-    _, text = generate("--all-variants", "--no-kernels")
+    _, text = generate("--all-variants")
     path = tmp_path / "every_variant.py"  # a file: Triton reads the source of its kernels
     path.write_text(text, encoding="utf-8")
     variants = runpy.run_path(str(path))["VARIANTS"]

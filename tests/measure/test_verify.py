@@ -17,12 +17,13 @@ from runlora_gen.spec.errors import SpecError
 MODULE = "linear_128x128_r4.py"
 
 
-def errors(path: Path, examples: int = 3) -> list[str]:
-    """What the torch path's properties find, in this process."""
+def first_error(path: Path, examples: int = 3) -> str | None:
+    """What the torch path's properties find first, in this process."""
     proof.load({"proved": path})
-    found = [(check, proof.outcome(check)) for check in proof.checks(["proved"], proof.TORCH, examples)]
-    assert len(found) > 15
-    return [f"{check.title}: {outcome['error']}" for check, outcome in found if "error" in outcome]
+    checks = list(proof.checks(["proved"], proof.TORCH, examples))
+    assert len(checks) > 15
+    found = ((check, proof.outcome(check)) for check in checks)
+    return next((f"{check.title}: {outcome['error']}" for check, outcome in found if "error" in outcome), None)
 
 
 @pytest.mark.parametrize(
@@ -40,8 +41,8 @@ def errors(path: Path, examples: int = 3) -> list[str]:
     ids=" ".join,
 )
 def test_generated_modules_are_proved(run, small: tuple[str, ...], tmp_path: Path, options: tuple[str, ...]) -> None:
-    run(*small, *options, "-o", tmp_path).ok()
-    assert errors(tmp_path / "llama_9m_r4" / MODULE) == []
+    run(*small, "--no-kernels", *options, "-o", tmp_path).ok()
+    assert first_error(tmp_path / "llama_9m_r4" / MODULE) is None
 
 
 #: A slip of a careful engineer: in the text of the template, or of the line that an operation emits. Those of kernels,
@@ -69,7 +70,7 @@ def test_a_mutated_module_fails(fresh: Path, mutation: str) -> None:
     text = module.read_text(encoding="utf-8")
     assert old in text
     module.write_text(text.replace(old, new), encoding="utf-8")
-    assert errors(module)
+    assert first_error(module)
 
 
 @pytest.fixture(scope="module")

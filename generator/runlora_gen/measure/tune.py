@@ -55,6 +55,8 @@ from .problem import TORCH_DTYPES, Point, Problem
 
 #: Rounds of a batch, whose median is one figure.
 ROUNDS = 3
+#: Sides of the square products that give the matrix rates, by the bytes of an element.
+SQUARE = {"cuda": {2: 8192, 4: 4096}, "cpu": {2: 1024, 4: 1024}}
 #: The most batches. Of 60 timings on an H100 all settled within 6, on two shared cores all but 0 to 2 of 170 within 12.
 BATCHES = 12
 #: The two lowest of so many last figures have to agree. The lowest, because others only ever make a machine slower; the
@@ -462,7 +464,7 @@ def _basics(bench: _Workbench) -> dict[str, Any]:
     bench.bytes_per_s = bench.pair.nbytes / _basic(bench, "a copy of memory", bench.copy, device)
     rates = {}
     for name, dtype in TORCH_DTYPES.items():
-        size = (8192 if dtype.itemsize == 2 else 4096) if on_gpu else 1024
+        size = SQUARE[device.type][dtype.itemsize]
         left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
         product_s = _basic(bench, f"a product in {name}", lambda: left @ right, device)  # noqa: B023
         rates[name] = float(f"{2 * size**3 / product_s / 1e12:.4g}")
