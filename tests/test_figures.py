@@ -53,8 +53,7 @@ def test_other_ranks() -> None:
 
 @pytest.mark.parametrize("name", ["linear_h100_bf16_r16.json", "linear_h100_bf16_ranks.json"])
 def test_nothing_got_slower(name: str) -> None:
-    """Beside the modules of the release before, on the same GPU in the same rounds: with 16-bit adapters as fast, and
-    with those in float32 slower by two casts."""
+    """Beside the modules of the release before: with 16-bit adapters as fast, with float32 ones slower by two casts."""
     for row in results(name)["rows"]:
         former, narrow, ours = (
             row["results"][contender]["graph"]["over_frozen"]["median"]

@@ -344,6 +344,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the sample")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="checks at once")
     parser.add_argument("--list", action="store_true", help="apply all, but run nothing")
+    parser.add_argument("--unproved", action="store_true", help="leave out that everything passes without a mutant")
     parser.add_argument("--json", type=Path, help="where to write the results")
     options = parser.parse_args()
     started = time.perf_counter()
@@ -362,14 +363,12 @@ def main() -> None:
                 print(f"{mutant.category:<10} {mutant.where:<12} {mutant.name}")
             return
         with ThreadPoolExecutor(options.jobs) as pool:
-            unchanged = check_unchanged(chosen, sources, pool)
+            unchanged = {} if options.unproved else check_unchanged(chosen, sources, pool)
             rows = []
             for row in pool.map(lambda mutant: judge(mutant, sources[mutant.name]), chosen):
                 rows.append(row)
-                print(
-                    f"{row['verdict']:<10} {row['seconds']:6.1f} s  {row['category']:<10} {row['name']:<56} {row['by']}",
-                    flush=True,
-                )
+                where = f"{row['category']:<10} {row['name']:<56}"
+                print(f"{row['verdict']:<10} {row['seconds']:6.1f} s  {where} {row['by']}", flush=True)
     except StaleError as error:
         sys.exit(f"mutants: {error}")
     total = time.perf_counter() - started
