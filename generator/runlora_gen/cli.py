@@ -245,7 +245,7 @@ def archs(as_json: bool) -> None:
         click.echo(f"{architecture.name:<{width}}  {shapes}")
 
 
-@main.command()
+@main.command(short_help="Show the variants of each layer shape, and why one won.")
 @_spec_options
 @click.option("--all", "show_all", is_flag=True, help="Every program, not only the Pareto front and the paper's.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -283,7 +283,7 @@ def explain(show_all: bool, as_json: bool, **options: Any) -> None:
             console.print(part)
 
 
-@main.command()
+@main.command(short_help="Prove generated modules, a file or a folder.")
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--examples", type=click.IntRange(1, 100_000), default=30, show_default=True, help="Cases a property.")
 @click.option("--require-kernels", is_flag=True, help="Kernels that can't run here are a failure.")
