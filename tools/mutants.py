@@ -197,7 +197,7 @@ def verified(text: str) -> Run:
 
 #: The parts of a proof, and in which categories of mutants the kernels are likelier to find something.
 _PARTS = ("torch", "kernels")
-_KERNELS_FIRST = ("triton", "launch")
+_KERNELS_FIRST = ("triton", "launch", "strides")
 #: Where processes are forked that have imported what takes longest: torch.
 _forkserver = multiprocessing.get_context("forkserver")
 _PRELOADED = ["torch", "hypothesis", "pytest", "triton", "runlora_gen.measure.proof"]
