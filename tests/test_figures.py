@@ -17,7 +17,6 @@ CONTENDERS = (
     "peft",
     "peft compiled",
     "axolotl",
-    "LoRAFusion",
     "paper's best",
     "generated, torch only",
 )

@@ -211,6 +211,24 @@ class TestBound:
         assert all("fused_gemm" in decision.chosen.program.kernels for decision in eager)
         assert any(decision.chosen.cost.host_s > decision.chosen.cost.device_s for decision in eager)
 
+    def test_a_threshold_of_what_runs_on_16_bit_weights_alone(self) -> None:
+        workload = Workload(tokens=(64, 65536), dtype="fp32", device="cpu", train=("b",))
+        layer = Layer(64, 64, False, 1, ("x",))
+        (choice,) = decide_model(workload, [layer], 8)
+        low, high = next(
+            (a, b)
+            for a, b in itertools.pairwise(choice.ranges)
+            if a.decision.chosen.program is b.decision.chosen.program
+        )
+        assert low.last_tokens is not None
+
+        def time_s(part: Range[Decision], tokens: int) -> float:
+            return price(part.decision.fallback.program, setting_of(workload, layer, 8, tokens)).time_s
+
+        assert low.decision.fallback.program is not high.decision.fallback.program
+        assert time_s(low, low.last_tokens) <= time_s(high, low.last_tokens)
+        assert time_s(low, low.last_tokens + 1) > time_s(high, low.last_tokens + 1)
+
 
 class TestBelow:
     """A module may run at fewer tokens than were asked for."""

@@ -253,15 +253,10 @@ def test_a_kernel_that_was_not_measured_is_no_candidate_beside_torch_that_was(tm
         assert "fused_gemm" in kernels and ("p_db" in kernels) == expected
 
 
-def test_stochastic_rounding_is_as_efficient_as_the_merge() -> None:
-    h200 = load_device("h200")
+def test_stochastic_rounding_takes_the_merge_s_time() -> None:
+    case = replace(setting(load_device("h200"), 1024), in_features=5120, out_features=5120)
     plain, stochastic = (parse(f"{kernel}: M = W + s * B @ A") for kernel in ("merge", "merge_stochastic"))
-    ratios = []
-    for operation in (plain, stochastic):
-        case = replace(setting(h200, 1024), in_features=5120, out_features=5120)
-        limit = roofline(operation, case)
-        ratios.append(price_operation(operation, case).device_s / limit.device_s)
-    assert ratios[1] == pytest.approx(ratios[0], rel=0.1)
+    assert price_operation(stochastic, case).device_s == price_operation(plain, case).device_s
 
 
 def test_a_missing_profile_is_named(tmp_path: Path) -> None:

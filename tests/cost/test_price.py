@@ -118,6 +118,18 @@ class TestOperations:
         assert cost.bytes_moved == 2 * (2 * O * I + O * R + R * I)
         assert cost.flops == 2 * O * I * R
 
+    def test_products_take_the_rate_of_their_dtype(self) -> None:
+        a100 = load_device("a100")
+        for dtype in ("bf16", "fp32"):
+            large = replace(setting(replace(WIDE, dtype=dtype)), tokens=4096, in_features=4096, out_features=4096)
+            cost = roofline(parse("dX = dY @ W"), large)
+            assert cost.flops == 2 * 4096**3
+            assert cost.device_s == pytest.approx(cost.flops / a100.flops_per_s[dtype] + a100.launch_s)
+
+    def test_the_flops_of_a_kernel_are_those_of_all_its_parts(self) -> None:
+        case = setting(replace(WIDE, kernels=True))
+        assert roofline(parse("fused_gemm: dX = P @ A; dX += dY @ W"), case).flops == 2 * T * I * (R + O)
+
     def test_an_accumulation_reads_its_target(self) -> None:
         plain, added = (roofline(parse(f), setting()) for f in ("Y = X @ W.T + b", "Y += X @ W.T"))
         assert plain.bytes_moved == 2 * (T * I + O * I + T * O)
@@ -194,3 +206,13 @@ def test_a_setting_is_one_object() -> None:
         assert setting(first) is not setting(second)
     names = {field.name for field in fields(Setting)}
     assert {"dtype", "adapter_dtype", "gradients", "device"} < names and "launch" not in names
+
+
+def test_stochastic_rounding_of_a_merge_has_an_error_of_its_own() -> None:
+    stochastic = replace(WIDE, allow_lossy_merge=True, merge_rounding="stochastic")
+    name = "merged/base_first-pt_x-dyt_s/keep-s"
+    errors = [
+        price(program(name, workload), setting(workload)).update_error
+        for workload in (stochastic, replace(stochastic, merge_rounding="nearest"))
+    ]
+    assert min(errors) > 0 and errors[0] != errors[1]
