@@ -624,6 +624,16 @@ def test_offsets_beyond_32_bits_go_through_torch(kernels: ModuleType) -> None:
     assert kernels._fused_gemm(*operands, None, tiles="Y").numel() == 2**31
 
 
+def test_rows_that_overlap_or_are_not_contiguous_are_copied(kernels: ModuleType) -> None:
+    """A GPU's tensor descriptors take no rows that overlap, such as the gradient of a sum over the tokens has."""
+    whole = torch.arange(96.0).view(8, 12)
+    for matrix in (whole, whole[:, 1:9]):
+        assert kernels._row_major(matrix) is matrix
+    for matrix in (whole[0].expand(5, 12), whole.t(), whole[:, ::2]):
+        copied = kernels._row_major(matrix)
+        assert copied.is_contiguous() and torch.equal(copied, matrix)
+
+
 @pytest.mark.parametrize("name", [FUSED, MERGED])
 @pytest.mark.parametrize(
     ("dtype", "adapter"),
