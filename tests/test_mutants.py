@@ -85,7 +85,8 @@ def test_what_survives_fails_the_run(
     """As an edit that changes nothing does: the tests that should find it are really run."""
     where, selection = "generator/runlora_gen/cost/price.py", "tests/cost/test_price.py -k phases_add_up"
     old = "self.saved_bytes + self.workspace_bytes"
-    harmless = tool.Mutant("harmless", "prices", where, old, "self.workspace_bytes + self.saved_bytes", "", 1, selection)
+    new = "self.workspace_bytes + self.saved_bytes"
+    harmless = tool.Mutant("harmless", "prices", where, old, new, killed_by=selection)
     monkeypatch.setattr(tool, "catalogue", lambda: ({}, (harmless,)))
     monkeypatch.setattr(sys, "argv", ["mutants.py", "--jobs", "1", "--unproved"])
     for name in ("OMP_NUM_THREADS", "TRITON_INTERPRET"):  # which the tool sets
