@@ -93,6 +93,19 @@ def test_the_cpu_table() -> None:
     assert f"On average {mean:.2f} of PEFT's time" in README
 
 
+def test_decoding_is_no_slower_than_the_plain_formula() -> None:
+    rows = results("linear_cpu_llama_250m_decode.json")["rows"]
+    assert {row["tokens"] for row in rows} == {1, 16, 128}
+    worst = max(row["results"]["generated"]["eager"]["over_plain"]["median"] for row in rows)
+    assert worst <= 1.05
+    assert f"they take at most {worst:.2f} of the plain formula's time" in " ".join(README.split())
+
+
+def test_the_mutants() -> None:
+    counts = results("mutants.json")["counts"]
+    assert f"of {sum(counts.values())} defects {counts['killed']} are found" in " ".join(README.split())
+
+
 def test_memory_of_a_step() -> None:
     (row,) = (r for r in results("linear_h100_bf16_r16.json")["rows"] if r["shape"] == "5120x13824")
     ours, frozen, peft, default, compiled = (
