@@ -29,7 +29,7 @@ else:
 from runlora_gen.cli import run
 run()
 """
-OPTIONS = ("--arch", "llama-13b", "--rank", "8", "--tokens", "16,65536", "--dtype", "fp32", "--device", "cpu")
+OPTIONS = ("--arch", "llama-9m", "--rank", "8", "--tokens", "16,65536", "--dtype", "fp32", "--device", "cpu")
 
 
 def process(*arguments: str, cwd: Path, code: str | None = None, seed: str = "random") -> subprocess.CompletedProcess:
