@@ -18,7 +18,7 @@ if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # What is proved here of the committed sample, the catalogue of mutants proves with all examples.
-os.environ.setdefault("RUNLORA_EXAMPLES", "10")
+os.environ.setdefault("RUNLORA_EXAMPLES", "5")
 # Workers share the cores: with a thread for each core in each of them, a run takes three times as long.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -184,8 +184,8 @@ class TestMaxSavedBytes:
     @pytest.mark.parametrize(
         "options",
         [
-            ("--rank", "8", "--no-kernels"),
-            ("--rank", "4", "--train", "b", *NARROW, "--no-kernels"),
+            ("--rank", "8", *NARROW, "--no-kernels"),
+            ("--rank", "4", "--train", "b", "--no-kernels"),
             ("--rank", "4,64", "--train", "b", *NARROW, "--no-kernels"),
             ("--rank", "8", "--tokens", "16,4096", *NARROW, "--no-kernels"),
             ("--rank", "8", "--dtype", "fp32", "--device", "cpu", "--tokens", "65536"),
