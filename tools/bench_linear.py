@@ -139,8 +139,8 @@ def kernels(run: Callable[[], None]) -> int:
 
 def generate(
     layer: Layer, rank: int, workload: Workload, folder: Path, *, paper: bool = False
-) -> tuple[ModuleType, str]:
-    """Generate and import the module of one layer shape; also the id of the chosen variant.
+) -> tuple[ModuleType, str, float]:
+    """Generate and import the module of one layer shape; also the chosen variant's id and its host's priced µs.
 
     ``paper``: the cheapest of the paper's own pairs that merges nothing, instead of the choice.
     """
@@ -150,7 +150,8 @@ def generate(
         labelled = [c for c in decision.candidates if c.program.paper and not c.program.lossy_in_16_bit]
         best = min(labelled, key=lambda candidate: (candidate.cost.time_s, candidate.program.id))
         choice = one_choice(layer, workload, replace(decision, chosen=best, fallback=best))
-    return render_module(choice, rank, workload, folder), _decision(choice).chosen.program.id
+    chosen = _decision(choice).chosen
+    return render_module(choice, rank, workload, folder), chosen.program.id, round(chosen.cost.host_s * 1e6, 1)
 
 
 def _decision(choice: LayerChoice) -> Decision:
@@ -321,7 +322,7 @@ def main() -> None:
                 max_saved_bytes=limit,
             )
             place = Path(folder) / str(len(rows))
-            generated, chosen = {}, {}
+            generated, chosen, host_us = {}, {}, {}
             variants = {"generated": (workload, False)}
             if torch.cuda.is_available():
                 graph = replace(workload, launch="graph")
@@ -335,14 +336,23 @@ def main() -> None:
                     "generated, 16-bit adapters": (narrow_graph, False),
                 }
             for number, (name, (load_, paper)) in enumerate(variants.items()):
-                generated[name], chosen[name] = generate(
+                generated[name], chosen[name], host_us[name] = generate(
                     layer, rank, load_, place / f"v{number}_{len(rows)}", paper=paper
                 )
             dtype = TORCH_DTYPES[options.dtype]
             result = measure(
                 layer, rank, tokens, dtype, generated, rivals, options.rounds, skip, inference=options.inference
             )
-            rows.append({"tokens": tokens, "shape": layer.name, "rank": rank, "chosen": chosen, "results": result})
+            rows.append(
+                {
+                    "tokens": tokens,
+                    "shape": layer.name,
+                    "rank": rank,
+                    "chosen": chosen,
+                    "priced_host_us": host_us,
+                    "results": result,
+                }
+            )
             print_row(rows[-1])
             if options.json:
                 settings = {k: v for k, v in vars(options).items() if k not in ("json", "rival")} | {

@@ -29,6 +29,10 @@ _RESOLUTION = 0.01
 #: what the frozen linears take there: medians over three of Llama's sizes as Transformers runs them eagerly
 #: (tools/results/step_h100.json).
 REST_DEVICE, REST_HOST = 0.70, 2.20
+#: The same where one linear is the whole step: what its autograd function, its module and the engine need of the host.
+#: The median over what modules with and without kernels took at 2048 tokens (tools/results/linear_h100_bf16_r16.json
+#: and linear_h100_bf16_ranks.json).
+ALONE_DEVICE, ALONE_HOST = 0.0, 8.0
 #: Steps of the search for the host's share of a step that host and device bound together.
 _BISECTIONS = 6
 
@@ -95,7 +99,7 @@ class _Contest(ABC, Generic[Choice, Candidate]):
 
     def __init__(self, workload: Workload, sites: Sequence[Layer], rank: int, alone: bool = False) -> None:
         self.workload, self.sites, self.rank = workload, sites, rank
-        self.rest = (0.0, 0.0) if alone else (REST_DEVICE, REST_HOST)
+        self.rest = (ALONE_DEVICE, ALONE_HOST) if alone else (REST_DEVICE, REST_HOST)
 
     @abstractmethod
     def decide(self, tokens: int) -> list[Choice]:
