@@ -17,6 +17,7 @@ CONTENDERS = (
     "peft",
     "peft compiled",
     "axolotl",
+    "LoRAFusion",
     "paper's best",
     "generated, torch only",
 )

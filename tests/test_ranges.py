@@ -17,7 +17,7 @@ from runlora_gen.algebra.enumerate import Program
 from runlora_gen.choose import QUANTITIES, Decision, Priced, decide, decide_forward, setting_for
 from runlora_gen.cost import device as device_module
 from runlora_gen.cost.price import DEVICE_BOUND, HOST_BOUND, Setting, price, price_frozen, price_phase
-from runlora_gen.ranges import BELOW, REST_DEVICE, REST_HOST, LayerChoice, Range, decide_model, decide_step
+from runlora_gen.ranges import ALONE_HOST, BELOW, REST_DEVICE, REST_HOST, LayerChoice, Range, decide_model, decide_step
 from runlora_gen.spec.architecture import load_architecture
 from runlora_gen.spec.errors import SpecError
 from runlora_gen.spec.layers import Layer, layers
@@ -96,6 +96,29 @@ def test_what_a_model_does_beside_its_linears_was_measured() -> None:
         assert constant == round(statistics.median(row["rest_over_linears"][kind] for row in rows), 2)
 
 
+def test_what_a_lone_linear_needs_beside_its_launches_was_measured() -> None:
+    """The least of the result files; what was chosen for the largest of the measured steps that wait for the host."""
+    found = []
+    for name in ("r16", "ranks"):
+        report = json.loads((ROOT / "tools" / "results" / f"linear_h100_bf16_{name}.json").read_text(encoding="utf-8"))
+        for row in report["rows"]:
+            layer = Layer(*map(int, row["shape"].split("x")), bias=False, count=1, projections=())
+            workload = replace(WORKLOAD, dtype="bf16", device=report["profile"], tokens=(row["tokens"],))
+            frozen_us = price_frozen(setting_of(workload, layer, row["rank"], row["tokens"]), HOST_BOUND) * 1e6
+            if row["tokens"] == 2048:
+                found += [
+                    (row["results"][contender]["eager"]["median_us"] - priced_us) / frozen_us
+                    for contender, priced_us in row["priced_host_us"].items()
+                    if contender in row["results"]
+                ]
+            if row["tokens"] == 4096:
+                (choice,) = decide_model(workload, (layer,), row["rank"], alone=True)
+                chosen = choice.ranges[-1].decision.chosen.program
+                assert chosen.id == row["chosen"]["generated for eager, 16-bit adapters"]
+                assert chosen.id == row["chosen"]["generated, torch only"]
+    assert round(min(found), 1) == ALONE_HOST
+
+
 class TestBound:
     """Time is the whole step's: what one linear costs counts only where the step waits for it."""
 
@@ -167,7 +190,7 @@ class TestBound:
         assert DEVICE_BOUND < share(0.0, 0.0) < HOST_BOUND
         assert share(REST_DEVICE, REST_HOST) == DEVICE_BOUND
         alone, *_ = decide_model(WORKLOAD, sites("llama-13b"), 8, alone=True)
-        assert share(0.0, 0.0) == alone.ranges[-1].decision.host_share
+        assert share(0.0, ALONE_HOST) == alone.ranges[-1].decision.host_share
         assert share(0.0, 100.0) == HOST_BOUND
         assert share(100.0, 100.0) == DEVICE_BOUND
 
