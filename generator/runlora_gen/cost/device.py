@@ -115,7 +115,12 @@ def on_16_bytes(itemsize: int, *lengths: int) -> bool:
 
 def distance(first: tuple[int, ...], second: tuple[int, ...]) -> float:
     """How far apart two sizes are: the Euclidean distance of the logarithms (base 2) of their dimensions."""
-    return math.dist([math.log2(d) for d in first], [math.log2(d) for d in second])
+    return math.dist(_logarithms(first), _logarithms(second))
+
+
+@lru_cache(maxsize=65536)
+def _logarithms(size: tuple[int, ...]) -> tuple[float, ...]:
+    return tuple(map(math.log2, size))
 
 
 def device_names() -> tuple[str, ...]:

@@ -277,10 +277,10 @@ def _correction(operation: Operation, at: tuple[int, ...], dtype: DType, device:
     """
     total = weights = 0.0
     ratios = _ratios(operation, dtype, device.meter)
-    if there := [ratio for measured_at, ratio in ratios if measured_at == at]:
+    if there := [ratio for measured_at, _, ratio in ratios if measured_at == at]:
         return math.exp(statistics.mean(there))  # of several products that stand for one
     aligned = _aligned(operation, at, dtype)
-    for measured_at, ratio in [row for row in ratios if _aligned(operation, row[0], dtype) == aligned] or ratios:
+    for measured_at, _, ratio in [row for row in ratios if row[1] == aligned] or ratios:
         apart = distance(measured_at, at)
         total, weights = total + ratio / apart**4, weights + 1 / apart**4
     return math.exp(total / weights) if weights else 1.0
@@ -306,8 +306,10 @@ def measured_as(operation: Operation) -> str:
 
 
 @lru_cache(maxsize=4096)
-def _ratios(operation: Operation, dtype: DType, device: DeviceProfile) -> tuple[tuple[tuple[int, ...], float], ...]:
-    """Where an operation was measured, with the logarithms of measured time over roofline there.
+def _ratios(
+    operation: Operation, dtype: DType, device: DeviceProfile
+) -> tuple[tuple[tuple[int, ...], bool, float], ...]:
+    """Where an operation was measured, whether on 16 bytes, and the logarithms of measured time over roofline there.
 
     A product of torch's that was never measured takes the ratios of those of the same dimensions: the bare roofline
     would flatter it beside them.
@@ -326,7 +328,11 @@ def _ratios(operation: Operation, dtype: DType, device: DeviceProfile) -> tuple[
         # Measured with everything in one dtype: the ratio holds for an adapter in another one as well.
         return math.log(time_s / roofline(of, setting_at(dict(zip(names, at, strict=True)), dtype, device)).device_s)
 
-    return tuple((at, ratio(of, at, time_s)) for of in measured for at, time_s in times.get(measured_as(of), ()))
+    return tuple(
+        (at, _aligned(operation, at, dtype), ratio(of, at, time_s))
+        for of in measured
+        for at, time_s in times.get(measured_as(of), ())
+    )
 
 
 def setting_at(dims: Dims, dtype: DType, device: DeviceProfile) -> Setting:
