@@ -94,7 +94,7 @@ def test_bad_options(run, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert list(tmp_path.iterdir()) == []
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(
     option=st.sampled_from(["--rank", "--tokens", "--train", "--max-saved-bytes"]),
     value=st.one_of(
