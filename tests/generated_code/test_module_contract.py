@@ -312,13 +312,50 @@ class Conv1D(torch.nn.Module):
 def test_from_linear_takes_conv1d(module: ModuleType) -> None:
     base = Conv1D(O, I)
     layer = module.LoRALinear.from_linear(base, r=R)
-    assert layer.weight.shape == (O, I) and layer.weight.data_ptr() == base.weight.data_ptr()
+    assert layer.weight is base.weight and layer.fan_in_fan_out and (layer.in_features, layer.out_features) == (I, O)
     assert layer.bias is base.bias and not base.weight.requires_grad and not base.bias.requires_grad
     torch.nn.init.normal_(layer.lora_B)
     x = torch.randn(2, 3, I)
     torch.testing.assert_close(layer(x), base(x) + layer.scaling * (x @ layer.lora_A.t() @ layer.lora_B.t()))
     layer(x).sum().backward()
     assert layer.lora_A.grad is not None and layer.weight.grad is None
+
+
+@pytest.mark.parametrize("base", [torch.nn.Linear(I, O), Conv1D(O, I)], ids=["linear", "Conv1D"])
+def test_merge_and_unmerge(module: ModuleType, base: torch.nn.Module) -> None:
+    layer = module.LoRALinear.from_linear(base, r=R)
+    torch.nn.init.normal_(layer.lora_B)
+    x, frozen = torch.randn(2, 3, I), layer.weight.detach().clone()
+    alone, adapted = base(x), layer(x)
+    assert not layer.merged and layer.merge() == pytest.approx(1.0) and layer.merged
+    torch.testing.assert_close(layer(x), adapted)
+    assert torch.equal(base.weight, frozen), "who else has the weight sees nothing of it"
+    assert layer.merge() == 1.0 and list(layer.state_dict()) == ["weight", "bias", "lora_A", "lora_B"]
+    torch.testing.assert_close(copy.deepcopy(layer)(x), adapted)
+    layer.disable_adapters = True
+    torch.testing.assert_close(layer(x), alone)
+    layer.unmerge()
+    torch.testing.assert_close(layer(x), alone)
+    layer.disable_adapters = False
+    assert torch.equal(layer.weight, frozen) and not layer.merged and not layer.weight.requires_grad
+    torch.testing.assert_close(layer(x), adapted)
+
+
+def test_merge_says_what_16_bits_drop(module: ModuleType) -> None:
+    """Weights around 1 and an update of 2⁻¹², far below half of bfloat16's 2⁻⁷ there: nothing of it is held."""
+    linear = torch.nn.Linear(I, O, bias=False, dtype=torch.bfloat16)
+    torch.nn.init.ones_(linear.weight)
+    layer = module.LoRALinear.from_linear(linear, r=1, lora_alpha=1)
+    torch.nn.init.constant_(layer.lora_A, 2.0**-6)
+    torch.nn.init.constant_(layer.lora_B, 2.0**-6)
+    assert layer.merge() == 0
+    layer.unmerge()
+    torch.nn.init.ones_(layer.lora_B)
+    torch.nn.init.ones_(layer.lora_A)
+    assert layer.merge() == 1 and torch.equal(layer.weight, torch.full_like(layer.weight, 2.0))
+    layer.unmerge()
+    torch.nn.init.zeros_(layer.lora_B)
+    assert layer.merge() == 1
 
 
 def linear_like(name: str, module_name: str = "elsewhere", **attributes: Any) -> torch.nn.Module:

@@ -24,6 +24,8 @@ from .report import SCHEMA_VERSION, choice_data
 from .style import Style, style_of
 
 MANIFEST = "manifest.json"
+#: The files of a package that put its modules into a model.
+OF_MODELS = ("__init__", "adapters", "inject", "shapes", "with_peft")
 #: Where the manifest's JSON Schema is published, beside this file.
 MANIFEST_SCHEMA = "manifest.schema.json"
 #: What does not go into a generated file as a name.
@@ -114,7 +116,8 @@ def build_package(
         module_node(choice, rank, workload, width=style.line_length, all_variants=all_variants) for choice in decided
     ]
     rendered = {f"{node.name}.py": render("linear.py.jinja", {"header": header, "module": node}) for node in nodes}
-    rendered["__init__.py"] = render("init.py.jinja", {"header": header, "title": architecture.slug, "modules": nodes})
+    context = {"header": header, "title": architecture.slug, "modules": nodes}
+    rendered |= {f"{name}.py": render(f"{name}.py.jinja", context) for name in OF_MODELS}
     rendered["test_equivalence.py"] = render_test([node.name for node in nodes], header=header)
     former = _Former(out / folder if reuse else None, style)
     files = {name: former.format(name, source) for name, source in rendered.items()}
