@@ -27,6 +27,7 @@ except ModuleNotFoundError:
 else:
     sys.exit("torch was not blocked")
 from runlora_gen.cli import run
+from runlora_gen.emit.package import OF_MODELS
 run()
 """
 OPTIONS = ("--arch", "llama-9m", "--rank", "8", "--tokens", "16,65536", "--dtype", "fp32", "--device", "cpu")
@@ -43,7 +44,7 @@ def process(*arguments: str, cwd: Path, code: str | None = None, seed: str = "ra
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (("--arch", "llama-13b", "--rank", "8", "-o", "out"), "out/llama_13b_r8: 3 modules, wrote 7 files"),
+        (("--arch", "llama-13b", "--rank", "8", "-o", "out"), f"out/llama_13b_r8: 3 modules, wrote {len(OF_MODELS) + 6} files"),
         (("explain", "--arch", "llama-13b", "--rank", "8"), "chosen:"),
         (("archs",), "llama-13b"),
     ],
@@ -64,7 +65,7 @@ def test_verify_without_torch_says_what_to_install(tmp_path: Path) -> None:
 
 def test_second_run_writes_nothing(run, small, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert "wrote 5 files" in run(*small, "-o", out).ok().out
+    assert f"wrote {len(OF_MODELS) + 4} files" in run(*small, "-o", out).ok().out
     before = {path: path.stat() for path in [out, *out.rglob("*")]}
     assert run(*small, "-o", out).ok().out == f"{out / 'llama_9m_r4'}: 1 modules, up to date\n"
     after = {path: path.stat() for path in [out, *out.rglob("*")]}
@@ -93,7 +94,7 @@ def test_same_bytes_for_every_seed_folder_and_output_path(tmp_path: Path, tree: 
         assert (done.returncode, done.stderr) == (0, "")
         trees.append(tree(cwd / out))
     assert trees[0] == trees[1]
-    assert len(trees[0]) == 8
+    assert len(trees[0]) == len(OF_MODELS) + 6
 
 
 def test_explain_json_is_the_same_for_every_seed(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import black
 import pytest
 from black.files import find_project_root, infer_target_version, parse_pyproject_toml
+from runlora_gen.emit.package import OF_MODELS
 from runlora_gen.emit.style import DEFAULT_LINE_LENGTH, MAX_LINE_LENGTH, MIN_LINE_LENGTH, Style, style_of
 from runlora_gen.spec.errors import SpecError
 
@@ -21,6 +22,7 @@ SPEC = ("--arch", "llama-9m", "--target-modules", "q_proj", "--rank", "4", "--la
 SPEC += ("--train", "b", "--no-input-grad", "--adapter-dtype", "bf16")
 PACKAGE = "llama_9m_r4"
 
+FILES = len(OF_MODELS) + 2  # and a module, and the test
 HUNDRED = "[tool.black]\nline-length = 100"
 #: Repositories: their files by path, and the columns of a line that follow. OUT is ``sub/out``.
 REPOSITORIES: dict[str, tuple[Mapping[str, str], int]] = {
@@ -126,7 +128,7 @@ def test_black_accepts_every_generated_file(run, small, tmp_path: Path, name: st
     run(*spec, "-o", out).ok()
     folder = out / PACKAGE
     texts = {path.name: path.read_text() for path in folder.glob("*.py")}
-    assert ("triton.jit" in texts["linear_128x128_r4.py"]) == kernels and len(texts) == 3
+    assert ("triton.jit" in texts["linear_128x128_r4.py"]) == kernels and len(texts) == FILES
     command = [sys.executable, "-m", "black", "--check", "--verbose", *map(str, folder.glob("*.py"))]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "3 files would be left unchanged" in done.stderr, done.stderr
@@ -169,7 +171,7 @@ def test_a_line_length_of_its_own_is_in_the_command(run, small, tree: Callable, 
 def test_a_run_takes_what_is_found(run, tmp_path: Path, modes: list[black.Mode], name: str) -> None:
     files, line_length = REPOSITORIES[name]
     run(*SPEC, "-o", make(tmp_path, files), "--force").ok()
-    assert {mode.line_length for mode in modes} == {line_length} and len(modes) == 3
+    assert {mode.line_length for mode in modes} == {line_length} and len(modes) == FILES
 
 
 def test_a_repository_s_line_length_is_not_in_the_command(run, tmp_path: Path, modes: list[black.Mode]) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 import black
 import pytest
 from runlora_gen.cost import device
+from runlora_gen.emit.package import OF_MODELS
 from runlora_gen.emit.render import MARKER, OUTPUT_LICENCE, template_folder
 from runlora_gen.emit.style import DEFAULT_LINE_LENGTH, Style
 
@@ -78,7 +79,7 @@ def sources(folder: Path) -> dict[str, str]:
 def test_files_are_those_of_the_contract(made: Path) -> None:
     modules = {path.name for path in made.glob("linear_*.py")}
     assert modules and all(re.fullmatch(r"linear_\d+x\d+_r4\.py", name) for name in modules)
-    rest = {"__init__.py", "manifest.json", "py.typed", "test_equivalence.py"}
+    rest = {"manifest.json", "py.typed", "test_equivalence.py", *(f"{name}.py" for name in OF_MODELS)}
     assert {path.name for path in made.iterdir()} == modules | rest
     assert (made / "py.typed").read_bytes() == b""
 
@@ -124,14 +125,21 @@ def test_imports(made: Path) -> None:
                     siblings |= {node.module} if node.module else {alias.name for alias in node.names}
                 else:
                     found.add(str(node.module).partition(".")[0])
-        extra = {"pytest", "hypothesis"} if name == "test_equivalence.py" else set()
+        extra = {"test_equivalence.py": {"pytest", "hypothesis"}, "adapters.py": {"safetensors"}}.get(name, set())
         assert found - set(sys.stdlib_module_names) <= {"torch", "triton"} | extra
         if "triton" in found:  # guarded: without it everything runs through torch
             assert "except ImportError:\n        triton = None" in text
         if name.startswith("linear_"):
             assert not siblings  # usable alone
-        else:
-            assert siblings == {path.stem for path in made.glob("linear_*.py")}
+        elif name in ("__init__.py", "shapes.py", "test_equivalence.py"):
+            assert siblings >= {path.stem for path in made.glob("linear_*.py")}
+        assert siblings <= {path.stem for path in made.glob("*.py")}
+
+
+def test_what_only_some_need_is_imported_within_functions(made: Path) -> None:
+    for name, text in sources(made).items():
+        top = {n.module for n in ast.parse(text).body if isinstance(n, ast.ImportFrom)}
+        assert not any(str(module).startswith(("safetensors", "peft", "transformers")) for module in top), name
 
 
 def test_docstrings_are_the_derivation(made: Path) -> None:
