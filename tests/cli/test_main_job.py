@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from runlora_gen.emit.package import OF_MODELS
 
 #: Runs the command with everything beyond the generator's own dependencies refused.
 WITHOUT_TORCH = """
@@ -27,7 +28,6 @@ except ModuleNotFoundError:
 else:
     sys.exit("torch was not blocked")
 from runlora_gen.cli import run
-from runlora_gen.emit.package import OF_MODELS
 run()
 """
 OPTIONS = ("--arch", "llama-9m", "--rank", "8", "--tokens", "16,65536", "--dtype", "fp32", "--device", "cpu")
@@ -44,7 +44,10 @@ def process(*arguments: str, cwd: Path, code: str | None = None, seed: str = "ra
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (("--arch", "llama-13b", "--rank", "8", "-o", "out"), f"out/llama_13b_r8: 3 modules, wrote {len(OF_MODELS) + 6} files"),
+        (
+            ("--arch", "llama-13b", "--rank", "8", "-o", "out"),
+            f"out/llama_13b_r8: 3 modules, wrote {len(OF_MODELS) + 6} files",
+        ),
         (("explain", "--arch", "llama-13b", "--rank", "8"), "chosen:"),
         (("archs",), "llama-13b"),
     ],
