@@ -149,7 +149,7 @@ def test_catalogue_slugs_are_distinct() -> None:
         ("opt-350m", "project_out", (1024, 512, False, 1)),
         ("opt-350m", "fc1", (1024, 4096, True, 24)),
         ("roberta-large", "query", (1024, 1024, True, 24)),
-        ("vit-base", "value", (768, 768, True, 12)),
+        ("vit-base", "v_proj", (768, 768, True, 12)),
     ],
 )
 def test_published_shape(name: str, projection: str, expected: tuple[int, int, bool, int]) -> None:
@@ -162,7 +162,6 @@ def test_published_shape(name: str, projection: str, expected: tuple[int, int, b
     [
         ("gpt2", "c_proj", [(768, 768), (3072, 768)]),
         ("roberta-base", "dense", [(768, 768), (768, 3072), (3072, 768)]),
-        ("vit-base", "dense", [(768, 768), (768, 3072), (3072, 768)]),
     ],
 )
 def test_projections_may_share_a_name(name: str, projection: str, shapes: list[tuple[int, int]]) -> None:
@@ -362,7 +361,7 @@ REAL_CONFIGS: list[RealConfig] = [
         (name, ENCODER, ["query", "key", "value", "dense"], {"query": (64, 64)})
         for name in ("bert", "camembert", "electra", "roberta", "xlm-roberta")
     ),
-    ("vit", {**ENCODER, "qkv_bias": False, "patch_size": 16}, ["dense"], {"key": (64, 64)}),
+    ("vit", {**ENCODER, "qkv_bias": False, "patch_size": 16}, ["o_proj", "fc1", "fc2"], {"k_proj": (64, 64)}),
 ]
 
 

@@ -57,13 +57,15 @@ class Architecture:
 
     name: str
     model_type: str
-    source: str  # "catalogue", or "folder/config.json"; never an absolute path
+    source: str  # "catalogue", "folder/config.json", "organisation/name" or "live"; never an absolute path
     projections: tuple[Projection, ...]
+    #: Modules that hold other weights, and the reason of each; empty where a data file was read.
+    left_out: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @property
     def slug(self) -> str:
         """The name as a valid Python package name."""
-        return _slug(self.name)
+        return slug(self.name)
 
     def restricted(self, target_modules: Sequence[str]) -> Architecture:
         """Return the same architecture with only these projections, in their own order."""
@@ -98,6 +100,15 @@ def load_architecture(name_or_path: str, *, model_type: str | None = None) -> Ar
     config = _Config(_clean(os.path.basename(path)), _read_json(path))
     name, source = _name_and_source(path)
     return _build(config, name=name, source=source, model_type=model_type)
+
+
+def family_projections(values: Mapping[str, object], model_type: str) -> tuple[Projection, ...]:
+    """What a family's data file says of a config; empty if no family serves the type, or the config doesn't suit it."""
+    family = _families().get(model_type)
+    try:
+        return () if family is None else _projections(family, _Config("config", values))
+    except SpecError:
+        return ()
 
 
 # Families: how a config is read
@@ -208,10 +219,13 @@ def _build(config: _Config, *, name: str, source: str, model_type: str | None) -
         raise SpecError(
             f"{where}model_type = {shorten(found)}: " f"expected one of {', '.join(sorted(_families()))}{hint}"
         )
-    family = _families()[found]
+    return Architecture(name, found, source, _projections(_families()[found], config))
+
+
+def _projections(family: _Family, config: _Config) -> tuple[Projection, ...]:
     sizes = _read_sizes(family, config)
     flags = {name: _read_flag(flag, config) for name, flag in family.flags.items()}
-    projections = tuple(
+    return tuple(
         Projection(
             name=rule.name,
             in_features=_features(config, sizes, f"{rule.name} in_features", rule.in_features),
@@ -224,7 +238,6 @@ def _build(config: _Config, *, name: str, source: str, model_type: str | None) -
         for rule in family.projections
         if not rule.if_different or len({sizes[symbol] for symbol in rule.if_different}) > 1
     )
-    return Architecture(name, found, source, projections)
 
 
 def _read_sizes(family: _Family, config: _Config) -> dict[str, int]:
@@ -341,7 +354,7 @@ def _name_and_source(path: str) -> tuple[str, str]:
     folder = os.path.basename(folder)
     name = folder if file == CONFIG_NAME else file.removesuffix(".json")
     source = f"{_clean(folder)}/{_clean(file)}" if folder else _clean(file)
-    return _slug(name), source
+    return slug(name), source
 
 
 def _clean(name: str) -> str:
@@ -349,8 +362,9 @@ def _clean(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]|\.{2,}", "_", name)[:64]
 
 
-def _slug(name: str) -> str:
-    slug = re.sub(r"[^a-z0-9]+", "_", name.lower())[:64].strip("_")
-    if not slug or slug[0].isdigit() or keyword.iskeyword(slug):
-        slug = f"model_{slug}".rstrip("_")
-    return slug
+def slug(name: str) -> str:
+    """Any name as that of a Python package: lower-case letters, digits and underscores."""
+    text = re.sub(r"[^a-z0-9]+", "_", name.lower())[:64].strip("_")
+    if not text or text[0].isdigit() or keyword.iskeyword(text):
+        text = f"model_{text}".rstrip("_")
+    return text

@@ -1,0 +1,483 @@
+"""A live model: the linears of a ``torch.nn.Module``, read by walking it, also on the meta device.
+
+Every parameter with two or more dimensions either belongs to a linear that a generated module can stand in for, or is
+named with the reason why not. No model is named here; what Transformers' and PEFT's classes are is asked of them only
+where the process has imported them already.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from .architecture import Architecture, Projection, family_projections, slug
+from .errors import SpecError, shorten
+
+#: What ``Architecture.source`` says of a model that was read here.
+LIVE = "live"
+#: Linears of one parent that read one activation, by the names that models give them: first attention's, the query
+#: before the others. Where a parent has several of a row and their widths agree, these share it.
+ATTENTION = (
+    ("q_proj", "k_proj", "v_proj", "kv_a_proj_with_mqa"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("query", "key", "value"),
+    ("q", "k", "v"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("wq", "wk", "wv"),
+)
+OTHERS = (
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("wi_0", "wi_1"),
+    ("in_proj_qkvz", "in_proj_ba"),
+    ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"),
+)
+#: In these, queries come from another sequence than keys and values.
+_CROSS = re.compile(r"cross|encoder_attn|encdec", re.IGNORECASE)
+#: Kernels of these modules take the weights of these children and never call them, so an adapter there is passed over.
+TAKEN_WITHOUT_A_CALL = {
+    "MambaMixer": ("x_proj", "dt_proj", "out_proj"),
+    "FalconMambaMixer": ("x_proj", "dt_proj", "out_proj"),
+    "JambaMambaMixer": ("dt_proj",),
+    "Mamba2Mixer": ("out_proj",),
+    "BambaMixer": ("out_proj",),
+    "FalconH1Mixer": ("out_proj",),
+    "GraniteMoeHybridMambaLayer": ("out_proj",),
+    "NemotronHMamba2Mixer": ("out_proj",),
+    "Zamba2MambaMixer": ("out_proj",),
+    "MultiheadAttention": ("out_proj",),
+}
+#: Subclasses of ``nn.Linear`` that compute the same in words of their own.
+SAME_AS_LINEAR = ("transformers.models.falcon.modeling_falcon.FalconLinear",)
+#: Direct children that classify sequences, as PEFT knows them.
+_HEADS = ("score", "classifier")
+#: What wrappers put into the names of the modules below them.
+_WRAPPED = re.compile(r"\b(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+
+
+@dataclass(frozen=True)
+class AdapterGroup:
+    """The LoRA layers of a model that have one rank, scaling, dropout and dtype.
+
+    Attributes:
+        adapter: its name in PEFT, such as ``default``.
+        rank: rows of ``lora_A``.
+        alpha: as configured.
+        scaling: what the update is multiplied with: ``alpha / rank``, with rsLoRA ``alpha / sqrt(rank)``.
+        dropout: the probability, 0 for none.
+        dtype: of ``lora_A``.
+        bias: whether ``lora_B`` has one.
+        variant: the name of PEFT's variant, such as ``DoraLinearVariant``, or None for plain LoRA.
+        projections: what they are on.
+    """
+
+    adapter: str
+    rank: int
+    alpha: float
+    scaling: float
+    dropout: float
+    dtype: torch.dtype
+    bias: bool
+    variant: str | None
+    projections: tuple[Projection, ...] = ()
+
+
+@dataclass(frozen=True)
+class LiveModel:
+    """What was read of a model.
+
+    Attributes:
+        architecture: every linear that a generated module can stand in for, whether it has an adapter or not.
+        dtypes: of their weights, the most frequent first.
+        adapters: the active LoRA layers on them; empty where there are none.
+        adapted: by rank, ascending, the architecture with just the linears that have an active adapter of it.
+    """
+
+    architecture: Architecture
+    dtypes: tuple[torch.dtype, ...]
+    adapters: tuple[AdapterGroup, ...]
+    adapted: Mapping[int, Architecture]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of most of the weights."""
+        return self.dtypes[0]
+
+    @property
+    def left_out(self) -> Mapping[str, str]:
+        """Modules that hold other weights, with ``*`` for the indices of layers, and the reason of each."""
+        return self.architecture.left_out
+
+
+def read_model(model: nn.Module, *, name: str | None = None) -> LiveModel:
+    """Read the linears of a model.
+
+    Taken is what computes exactly as ``nn.Linear`` or Transformers' ``Conv1D`` with a 2-D floating weight. A
+    ``PeftModel`` is seen through: its layers are read as what they wrap. Output embeddings and heads that classify
+    sequences are left out as by PEFT's ``all-linear``, unless they have an adapter.
+
+    Args:
+        model: any module; only shapes, dtypes and types are looked at.
+        name: how the architecture is called; else after the checkpoint, the model type or the class.
+
+    Raises:
+        SpecError: it has no such linear.
+    """
+    root = _unwrapped(model)
+    found = tuple(_walk(root))
+    linears = [item for item in found if isinstance(item, _Linear)]
+    left_out = _left_out([item for item in found if isinstance(item, _Other)])
+    config = _config(root)
+    kind = config.get("model_type")
+    model_type = kind if isinstance(kind, str) and kind else slug(type(root).__name__)
+    label = name or model_type
+    if not linears:
+        reasons = "; ".join(f"{where}: {why}" for where, why in list(left_out.items())[:3])
+        raise SpecError(
+            f"{shorten(label)}: no linear that LoRA can be generated for"
+            + (f"; left out: {reasons}" if reasons else "")
+        )
+    family = family_projections(config, model_type)
+
+    def architecture(members: Sequence[_Linear]) -> Architecture:
+        return Architecture(slug(label), model_type, LIVE, _projections(members, family), left_out)
+
+    groups: dict[AdapterGroup, list[_Linear]] = {}
+    for linear in linears:
+        for adapter in linear.adapters:
+            groups.setdefault(adapter, []).append(linear)
+    ranks = sorted({adapter.rank for adapter in groups})
+    return LiveModel(
+        architecture=architecture(linears),
+        dtypes=tuple(dtype for dtype, _ in Counter(linear.dtype for linear in linears).most_common()),
+        adapters=tuple(
+            replace(adapter, projections=_projections(members, family)) for adapter, members in groups.items()
+        ),
+        adapted={r: architecture([x for x in linears if any(a.rank == r for a in x.adapters)]) for r in ranks},
+    )
+
+
+@dataclass(frozen=True)
+class _Linear:
+    """One linear that is taken."""
+
+    path: str
+    in_features: int
+    out_features: int
+    bias: bool
+    layout: str
+    dtype: torch.dtype
+    adapters: tuple[AdapterGroup, ...]
+
+    @property
+    def parent(self) -> str:
+        return self.path.rpartition(".")[0]
+
+    @property
+    def name(self) -> str:
+        return self.path.rpartition(".")[2]
+
+    @property
+    def shape(self) -> tuple[str, int, int, bool, str]:
+        return self.name, self.in_features, self.out_features, self.bias, self.layout
+
+
+@dataclass(frozen=True)
+class _Other:
+    """A module with weights that is not taken."""
+
+    path: str
+    reason: str
+
+
+# The walk
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, below torch.compile, DDP and PEFT."""
+    while True:
+        wrapper: Any = model
+        inner: nn.Module | None = model._modules.get("_orig_mod")
+        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
+            inner = wrapper.module
+        peft_model = _known("peft.peft_model", "PeftModel")
+        if inner is None and peft_model is not None and isinstance(model, peft_model):
+            inner = wrapper.get_base_model()
+        if inner is None or inner is model:
+            return model
+        model = inner
+
+
+def _known(module: str, name: str) -> Any:
+    """A class of a package, or None if this process has not imported it: then nothing here is one."""
+    found = getattr(sys.modules.get(module), name, None)
+    return found if isinstance(found, type) else None
+
+
+def _walk(root: nn.Module) -> Iterator[_Linear | _Other]:
+    """Every linear that is taken and every other module with weights, each once, in the model's order."""
+    conv1d = _known("transformers.pytorch_utils", "Conv1D")
+    tuner_layer = _known("peft.tuners.tuners_utils", "BaseTunerLayer")
+    trained_copy = _known("peft.utils.other", "AuxiliaryTrainingWrapper")
+    skipped = _heads(root)
+    embedded = {id(m.weight) for m in root.modules() if isinstance(m, nn.Embedding)}
+    seen: set[int] = set()
+
+    def visit(path: str, found: nn.Module, parent: nn.Module | None, head: str) -> Iterator[_Linear | _Other]:
+        module: Any = found
+        tuner = None
+        if tuner_layer is not None and isinstance(module, tuner_layer):
+            tuner = module
+            module = module.get_base_layer()
+        full = ""
+        if trained_copy is not None and isinstance(module, trained_copy):
+            module = module.original_module
+            full = "trained in full (modules_to_save)"
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        head = skipped.get(id(tuner or module)) or skipped.get(id(module)) or head or full
+        weights = [parameter for parameter in module._parameters.values() if parameter is not None]
+        if any(isinstance(weight, nn.UninitializedParameter) for weight in weights):
+            yield _Other(path, "not initialised (lazy)")
+            return
+        layout = _layout(module, conv1d)
+        if layout:
+            reason = _reason(module, parent, path, tuner, head, embedded)
+            yield _Other(path, reason) if reason else _linear(path, module, layout, tuner)
+            return  # the children of a linear are its parametrizations
+        if _is_other_linear(module, tuner):
+            yield _Other(path, _other_linear(module))
+            return
+        if any(weight.dim() > 1 for weight in weights):
+            yield _Other(path, _what(module, weights))
+        for name, child in module._modules.items():
+            if child is not None:
+                yield from visit(f"{path}.{name}" if path else name, child, module, head)
+
+    for item in visit("", root, None, ""):
+        path = _WRAPPED.sub("", f"{item.path}.")[:-1] or type(root).__name__.lower()
+        yield replace(item, path=path)
+
+
+def _heads(root: nn.Module) -> dict[int, str]:
+    """What turns hidden states into words or classes, by identity."""
+    heads: dict[int, str] = {}
+    for name in _HEADS:
+        if isinstance(root._modules.get(name), nn.Module):
+            heads[id(root._modules[name])] = "a head that classifies sequences"
+    pretrained = _known("transformers.modeling_utils", "PreTrainedModel")
+    if pretrained is not None and isinstance(root, pretrained):
+        model: Any = root
+        output = model.get_output_embeddings()
+        if isinstance(output, nn.Module):
+            heads[id(output)] = "output embedding"
+    return heads
+
+
+def _layout(module: nn.Module, conv1d: type | None) -> str | None:
+    """How the weight lies if the module's own class computes as ``nn.Linear`` or ``Conv1D``, else None."""
+    kind = type(module)
+    same = kind.forward is nn.Linear.forward or f"{kind.__module__}.{kind.__qualname__}" in SAME_AS_LINEAR
+    if isinstance(module, nn.Linear) and same:
+        return "out_in"
+    if conv1d is not None and isinstance(module, conv1d) and kind.forward is vars(conv1d)["forward"]:
+        return "in_out"
+    return None
+
+
+def _reason(
+    module: nn.Module, parent: nn.Module | None, path: str, tuner: nn.Module | None, head: str, embedded: set[int]
+) -> str | None:
+    """Why a linear is left out, or None."""
+    name = path.rpartition(".")[2]
+    weight = module.weight
+    if getattr(module, "parametrizations", None):
+        return "its weight is parametrized"
+    assert isinstance(weight, torch.Tensor)
+    if not weight.is_floating_point() or weight.dtype.itemsize == 1 or _is_packed(weight):
+        return f"quantized ({type(weight).__name__} of {_dtype_name(weight.dtype)})"
+    if weight.dim() != 2:
+        return f"a weight of {weight.dim()} dimensions"
+    if 0 in weight.shape:
+        return "empty"
+    # accelerate's hooks put a forward of their own before the module's, which they call.
+    if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
+        return "its forward was replaced"
+    taken = TAKEN_WITHOUT_A_CALL.get(type(parent).__name__, ())
+    if name in taken:
+        return f"{type(parent).__name__} takes its weight without calling it"
+    if tuner is not None:
+        lora = _known("peft.tuners.lora", "LoraLayer")
+        if lora is None or not isinstance(tuner, lora):
+            return f"has an adapter of another kind ({type(tuner).__module__}.{type(tuner).__name__})"
+        if type(tuner).__name__ == "ParamWrapper":
+            return "has an adapter on a parameter (target_parameters)"
+        return None  # whatever it is: it was asked for
+    if head:
+        return head
+    if name == "lm_head" or id(weight) in embedded:
+        return "output embedding"
+    return None
+
+
+def _is_packed(weight: torch.Tensor) -> bool:
+    """Whether a tensor stands for another one that it computes, as torchao's; a DTensor only says where it is."""
+    return is_traceable_wrapper_subclass(weight) and type(weight).__name__ != "DTensor"
+
+
+def _is_other_linear(module: nn.Module, tuner: nn.Module | None) -> bool:
+    """Whether a module is a linear map of some other kind: a subclass, a quantized layer, an adapter's."""
+    if isinstance(module, nn.Linear | nn.Bilinear):
+        return True
+    wide = all(isinstance(getattr(module, side, None), int) for side in ("in_features", "out_features"))
+    held = {**module._parameters, **module._buffers}
+    return wide and any(isinstance(tensor, torch.Tensor) and tensor.dim() > 1 for tensor in held.values())
+
+
+def _other_linear(module: nn.Module) -> str:
+    kind = type(module).__name__
+    held = {**module._parameters, **module._buffers}
+    tensors = [t for t in held.values() if isinstance(t, torch.Tensor) and t.dim() > 1]
+    if any(not t.is_floating_point() or t.dtype.itemsize == 1 for t in tensors):
+        return f"quantized ({kind})"
+    if any(tensor.dim() > 2 for tensor in tensors):
+        return _what(module, tensors)
+    if "lora_A" in module._parameters or "lora_A" in module._modules:
+        return f"has an adapter already ({kind})"
+    return f"a linear with a forward of its own ({kind})"
+
+
+def _what(module: nn.Module, weights: Sequence[torch.Tensor]) -> str:
+    """What a module with weights is that is no linear."""
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return "embedding"
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return "convolution"
+    most = max(weight.dim() for weight in weights)
+    kind = type(module).__name__
+    if any(not w.is_floating_point() or w.dtype.itemsize == 1 for w in weights if w.dim() > 1):
+        return f"quantized ({kind})"
+    return f"{most}-D weights of {kind}" if most > 2 else f"2-D parameters of {kind}, which is no linear"
+
+
+def _linear(path: str, module: nn.Module, layout: str, tuner: nn.Module | None) -> _Linear:
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    rows, columns = weight.shape
+    sizes = (columns, rows) if layout == "out_in" else (rows, columns)
+    adapters = () if tuner is None else tuple(_adapters(tuner))
+    return _Linear(path, *sizes, module.bias is not None, layout, weight.dtype, adapters)
+
+
+def _adapters(tuner: nn.Module) -> Iterator[AdapterGroup]:
+    """The active adapters of one of PEFT's LoRA layers; an adapter is active everywhere, but not there everywhere."""
+    layer: Any = tuner
+    for name in layer.active_adapters:
+        if name not in layer.lora_A:
+            continue
+        variant = getattr(layer, "lora_variant", {}).get(name)
+        dropout = layer.lora_dropout[name]
+        yield AdapterGroup(
+            adapter=name,
+            rank=layer.lora_A[name].weight.shape[0],
+            alpha=float(layer.lora_alpha[name]),
+            scaling=float(layer.scaling[name]),
+            dropout=float(getattr(dropout, "p", 0.0)),
+            dtype=layer.lora_A[name].weight.dtype,
+            bias=layer.lora_B[name].bias is not None,
+            variant=None if variant is None else type(variant).__name__,
+        )
+
+
+# From linears to projections
+
+
+def _pattern(path: str) -> str:
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", path)
+
+
+def _projections(linears: Sequence[_Linear], family: Sequence[Projection]) -> tuple[Projection, ...]:
+    """The projections that linears make up, in order of their first.
+
+    Where a family's data file describes just these, its projections are taken, with its words for what they read.
+    """
+    parents: dict[str, list[_Linear]] = {}
+    for linear in linears:
+        parents.setdefault(linear.parent, []).append(linear)
+    # Layers of one kind may differ in their shapes, and then in what they read, too.
+    alike: dict[tuple[str, tuple[tuple[str, int, int, bool, str], ...]], int] = {}
+    for members in parents.values():
+        for group in _groups(members):
+            signature = (_pattern(group[0].path), tuple(linear.shape for linear in group))
+            alike[signature] = alike.get(signature, 0) + 1
+    labels: Counter[str] = Counter()
+    projections = []
+    for (pattern, shapes), count in alike.items():
+        labels[pattern] += 1
+        label = pattern if labels[pattern] == 1 else f"{pattern} ({labels[pattern]})"
+        for name, in_features, out_features, bias, layout in shapes:
+            projections.append(Projection(name, in_features, out_features, bias, count, label, layout))
+    described = _described(projections, family)
+    return described or tuple(projections)
+
+
+def _groups(members: Sequence[_Linear]) -> Iterator[list[_Linear]]:
+    """The linears of one parent, those that read one activation together."""
+    left = {linear.name: linear for linear in members}
+    rows = [names[1:] if _CROSS.search(members[0].parent) else names for names in ATTENTION]
+    for linear in members:
+        for names in (*rows, *OTHERS):
+            group = [left[x] for x in names if x in left and left[x].in_features == linear.in_features]
+            if linear in group and len(group) > 1:
+                break
+        else:
+            group = [linear] if linear.name in left else []
+        for taken in group:
+            del left[taken.name]
+        if group:
+            yield group
+
+
+def _described(projections: Sequence[Projection], family: Sequence[Projection]) -> tuple[Projection, ...] | None:
+    def key(p: Projection) -> tuple[str, int, int, bool, int, str]:
+        return p.name, p.in_features, p.out_features, p.bias, p.count, p.layout
+
+    wanted = Counter(map(key, projections))
+    taken = []
+    for projection in family:
+        if wanted[key(projection)]:
+            wanted[key(projection)] -= 1
+            taken.append(projection)
+    return None if wanted.total() else tuple(taken)
+
+
+def _left_out(others: Sequence[_Other]) -> dict[str, str]:
+    """Reasons by name, with ``*`` for numbers where all of that name have one reason."""
+    reasons: dict[str, set[str]] = {}
+    for other in others:
+        reasons.setdefault(_pattern(other.path), set()).add(other.reason)
+    result = {}
+    for other in others:
+        pattern = _pattern(other.path)
+        result[pattern if len(reasons[pattern]) == 1 else other.path] = other.reason
+    return result
+
+
+def _config(root: nn.Module) -> Mapping[str, object]:
+    """The model's Transformers config as a dict; empty if it has none."""
+    config: Any = getattr(root, "config", None)
+    pretrained = _known("transformers.configuration_utils", "PreTrainedConfig")
+    return config.to_dict() if pretrained is not None and isinstance(config, pretrained) else {}
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
