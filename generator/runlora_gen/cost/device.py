@@ -1,6 +1,6 @@
 """Device profiles: data files with what the prices need to know of a machine.
 
-Keys of a file: ``title``, ``source``, ``memory_gb_per_s``, ``launch_us``, ``host_us``, ``kernel_host_us`` (absent
+Keys of a file: ``title``, ``source``, ``compute_capability`` (of a GPU), ``memory_gb_per_s``, ``launch_us``, ``host_us``, ``kernel_host_us`` (absent
 where no Triton kernels run), ``multiprocessors`` (of a GPU), ``[tflops]`` by dtype. A file that ``runlora-gen tune``
 wrote has more: ``[times.DTYPE]``, by the signature of an operation rows of its dimensions (in the order T, I, O, R)
 and measured microseconds, and ``[tiles.DTYPE]``, rows of dimensions and a kernel's best constants. ``measured_on``
@@ -61,6 +61,7 @@ class DeviceProfile:
         host_s: time that the host needs for one operator call from Python; bounds eager mode.
         kernel_host_s: the same for one Triton kernel, descriptors included; None where there are no Triton kernels.
         multiprocessors: of a GPU: how many tiles of a kernel run at once; None where that is not known.
+        compute_capability: of a GPU of NVIDIA; None where that is not known.
         digest: of all its data, also of what it takes from another profile.
         times: seconds by dtype and signature of an operation, at the dimensions where it was measured.
         tiles: the best constants of kernels, likewise.
@@ -77,6 +78,7 @@ class DeviceProfile:
     kernel_host_s: float | None
     digest: str
     multiprocessors: int | None = None
+    compute_capability: tuple[int, int] | None = None
     times: Mapping[str, Times] = field(default_factory=dict, repr=False)
     tiles: Mapping[str, Tiles] = field(default_factory=dict, repr=False)
     measured_on: DeviceProfile | None = field(default=None, repr=False)
@@ -153,6 +155,33 @@ def load_device(name: str) -> DeviceProfile:
         raise SpecError(f"{label}: not a device profile: {error}") from None
 
 
+def nearest_profile(name: str, capability: tuple[int, int]) -> tuple[str, str]:
+    """The profile of the package for a GPU: its own, else the one of the nearest compute capability.
+
+    Args:
+        name: as the driver calls it, such as "NVIDIA H100 80GB HBM3".
+        capability: its compute capability.
+
+    Returns:
+        The profile's name, and what is to be said if it is another GPU's; else an empty text.
+    """
+    plain = re.sub(r"[^a-z0-9]", "", name.lower())
+    known = {
+        profile: found for profile in device_names() if (found := load_device(profile).compute_capability) is not None
+    }
+    for profile in known:
+        if profile.replace("-", "") in plain:
+            return profile, ""
+    major, minor = capability
+
+    def gap(profile: str) -> tuple[int, str]:
+        return abs(10 * (known[profile][0] - major) + known[profile][1] - minor), profile
+
+    profile = min(known, key=gap)
+    title = load_device(profile).title
+    return profile, f"priced for another GPU, {title}: {shorten(name)} has no profile; `runlora-gen tune` makes one"
+
+
 def parse_toml(data: bytes) -> dict[str, Any]:
     """The data of a profile's file.
 
@@ -209,6 +238,9 @@ def _profile(name: str, data: Mapping[str, Any]) -> DeviceProfile:
         host_s=positive("host_us", data["host_us"]) * 1e-6,
         kernel_host_s=positive("kernel_host_us", data["kernel_host_us"]) * 1e-6 if "kernel_host_us" in data else None,
         multiprocessors=(_count(data["multiprocessors"]) if "multiprocessors" in data else None),
+        compute_capability=(
+            check_capability(data["compute_capability"]) if "compute_capability" in data else None
+        ),
         times=times,
         tiles={
             dtype: {
@@ -239,6 +271,18 @@ def _count(value: Any) -> int:
     if type(value) is not int or not 0 < value <= 4096:
         raise ValueError(f"multiprocessors: {shorten(value)} is not allowed; give a whole number from 1 to 4096")
     return value
+
+
+def check_capability(value: object) -> tuple[int, int]:
+    """A compute capability such as "9.0".
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not isinstance(value, str) or not re.fullmatch(r"[0-9]{1,2}\.[0-9]", value):
+        raise ValueError(f"compute_capability: {shorten(value)} is not allowed; give a text such as 9.0")
+    major, _, minor = value.partition(".")
+    return int(major), int(minor)
 
 
 #: Least and most of constants that are no sides of tiles.

@@ -81,6 +81,38 @@ def _sha256(text: str) -> str:
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
 
+def folder_name(architecture: Architecture, rank: int) -> str:
+    """What a package is called."""
+    return f"{architecture.slug}_r{rank}"
+
+
+def package_digest(architecture: Architecture, rank: int, workload: Workload, *, all_variants: bool = False) -> str:
+    """Of everything that a package's choice and text follow from, but for the style of its place."""
+    return _digest(architecture, rank, workload, _public(workload), all_variants)
+
+
+def is_current(folder: Path, architecture: Architecture, rank: int, workload: Workload) -> bool:
+    """Whether a folder holds just what would be generated for this, by its manifest; nothing is chosen anew."""
+    with contextlib.suppress(ValueError, OSError, KeyError, TypeError, AttributeError):
+        manifest = json.loads(read_text(folder / MANIFEST, label=MANIFEST, limit=MAX_GENERATED_BYTES, kind="manifest"))
+        if (manifest["digest"], manifest["generator_version"]) != (
+            package_digest(architecture, rank, workload),
+            __version__,
+        ):
+            return False
+        files = manifest["files"]
+        return set(files) == {path.name for path in folder.iterdir() if path.is_file()} - {MANIFEST} and all(
+            digest == _sha256(read_text(folder / name, label=name, limit=MAX_GENERATED_BYTES, kind="generated file"))
+            for name, digest in files.items()
+        )
+    return False
+
+
+def _public(workload: Workload) -> Workload:
+    """Of a profile's path only the name: a generated file says nothing of the machine that it was made on."""
+    return replace(workload, device=_NOT_PLAIN.sub("_", Path(workload.device).name))
+
+
 def build_package(
     architecture: Architecture,
     rank: int,
@@ -103,10 +135,9 @@ def build_package(
     Raises:
         SpecError: a constraint that no variant meets, or a repository whose style can't be read.
     """
-    folder = f"{architecture.slug}_r{rank}"
+    folder = folder_name(architecture, rank)
     style = style_of(out / folder, line_length)
-    # Of a profile's path only the name: a generated file says nothing of the machine that it was made on.
-    public = replace(workload, device=_NOT_PLAIN.sub("_", Path(workload.device).name))
+    public = _public(workload)
     header = Header(
         command=_command(architecture, rank, public, all_variants, line_length),
         digest=_digest(architecture, rank, workload, public, all_variants),

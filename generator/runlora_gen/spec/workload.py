@@ -10,6 +10,13 @@ from .errors import SpecError, shorten
 
 #: The dtypes that layers are generated for.
 DTYPE_NAMES = ("bf16", "fp16", "fp32")
+#: What options with names allow.
+CHOICES = {
+    "criterion": ("time", "flops", "memory"),
+    "merge_rounding": ("nearest", "stochastic"),
+    "launch": ("eager", "graph"),
+}
+MAX_SAVED_BYTES = 2**50
 #: Above this, byte counts of a layer leave 64 bits; no training step is near it.
 MAX_TOKENS = 2**31
 
@@ -122,3 +129,42 @@ def check_ranks(ranks: Sequence[int], architecture: Architecture) -> None:
                 f"--rank: {rank} is above min(in, out) of {smallest.name} "
                 f"({smallest.in_features}x{smallest.out_features}); the largest rank allowed is {limit}"
             )
+
+
+def make_workload(**fields: Any) -> Workload:
+    """A workload from values as Python has them: whole numbers, names, lists, torch's dtypes.
+
+    Args:
+        fields: of ``Workload``; what is not given has its default, and tokens a number or several.
+
+    Raises:
+        SpecError: an unknown field, or a value that is not allowed.
+    """
+    known = {field.name for field in dataclasses.fields(Workload)}
+    for name in fields:
+        if name not in known:
+            raise SpecError(f"unknown field {nearest(name, sorted(known))}")
+    values = {name: value for name, value in fields.items() if value is not None}
+    for name, allowed in CHOICES.items():
+        if name in values and values[name] not in allowed:
+            raise SpecError(f"{name}: {shorten(values[name])} is not allowed; give one of {', '.join(allowed)}")
+    for name in ("input_grad", "allow_lossy_merge", "kernels"):
+        if name in values and not isinstance(values[name], bool):
+            raise SpecError(f"{name}: {shorten(values[name])} is not allowed; give True or False")
+    for name, maximum in (("tokens", MAX_TOKENS), ("max_saved_bytes", MAX_SAVED_BYTES)):
+        if name in values:
+            texts = [str(value) for value in _several(values[name])]
+            counts = parse_counts(name, texts, maximum=maximum)
+            values[name] = counts if name == "tokens" else counts[-1]
+    dtype = _dtype("dtype", values.get("dtype", Workload.dtype))
+    values |= {"dtype": dtype, "adapter_dtype": _dtype("adapter_dtype", values.get("adapter_dtype", "fp32"))}
+    check_adapter_dtype(values["adapter_dtype"], dtype)
+    if "train" in values:
+        values["train"] = parse_train(",".join(map(str, _several(values["train"]))))
+    if "device" in values:
+        values["device"] = str(values["device"])
+    return Workload(**values)
+
+
+def _several(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple | set | range) else [value]
