@@ -238,9 +238,7 @@ def _profile(name: str, data: Mapping[str, Any]) -> DeviceProfile:
         host_s=positive("host_us", data["host_us"]) * 1e-6,
         kernel_host_s=positive("kernel_host_us", data["kernel_host_us"]) * 1e-6 if "kernel_host_us" in data else None,
         multiprocessors=(_count(data["multiprocessors"]) if "multiprocessors" in data else None),
-        compute_capability=(
-            check_capability(data["compute_capability"]) if "compute_capability" in data else None
-        ),
+        compute_capability=(check_capability(data["compute_capability"]) if "compute_capability" in data else None),
         times=times,
         tiles={
             dtype: {

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from .architecture import Architecture
-from .errors import SpecError, shorten
+from .errors import SpecError, nearest, shorten
 
 #: The dtypes that layers are generated for.
 DTYPE_NAMES = ("bf16", "fp16", "fp32")
@@ -164,6 +166,15 @@ def make_workload(**fields: Any) -> Workload:
     if "device" in values:
         values["device"] = str(values["device"])
     return Workload(**values)
+
+
+def _dtype(field: str, value: object) -> str:
+    """A dtype's name from ours, torch's, or torch's dtype."""
+    name = str(value).removeprefix("torch.")
+    name = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(name, name)
+    if name not in DTYPE_NAMES:
+        raise SpecError(f"{field}: {shorten(value)} is not allowed; give one of {', '.join(DTYPE_NAMES)}")
+    return name
 
 
 def _several(value: Any) -> list[Any]:

@@ -1,0 +1,433 @@
+"""The Python entries: generate for a model, and put what was generated into it. Nothing is decided here.
+
+torch is imported by what takes a live model, and by nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import importlib.util
+import os
+import re
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .spec.architecture import Architecture, load_architecture
+from .spec.errors import SpecError, shorten
+from .spec.workload import Workload, check_ranks, make_workload
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+#: Token counts that modules are chosen for where nobody says more: short and long batches.
+TOKENS = (2048, 16384)
+#: What ``generate`` chooses by where nobody says more, on a machine without a GPU that has a profile.
+_CPU = "cpu"
+
+
+def generate(
+    model: Any,
+    *,
+    rank: int | Sequence[int] | None = None,
+    output: str | os.PathLike[str] = "generated",
+    name: str | None = None,
+    force: bool = False,
+    **workload: Any,
+) -> tuple[Path, ...]:
+    """Generate the LoRA linears of a model, as the command line does.
+
+    Args:
+        model: a ``torch.nn.Module`` (also on the meta device; a PeftModel also gives its ranks), a config of
+            Transformers, or what ``--arch`` takes: a name, a config.json or its folder.
+        rank: of the adapters, one or several; None for those of a PeftModel.
+        output: the folder to write into: a package for each rank.
+        name: of the packages; None for that of the model.
+        force: overwrite files that were not generated.
+        workload: fields of ``Workload``: tokens, dtype, adapter_dtype, device, target_modules, ... A live model gives
+            its own dtypes and device.
+
+    Returns:
+        The folders of the packages, one a rank.
+
+    Raises:
+        SpecError: a value that is not allowed, named in one line; nothing is written then.
+    """
+    target_modules = _targets(workload.pop("target_modules", ()))
+    by_rank, options = _by_rank(model, rank, name)
+    request = make_workload(**{**options, **workload})
+    if target_modules:
+        by_rank = {r: architecture.restricted(target_modules) for r, architecture in by_rank.items()}
+        first = next(iter(by_rank.values()))
+        request = replace(request, target_modules=tuple(dict.fromkeys(p.name for p in first.projections)))
+    for r, architecture in by_rank.items():
+        check_ranks((r,), architecture)
+    return _published(Path(output), by_rank, request, force=force)
+
+
+def accelerate(
+    model: nn.Module, output: str | os.PathLike[str] | None = None, *, strict: bool = False, **workload: Any
+) -> Any:
+    """Generate what the LoRA linears of a PEFT model need, and run them on it.
+
+    Only their arithmetic changes. The layers stay PEFT's, with all that PEFT does with them: saving, loading, merging,
+    switching and disabling adapters. What is not covered runs PEFT's own code, with one warning that counts the layers
+    and names the reason. A second call changes nothing.
+
+    Args:
+        model: a PeftModel.
+        output: the folder for the generated packages, one a rank, which can be vendored; None for one in the user's
+            cache, which the report names. What is there and up to date is used as it is.
+        strict: raise where a layer would be left to PEFT; the model stays as it was.
+        workload: fields of ``Workload`` in place of what the model says (dtypes, device) and of the tokens of short and
+            long batches (2048 and 16384 a step).
+
+    Returns:
+        A report: ``accelerated`` (names), ``left`` (name to reason), ``folders``, ``modules``; it prints well.
+
+    Raises:
+        ValueError: the model has no LoRA layer; a value that is not allowed; or ``strict``, and a layer is not covered.
+    """
+    from .spec.live import read_model
+
+    live = read_model(model)
+    if not live.adapted:
+        raise SpecError("model: no LoRA layer of PEFT on a linear: wrap it first, with peft.get_peft_model")
+    packages = _packages(model, live.adapted, output, workload)
+    layers = packages[0].with_peft.lora_layers(model)
+    # The others would say of a layer that its rank is not theirs.
+    verdicts = {name: [p.with_peft.why_left(layer) for p in packages] for name, layer in layers.items()}
+    home = {name: packages[left.index(None)] for name, left in verdicts.items() if None in left}
+    left = {name: reasons[_of_rank(layers[name], packages)] for name, reasons in verdicts.items() if name not in home}
+    lines = packages[0].shapes.reasons(left.items())
+    if left and strict:
+        raise ValueError("; ".join(lines))
+    for name, layer in layers.items():
+        (home.get(name) or packages[_of_rank(layer, packages)]).with_peft.swap(layer)
+    if left:
+        warnings.warn("PEFT's own code runs in: " + "; ".join(lines), stacklevel=2)
+    used = {(home[name].shapes.RANK, layers[name].in_features, layers[name].out_features) for name in home}
+    folders = tuple(package.shapes.FOLDER for package in packages)
+    return packages[0].Report(tuple(home), left, folders, len(used))
+
+
+def inject_lora(
+    model: nn.Module,
+    r: int = 8,
+    lora_alpha: float = 8,
+    target_modules: str | Sequence[str] = "all-linear",
+    *,
+    adapter_dtype: torch.dtype | None = None,
+    use_rslora: bool = False,
+    output: str | os.PathLike[str] | None = None,
+    **workload: Any,
+) -> Any:
+    """Generate LoRA layers for a model, replace its linears by them, and freeze all else: LoRA without PEFT.
+
+    Args:
+        model: any model with linears (``torch.nn.Linear``, or GPT-2's Conv1D); changed in place.
+        r: rank of the adapters.
+        lora_alpha: the update is scaled by lora_alpha / r.
+        target_modules: as PEFT takes them: names, or ends of names, of linears; a regular expression for whole names;
+            or "all-linear" for all but output embeddings and heads.
+        adapter_dtype: of lora_A and lora_B; None for float32 over a 16-bit base, else the base's.
+        use_rslora: scale by lora_alpha / sqrt(r).
+        output, workload: as for ``accelerate``.
+
+    Returns:
+        A report: ``accelerated`` (names), ``left`` (name to reason), ``folders``, ``modules``; it prints well.
+
+    Raises:
+        ValueError: the model has adapters already, nothing fits ``target_modules``, or a value is not allowed. The
+            model is as it was then.
+        TypeError: a linear is quantized.
+    """
+    from .spec.live import read_model
+
+    live = read_model(model)
+    names = dict.fromkeys(n.rpartition(".")[2] for n, _ in model.named_modules() if _is_target(n, target_modules))
+    known = {projection.name for projection in live.architecture.projections}
+    wanted = [name for name in names if name in known]
+    architecture = live.architecture.restricted(wanted) if wanted else live.architecture
+    check_ranks((r,), architecture)
+    if adapter_dtype is not None:
+        workload = {"adapter_dtype": _dtype_name(adapter_dtype), **workload}
+    (package,) = _packages(model, {r: architecture}, output, workload)
+    report = package.inject_lora(
+        model, r, lora_alpha, target_modules, adapter_dtype=adapter_dtype, use_rslora=use_rslora
+    )
+    return report
+
+
+def load_adapter(model: nn.Module, directory: str | os.PathLike[str], **options: Any) -> None:
+    """Read an adapter in PEFT's format, into layers that are there, or that are generated and put in for it.
+
+    Args:
+        model: with generated layers, or without any; or a PeftModel, which loads it itself.
+        directory: with adapter_config.json.
+        options: for a PeftModel ``adapter_name``; for new layers ``output`` and fields of ``Workload``.
+
+    Raises:
+        ValueError: the adapter has what generated layers don't, or other layers, ranks or shapes than the model.
+        OSError: there is no such adapter.
+    """
+    package = _package_of(model)
+    if package is None and hasattr(model, "peft_config"):
+        adapter_name = options.pop("adapter_name", "default")
+        peft_model: Any = model
+        peft_model.load_adapter(str(directory), adapter_name, is_trainable=True, **options)
+        return
+    if package is None:
+        import json
+
+        from .spec.live import read_model
+
+        config = json.loads((Path(directory) / "adapter_config.json").read_text(encoding="utf-8"))
+        rank = config.get("r")
+        if not isinstance(rank, int):
+            raise SpecError(f"adapter_config.json: r = {shorten(rank)} is not allowed; give a whole number")
+        output = options.pop("output", None)
+        (package,) = _packages(model, {rank: read_model(model).architecture}, output, options)
+        options = {}
+    package.load_adapter(model, directory, **options)
+
+
+def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
+    """Write the adapter in PEFT's format: adapter_config.json and the weights beside it.
+
+    Raises:
+        ValueError: the model has no generated layers.
+    """
+    _needed(model).save_adapter(model, directory)
+
+
+def merge(model: nn.Module) -> None:
+    """Put weights with the updates in them in place of the frozen ones, which are kept for ``unmerge``.
+
+    Raises:
+        ValueError: the model has no generated layers.
+    """
+    _needed(model).merge(model)
+
+
+def unmerge(model: nn.Module) -> None:
+    """Put the frozen weights back.
+
+    Raises:
+        ValueError: the model has no generated layers.
+    """
+    _needed(model).unmerge(model)
+
+
+def disable_adapter(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Within it the base model runs alone, as the reference of DPO or GRPO.
+
+    Raises:
+        ValueError: the model has no generated layers.
+    """
+    manager: contextlib.AbstractContextManager[None] = _needed(model).disable_adapter(model)
+    return manager
+
+
+def restore(model: nn.Module) -> tuple[str, ...]:
+    """Let the layers of a PEFT model run PEFT's own code again.
+
+    Returns:
+        The names of the layers that ran on generated modules.
+    """
+    package = _package_of(model)
+    names: tuple[str, ...] = () if package is None else package.restore(model)
+    return names
+
+
+# What to generate for
+
+
+def _by_rank(
+    model: Any, rank: int | Sequence[int] | None, name: str | None
+) -> tuple[dict[int, Architecture], dict[str, Any]]:
+    """The architecture of each rank, and what else the model says of the workload."""
+    ranks = () if rank is None else (rank,) if isinstance(rank, int) else tuple(rank)
+    if isinstance(model, str | os.PathLike):
+        architecture = load_architecture(os.fspath(model))
+        options: dict[str, Any] = {}
+    elif hasattr(model, "named_modules"):
+        from .spec.live import read_model
+
+        live = read_model(model, name=name)
+        options = _of_model(model)
+        if not ranks and live.adapted:
+            return dict(live.adapted), options
+        architecture = live.architecture
+    else:
+        raise SpecError(f"model: {shorten(type(model).__name__)} is not allowed; give a torch module, a name or a path")
+    if not ranks:
+        raise SpecError("rank: missing; give a whole number such as 8")
+    for value in ranks:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise SpecError(f"rank: {shorten(value)} is not allowed; give whole numbers from 1")
+    if name is not None:
+        architecture = replace(architecture, name=name)
+    return dict.fromkeys(ranks, architecture), options
+
+
+def _of_model(model: Any) -> dict[str, Any]:
+    """What a live model says of its workload: dtypes of base and adapters, and the profile of its device."""
+    from .spec.live import read_model
+
+    live = read_model(model)
+    base = _dtype_name(live.dtype)
+    adapters = {_dtype_name(group.dtype) for group in live.adapters}
+    adapter = adapters.pop() if len(adapters) == 1 else "fp32"
+    device, _ = profile_of(model)
+    return {
+        "tokens": TOKENS,
+        "dtype": base,
+        "adapter_dtype": adapter if adapter == base else "fp32",
+        "device": device,
+    }
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    """As the workload calls it; what it has no name for is priced as fp32."""
+    return {"torch.bfloat16": "bf16", "torch.float16": "fp16"}.get(str(dtype), "fp32")
+
+
+def profile_of(model: Any) -> tuple[str, str]:
+    """The device profile that stands for a model's device, and what is to be said if it is another machine's."""
+    import torch
+
+    from .cost.device import nearest_profile
+
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    if device.type != "cuda" or not torch.cuda.is_available():
+        known = device.type in ("cpu", "meta")
+        return _CPU, "" if known else f"priced as on a CPU: there is no profile for {device.type} devices"
+    return nearest_profile(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
+
+
+def _targets(target_modules: str | Sequence[str]) -> tuple[str, ...]:
+    if target_modules == "all-linear":
+        return ()
+    names = target_modules.split(",") if isinstance(target_modules, str) else target_modules
+    return tuple(name.strip() for name in names)
+
+
+def _is_target(name: str, target_modules: str | Sequence[str]) -> bool:
+    if isinstance(target_modules, str):
+        return target_modules == "all-linear" or re.fullmatch(target_modules, name) is not None
+    return any(f".{name}".endswith(f".{target}") for target in target_modules)
+
+
+# Packages
+
+
+def _packages(
+    model: Any,
+    by_rank: Mapping[int, Architecture],
+    output: str | os.PathLike[str] | None,
+    workload: Mapping[str, Any],
+) -> list[Any]:
+    """The packages for a model, generated where they are not there or stale, and imported."""
+    request = make_workload(**{**_of_model(model), **workload})
+    _, note = profile_of(model)
+    if note and "device" not in workload:
+        warnings.warn(note, stacklevel=3)
+    if output is not None:
+        return [_imported(folder) for folder in _published(Path(output), by_rank, request)]
+    from .emit.package import package_digest
+
+    folders = []
+    for rank, architecture in by_rank.items():
+        # A folder for each request: models that are trained in turns don't overwrite each other's.
+        key = package_digest(architecture, rank, request).removeprefix("sha256:")[:12]
+        folders += _published(_cache() / key, {rank: architecture}, request)
+    return [_imported(folder) for folder in folders]
+
+
+def _cache() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "runlora_gen"
+
+
+def _published(
+    out: Path, by_rank: Mapping[int, Architecture], workload: Workload, *, force: bool = False
+) -> tuple[Path, ...]:
+    from .emit.package import build_package, folder_name, is_current
+    from .emit.publish import publish
+
+    folders = []
+    with _alone(out):
+        for rank, architecture in by_rank.items():
+            folder = out / folder_name(architecture, rank)
+            folders.append(folder)
+            if not force and is_current(folder, architecture, rank, workload):
+                continue
+            print(f"runlora-gen: generating LoRA linears of rank {rank} into {folder}", file=sys.stderr)
+            publish(out, [build_package(architecture, rank, workload, out=out)], force=force)
+    return tuple(folders)
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """One process of a machine generates; the others wait, and find it done."""
+    try:
+        from filelock import FileLock  # torch needs it, too
+    except ImportError:
+        yield
+        return
+    import tempfile
+
+    key = hashlib.sha256(os.path.realpath(out).encode()).hexdigest()[:16]
+    with FileLock(
+        Path(tempfile.gettempdir()) / f"runlora-gen-{os.getuid() if hasattr(os, 'getuid') else 0}-{key}.lock"
+    ):
+        yield
+
+
+def _imported(folder: Path) -> Any:
+    """A package by its folder, as a module with its submodules; imported once, and anew if the files changed."""
+    real = folder.resolve()
+    content = hashlib.sha256(str(real).encode() + (real / "manifest.json").read_bytes()).hexdigest()
+    name = f"runlora_gen_{real.name}_{content[:12]}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(
+            name, real / "__init__.py", submodule_search_locations=[str(real)]
+        )
+        assert spec is not None and spec.loader is not None
+        package = importlib.util.module_from_spec(spec)
+        sys.modules[name] = package
+        try:
+            spec.loader.exec_module(package)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
+
+
+def _package_of(model: nn.Module) -> Any:
+    """The package of the generated layers in a model, or None."""
+    for module in model.modules():
+        kind = type(module)
+        if hasattr(kind, "replaces") or (hasattr(kind, "from_linear") and hasattr(module, "lora_A")):
+            return importlib.import_module(kind.__module__.rpartition(".")[0])
+    return None
+
+
+def _needed(model: nn.Module) -> Any:
+    package = _package_of(model)
+    if package is None:
+        raise SpecError("model: no generated layers in it; put them in first, with accelerate or inject_lora")
+    return package
+
+
+def _of_rank(layer: Any, packages: Sequence[Any]) -> int:
+    """Which of the packages is for the rank of a layer's adapter; the first if none is."""
+    ranks = {layer.r[name] for name in layer.active_adapters if name in layer.r}
+    return next((i for i, package in enumerate(packages) if package.shapes.RANK in ranks), 0)
