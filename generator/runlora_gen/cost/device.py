@@ -1,6 +1,7 @@
 """Device profiles: data files with what the prices need to know of a machine.
 
-Keys of a file: ``title``, ``source``, ``compute_capability`` (of a GPU), ``memory_gb_per_s``, ``launch_us``, ``host_us``, ``kernel_host_us`` (absent
+Keys of a file: ``title``, ``source``, ``compute_capability`` (of a GPU),
+``memory_gb_per_s``, ``launch_us``, ``host_us``, ``kernel_host_us`` (absent
 where no Triton kernels run), ``multiprocessors`` (of a GPU), ``[tflops]`` by dtype. A file that ``runlora-gen tune``
 wrote has more: ``[times.DTYPE]``, by the signature of an operation rows of its dimensions (in the order T, I, O, R)
 and measured microseconds, and ``[tiles.DTYPE]``, rows of dimensions and a kernel's best constants. ``measured_on``
