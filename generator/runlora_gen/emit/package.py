@@ -130,9 +130,11 @@ def _command(
     """The command that makes this package when run in the folder above it; only what is not a default."""
     default = Workload()
     source = architecture.name if architecture.source == "catalogue" else architecture.source
-    if not re.fullmatch(r"[A-Za-z0-9._/-]+", source):
+    if not re.fullmatch(r"[A-Za-z0-9._/-]+", source) or source == "live":
         source = "CONFIG"  # a folder's name may hold anything, even a line break: it never reaches a file
     words = ["runlora-gen", "--arch", source, "--rank", str(rank)]
+    if architecture.package is not None:
+        words += ["--name", architecture.package]
     if workload.target_modules:
         words += ["--target-modules", ",".join(workload.target_modules)]
     if workload.model_type is not None:

@@ -126,7 +126,7 @@ def read_model(model: nn.Module, *, name: str | None = None) -> LiveModel:
 
     Args:
         model: any module; only shapes, dtypes and types are looked at.
-        name: how the architecture is called; else after the checkpoint, the model type or the class.
+        name: how the architecture is called; else after the model type or the class.
 
     Raises:
         SpecError: it has no such linear.

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from .architecture import Architecture
+from .architecture import Architecture, slug
 from .errors import SpecError, shorten
 
 #: The dtypes that layers are generated for.
 DTYPE_NAMES = ("bf16", "fp16", "fp32")
+#: Torch's names of them.
+DTYPE_ALIASES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 #: Above this, byte counts of a layer leave 64 bits; no training step is near it.
 MAX_TOKENS = 2**31
 
@@ -52,20 +55,63 @@ class Workload:
     model_type: str | None = None
 
 
-def parse_counts(option: str, values: Iterable[str], *, maximum: int) -> tuple[int, ...]:
+def parse_counts(option: str, values: Iterable[str], *, maximum: int, kilo: bool = False) -> tuple[int, ...]:
     """Whole numbers from repeated options and comma lists, ascending and without repeats.
+
+    Args:
+        option: what errors call it.
+        values: texts such as ``"8,16"``.
+        maximum: the largest number allowed.
+        kilo: take ``4k`` as 4096, too.
 
     Raises:
         SpecError: an element is no whole number from 1 to ``maximum``, or there is none.
     """
+    allowed = f"give whole numbers from 1 to {maximum}" + (", or such as 4k for 4096" if kilo else "")
     counts = set()
     for text in (part.strip() for value in values for part in value.split(",")):
-        if not text.isascii() or not text.isdigit() or len(text) > 18 or not 1 <= int(text) <= maximum:
-            raise SpecError(f"{option}: {shorten(text)} is not allowed; give whole numbers from 1 to {maximum}")
-        counts.add(int(text))
+        digits, unit = (text[:-1], 1024) if kilo and text[-1:] in ("k", "K") else (text, 1)
+        if not digits.isascii() or not digits.isdigit() or len(digits) > 18 or not 1 <= int(digits) * unit <= maximum:
+            raise SpecError(f"{option}: {shorten(text)} is not allowed; {allowed}")
+        counts.add(int(digits) * unit)
     if not counts:
-        raise SpecError(f"{option}: no value given; give whole numbers from 1 to {maximum}")
+        raise SpecError(f"{option}: no value given; {allowed}")
     return tuple(sorted(counts))
+
+
+def parse_targets(values: Iterable[str]) -> tuple[str, ...]:
+    """Names of projections from repeated options and comma lists; empty for all, which PEFT calls ``all-linear``."""
+    names = tuple(name.strip() for value in values for name in value.split(","))
+    return () if [name.lower() for name in names] == ["all-linear"] else names
+
+
+def parse_dtype(option: str, value: str) -> str:
+    """One of ``DTYPE_NAMES`` from that or from torch's name of it, such as ``bfloat16``.
+
+    Raises:
+        SpecError: anything else.
+    """
+    name = DTYPE_ALIASES.get(value, value)
+    if name not in DTYPE_NAMES:
+        allowed = ", ".join((*DTYPE_NAMES, *DTYPE_ALIASES))
+        raise SpecError(f"{option}: {shorten(value)} is not allowed; give one of {allowed}")
+    return name
+
+
+def parse_name(option: str, value: str) -> str:
+    """What a package is called, as in Python: ``My-Llama`` is ``my_llama``.
+
+    Raises:
+        SpecError: it is no name: letters, digits, ``_``, ``-`` and ``.``, after a letter; 64 at most; no keyword.
+    """
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9._-]{0,63}", value) or slug(value) != re.sub(
+        "[^a-z0-9]+", "_", value.lower()
+    ):
+        raise SpecError(
+            f"{option}: {shorten(value)} is not allowed; give up to 64 letters, digits, _, - and ., the first a letter "
+            "and the last none of the marks, and no keyword of Python"
+        )
+    return slug(value)
 
 
 def parse_shapes(option: str, values: Iterable[str]) -> tuple[tuple[int, int], ...]:
