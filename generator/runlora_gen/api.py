@@ -18,9 +18,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .spec.architecture import Architecture, load_architecture
+from .spec.architecture import Architecture, architecture_of, load_architecture
 from .spec.errors import SpecError, shorten
-from .spec.workload import Workload, check_ranks, make_workload
+from .spec.workload import Workload, make_workload, parse_name, parse_targets
 
 if TYPE_CHECKING:
     import torch
@@ -60,14 +60,12 @@ def generate(
         SpecError: a value that is not allowed, named in one line; nothing is written then.
     """
     target_modules = _targets(workload.pop("target_modules", ()))
-    by_rank, options = _by_rank(model, rank, name)
+    by_rank, options = _by_rank(model, rank, name, workload.get("model_type"))
     request = make_workload(**{**options, **workload})
     if target_modules:
         by_rank = {r: architecture.restricted(target_modules) for r, architecture in by_rank.items()}
         first = next(iter(by_rank.values()))
         request = replace(request, target_modules=tuple(dict.fromkeys(p.name for p in first.projections)))
-    for r, architecture in by_rank.items():
-        check_ranks((r,), architecture)
     return _published(Path(output), by_rank, request, force=force)
 
 
@@ -155,7 +153,6 @@ def inject_lora(
     known = {projection.name for projection in live.architecture.projections}
     wanted = [name for name in names if name in known]
     architecture = live.architecture.restricted(wanted) if wanted else live.architecture
-    check_ranks((r,), architecture)
     if adapter_dtype is not None:
         workload = {"adapter_dtype": _dtype_name(adapter_dtype), **workload}
     (package,) = _packages(model, {r: architecture}, output, workload)
@@ -250,12 +247,12 @@ def restore(model: nn.Module) -> tuple[str, ...]:
 
 
 def _by_rank(
-    model: Any, rank: int | Sequence[int] | None, name: str | None
+    model: Any, rank: int | Sequence[int] | None, name: str | None, model_type: str | None
 ) -> tuple[dict[int, Architecture], dict[str, Any]]:
     """The architecture of each rank, and what else the model says of the workload."""
     ranks = () if rank is None else (rank,) if isinstance(rank, int) else tuple(rank)
     if isinstance(model, str | os.PathLike):
-        architecture = load_architecture(os.fspath(model))
+        architecture = load_architecture(os.fspath(model), model_type=model_type)
         options: dict[str, Any] = {}
     elif hasattr(model, "named_modules"):
         from .spec.live import read_model
@@ -265,15 +262,18 @@ def _by_rank(
         if not ranks and live.adapted:
             return dict(live.adapted), options
         architecture = live.architecture
+    elif hasattr(model, "to_dict") and hasattr(model, "model_type"):
+        architecture, options = architecture_of(model.to_dict()), {}
     else:
-        raise SpecError(f"model: {shorten(type(model).__name__)} is not allowed; give a torch module, a name or a path")
+        kind = type(model).__name__
+        raise SpecError(f"model: {shorten(kind)} is not allowed; give a torch module, a config, a name or a path")
     if not ranks:
         raise SpecError("rank: missing; give a whole number such as 8")
     for value in ranks:
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise SpecError(f"rank: {shorten(value)} is not allowed; give whole numbers from 1")
     if name is not None:
-        architecture = replace(architecture, name=name)
+        architecture = replace(architecture, package=parse_name("name", name))
     return dict.fromkeys(ranks, architecture), options
 
 
@@ -313,10 +313,7 @@ def profile_of(model: Any) -> tuple[str, str]:
 
 
 def _targets(target_modules: str | Sequence[str]) -> tuple[str, ...]:
-    if target_modules == "all-linear":
-        return ()
-    names = target_modules.split(",") if isinstance(target_modules, str) else target_modules
-    return tuple(name.strip() for name in names)
+    return parse_targets([target_modules] if isinstance(target_modules, str) else target_modules)
 
 
 def _is_target(name: str, target_modules: str | Sequence[str]) -> bool:
@@ -343,7 +340,7 @@ def _packages(
         return [_imported(folder) for folder in _published(Path(output), by_rank, request)]
     from .emit.package import package_digest
 
-    folders = []
+    folders: list[Path] = []
     for rank, architecture in by_rank.items():
         # A folder for each request: models that are trained in turns don't overwrite each other's.
         key = package_digest(architecture, rank, request).removeprefix("sha256:")[:12]
@@ -359,9 +356,12 @@ def _cache() -> Path:
 def _published(
     out: Path, by_rank: Mapping[int, Architecture], workload: Workload, *, force: bool = False
 ) -> tuple[Path, ...]:
+    from .choose import check_request
     from .emit.package import build_package, folder_name, is_current
     from .emit.publish import publish
 
+    for rank, architecture in by_rank.items():
+        check_request(architecture, (rank,), workload)
     folders = []
     with _alone(out):
         for rank, architecture in by_rank.items():

@@ -35,7 +35,7 @@ from .cost.price import (
 from .spec.architecture import Architecture
 from .spec.errors import SpecError
 from .spec.layers import layers
-from .spec.workload import Workload
+from .spec.workload import Workload, check_ranks
 
 
 @dataclass(frozen=True)
@@ -379,6 +379,18 @@ def check_saved_limit(architecture: Architecture, ranks: Sequence[int], workload
     )
     if least > workload.max_saved_bytes:
         raise _infeasible(workload.max_saved_bytes, least, setting)
+
+
+def check_request(architecture: Architecture, ranks: Sequence[int], workload: Workload) -> None:
+    """Refuse what can't be generated, before anything is.
+
+    Raises:
+        SpecError: a rank, a device, a rounding or a limit, named in one line.
+    """
+    check_ranks(ranks, architecture)
+    load_device(workload.device)
+    check_merge_rounding(workload)
+    check_saved_limit(architecture, ranks, workload)
 
 
 def check_merge_rounding(workload: Workload) -> None:

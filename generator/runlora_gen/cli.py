@@ -6,7 +6,7 @@ import io
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,14 +18,16 @@ from .spec.architecture import Architecture, architecture_names, load_architectu
 from .spec.errors import SpecError, one_line, reason, shorten
 from .spec.layers import layers
 from .spec.workload import (
+    CHOICES,
     DTYPE_NAMES,
     MAX_TOKENS,
     Workload,
-    check_adapter_dtype,
-    check_ranks,
+    make_workload,
     parse_counts,
+    parse_dtype,
+    parse_name,
     parse_shapes,
-    parse_train,
+    parse_targets,
 )
 
 EXIT_STALE = 1
@@ -42,43 +44,58 @@ def _device_names() -> tuple[str, ...]:
     return device_names()
 
 
+_DTYPES = f"[{'|'.join(DTYPE_NAMES)}]"
 _SPEC_OPTIONS = (
-    click.option("--arch", metavar="NAME|PATH", help="Architecture (see `archs`), or a config.json or its folder."),
+    click.option(
+        "--arch",
+        metavar="NAME|PATH",
+        help="Architecture (see `archs`), a config.json or its folder, or a model in the Hugging Face cache.",
+    ),
     click.option("--model-type", metavar="TYPE", help="Read the config as one of this model type."),
     click.option(
-        "--target-modules", metavar="NAMES", multiple=True, help="Only these projections, such as q_proj,v_proj."
+        "--target-modules",
+        metavar="NAMES",
+        multiple=True,
+        help="Only these projections, such as q_proj,v_proj; all-linear for all.",
     ),
     click.option("--rank", "-r", metavar="R", multiple=True, help="LoRA rank; repeat it or give a comma list."),
     click.option(
-        "--tokens", metavar="T", multiple=True, help="Tokens a step (batch × sequence); several allowed. [4096]"
+        "--tokens",
+        metavar="T",
+        multiple=True,
+        help="Tokens a step (batch × sequence), such as 4096 or 4k; several allowed. [4k]",
     ),
     click.option(
-        "--dtype", type=click.Choice(DTYPE_NAMES), default="bf16", show_default=True, help="Of activations and weight."
+        "--dtype",
+        metavar=_DTYPES,
+        default="bf16",
+        show_default=True,
+        help="Of activations and weight; torch's names will do.",
     ),
     click.option(
         "--adapter-dtype",
-        type=click.Choice(DTYPE_NAMES),
+        metavar=_DTYPES,
         default="fp32",
         show_default=True,
         help="Of lora_A and lora_B: fp32, or that of --dtype.",
     ),
     click.option("--train", metavar="a,b|a|b", default="a,b", show_default=True, help="Which factors train."),
     click.option("--no-input-grad", is_flag=True, help="The input needs no gradient (a first layer)."),
-    click.option("--criterion", type=click.Choice(["time", "flops", "memory"]), default="time", show_default=True),
+    click.option("--criterion", type=click.Choice(CHOICES["criterion"]), default="time", show_default=True),
     click.option("--max-saved-bytes", metavar="N", help="Most that one linear may keep for its backward."),
     click.option(
         "--allow-lossy-merge", is_flag=True, help="Allow merging into 16-bit weights, which drops small updates."
     ),
     click.option(
         "--merge-rounding",
-        type=click.Choice(["nearest", "stochastic"]),
+        type=click.Choice(CHOICES["merge_rounding"]),
         default="nearest",
         show_default=True,
         help="Of a weight merged in 16 bits; stochastic keeps small updates on average.",
     ),
     click.option(
         "--launch",
-        type=click.Choice(["eager", "graph"]),
+        type=click.Choice(CHOICES["launch"]),
         default="eager",
         show_default=True,
         help="How steps are launched: graph for CUDA graphs.",
@@ -100,49 +117,55 @@ def _spec_options(command: Command) -> Command:
     return command
 
 
+#: Options that are fields of a workload as they are.
+_AS_GIVEN = (
+    *("dtype", "adapter_dtype", "train", "criterion", "max_saved_bytes", "allow_lossy_merge", "merge_rounding"),
+    *("device", "launch", "model_type"),
+)
+
+
 def _read_spec(options: dict[str, Any]) -> tuple[Architecture, tuple[int, ...], Workload]:
     if options["arch"] is None:
         raise SpecError("--arch: missing; give a name (`runlora-gen archs` lists them) or the path of a config.json")
     if not options["rank"]:
         raise SpecError("--rank: missing; give a whole number such as 8")
     architecture = load_architecture(options["arch"], model_type=options["model_type"])
-    targets = tuple(name.strip() for value in options["target_modules"] for name in value.split(","))
+    if options.get("name") is not None:
+        architecture = replace(architecture, package=parse_name("--name", options["name"]))
+    targets = parse_targets(options["target_modules"])
     if targets:
         architecture = architecture.restricted(targets)
         # The architecture's order, each name once: the same modules are the same command and digest.
         targets = tuple(dict.fromkeys(projection.name for projection in architecture.projections))
     ranks = parse_counts("--rank", options["rank"], maximum=MAX_RANK)
-    check_ranks(ranks, architecture)
-    limit = options["max_saved_bytes"]
-    workload = Workload(
-        tokens=parse_counts("--tokens", options["tokens"] or ("4096",), maximum=MAX_TOKENS),
-        dtype=options["dtype"],
-        adapter_dtype=check_adapter_dtype(options["adapter_dtype"], options["dtype"]),
-        train=parse_train(options["train"]),
-        input_grad=not options["no_input_grad"],
-        criterion=options["criterion"],
-        max_saved_bytes=None if limit is None else parse_counts("--max-saved-bytes", (limit,), maximum=2**50)[0],
-        allow_lossy_merge=options["allow_lossy_merge"],
-        merge_rounding=options["merge_rounding"],
-        device=options["device"],
-        launch=options["launch"],
-        kernels=not options["no_kernels"],
+    workload = make_workload(
+        prefix="--",
+        tokens=options["tokens"] or None,
         target_modules=targets,
-        model_type=options["model_type"],
+        input_grad=not options["no_input_grad"],
+        kernels=not options["no_kernels"],
+        **{name: options[name] for name in _AS_GIVEN},
     )
-    from .cost.device import load_device
+    from .choose import check_request
 
-    load_device(workload.device)
-    if workload.merge_rounding == "stochastic" or limit is not None:
-        from .choose import check_merge_rounding, check_saved_limit
-
-        check_merge_rounding(workload)
-        check_saved_limit(architecture, ranks, workload)
+    check_request(architecture, ranks, workload)
+    if not options.get("quiet"):
+        _say_left_out(architecture)
     return architecture, ranks, workload
+
+
+def _say_left_out(architecture: Architecture) -> None:
+    """One line a reason on stderr."""
+    names: dict[str, list[str]] = {}
+    for name, why in architecture.left_out.items():
+        names.setdefault(why, []).append(name)
+    for why, modules in names.items():
+        click.echo(one_line(f"left out: {', '.join(modules)}: {why}"), err=True)
 
 
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @_spec_options
+@click.option("--name", metavar="NAME", help="What the package is called. [the architecture's name]")
 @click.option("-o", "--output", metavar="DIR", default="generated", show_default=True, help="Folder to write into.")
 @click.option("--check", is_flag=True, help="Write nothing; exit 1 and show a diff if the folder is stale.")
 @click.option("--dry-run", is_flag=True, help="Write nothing; say what would be written.")
@@ -297,7 +320,7 @@ def verify(path: Path, examples: int, require_kernels: bool, exitfirst: bool, qu
     try:
         from .measure.verify import verify as prove
     except ModuleNotFoundError as error:
-        raise SpecError(f"verify: needs {error.name}; install runlora-gen[verify]") from None
+        raise SpecError(f"verify: needs {error.name}: pip install torch hypothesis pytest") from None
     if prove(path, examples=examples, quiet=quiet, require_kernels=require_kernels, exit_first=exitfirst):
         sys.exit(EXIT_STALE)
 
@@ -311,7 +334,7 @@ def verify(path: Path, examples: int, require_kernels: bool, exitfirst: bool, qu
 @click.option("--shapes", metavar="IxO", multiple=True, help="Measure at these shapes, such as 4096x4096,4096x11008.")
 @click.option("--tokens", metavar="T", multiple=True, help="Token counts to measure at.")
 @click.option("--rank", "-r", metavar="R", multiple=True, help="Ranks to measure at.")
-@click.option("--dtype", type=click.Choice(DTYPE_NAMES), multiple=True, help="[bf16; on a CPU fp32]; repeat it.")
+@click.option("--dtype", metavar=_DTYPES, multiple=True, help="[bf16; on a CPU fp32]; repeat it.")
 @click.option("--title", help="How people call the machine.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
 def tune(
@@ -341,18 +364,18 @@ def tune(
     wanted = parse_shapes("--shapes", shapes) if shapes else ()
     if arch is not None:
         wanted = tuple((layer.in_features, layer.out_features) for layer in layers(load_architecture(arch)))
-    counts = parse_counts("--tokens", tokens, maximum=MAX_TOKENS) if tokens else ()
+    counts = parse_counts("--tokens", tokens, maximum=MAX_TOKENS, kilo=True) if tokens else ()
     ranks = parse_counts("--rank", rank, maximum=MAX_RANK) if rank else ()
     try:
         from .measure.tune import GRID, points
         from .measure.tune import tune as measure
     except ModuleNotFoundError as error:
-        raise SpecError(f"tune: needs {error.name}; install runlora-gen[verify]") from None
+        raise SpecError(f"tune: needs {error.name}: pip install torch") from None
     default = GRID[device]
     sizes = points(wanted or default[0], counts or default[1], ranks or default[2])
     if not sizes:
         raise SpecError(f"--rank: {ranks} are above min(in, out) of every shape")
-    dtypes = dtype or (("bf16",) if device == "cuda" else ("fp32",))
+    dtypes = tuple(parse_dtype("--dtype", name) for name in dtype) or ("bf16" if device == "cuda" else "fp32",)
     measure(Path(output), device=device, dtypes=tuple(dict.fromkeys(dtypes)), sizes=sizes, title=title, quiet=quiet)
     click.echo(output)
 

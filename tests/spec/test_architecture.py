@@ -325,6 +325,7 @@ REAL_CONFIGS: list[RealConfig] = [
     ("granite", {**DECODER, "mlp_bias": True}, GATED, {"down_proj": (96, 64)}),
     ("mistral", {**DECODER, "sliding_window": None, "head_dim": 24}, [], {"v_proj": (64, 48)}),
     ("qwen2", {**DECODER, "use_sliding_window": False}, QKVO[:3], {"k_proj": (64, 32)}),
+    *((name, DECODER, QKVO[:3], {"k_proj": (64, 32)}) for name in ("qwen2_vl_text", "qwen2_5_vl_text")),
     ("qwen3", {**DECODER, "attention_bias": True}, QKVO, {"q_proj": (64, 512)}),
     ("gemma", {**DECODER, "head_dim": 32}, [], {"k_proj": (64, 64)}),
     ("gemma2", {**DECODER, "final_logit_softcapping": 30.0}, [], {"q_proj": (64, 1024)}),
@@ -416,9 +417,6 @@ def test_model_type_can_be_overridden(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "model_type",
     [
-        "mixtral",
-        "qwen3_moe",
-        "gemma3",
         "LLAMA",
         "",
         7,

@@ -26,7 +26,8 @@ with warnings.catch_warnings():
 DENSE = (
     "apertus arcee biogpt bitnet bloom codegen cohere cohere2 diffllama ernie4_5 exaone4 falcon gemma gemma2 "
     "gemma3_text glm glm4 gpt2 gpt_bigcode gpt_neo gpt_neox gptj granite helium hunyuan_v1_dense internlm3 llama "
-    "ministral mistral mpt nemotron olmo olmo2 olmo3 opt persimmon phi phi3 qwen2 qwen3 seed_oss smollm3 stablelm starcoder2 xglm "
+    "ministral mistral mpt nemotron olmo olmo2 olmo3 opt persimmon phi phi3 qwen2 qwen3 seed_oss smollm3 "
+    "stablelm starcoder2 xglm"
 )
 #: And those with something that is left out, with how its reason begins.
 MIXED = {

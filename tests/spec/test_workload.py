@@ -7,7 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from runlora_gen.spec.architecture import load_architecture
 from runlora_gen.spec.errors import SpecError, nearest
-from runlora_gen.spec.workload import check_ranks, parse_counts, parse_train
+from runlora_gen.spec.workload import (
+    check_ranks,
+    parse_counts,
+    parse_dtype,
+    parse_name,
+    parse_targets,
+    parse_train,
+)
 
 
 @pytest.mark.parametrize(
@@ -69,3 +76,29 @@ def test_rank_is_held_against_the_narrowest_projection() -> None:
 def test_nearest_suggests_only_what_is_near() -> None:
     assert "did you mean h100?" in nearest("H-100", ("a100", "h100"))
     assert nearest("zzz", ("a100", "h100")) == "'zzz' (known: a100, h100)"
+
+
+def test_thousands_of_tokens_are_powers_of_two() -> None:
+    assert parse_counts("--tokens", ("2k,16k", "4096", "4K"), maximum=10**6, kilo=True) == (2048, 4096, 16384)
+    for value in ("k", "4kk", "0k", "-1k", "1.5k", "٤k", "977k"):
+        with pytest.raises(SpecError, match=r"--tokens: .* or such as 4k for 4096"):
+            parse_counts("--tokens", (value,), maximum=10**6, kilo=True)
+
+
+def test_torch_s_names_of_dtypes_are_understood() -> None:
+    names = ("bf16", "fp16", "fp32", "bfloat16", "float16", "float32")
+    assert [parse_dtype("--dtype", name) for name in names] == ["bf16", "fp16", "fp32"] * 2
+    with pytest.raises(SpecError, match="--dtype: 'float64' is not allowed; give one of bf16, fp16, fp32, bfloat16"):
+        parse_dtype("--dtype", "float64")
+
+
+def test_all_linear_is_no_restriction() -> None:
+    assert parse_targets(("all-linear",)) == parse_targets((" All-Linear ",)) == parse_targets(()) == ()
+    assert parse_targets(("q_proj, v_proj", "up_proj")) == ("q_proj", "v_proj", "up_proj")
+
+
+def test_names_are_those_of_packages() -> None:
+    assert [parse_name("--name", name) for name in ("mine", "My-Llama_3.1")] == ["mine", "my_llama_3_1"]
+    for value in ("", "1x", "_x", "x_", "a b", "a/b", "..", "a\n", "for", "ü", "x" * 65):
+        with pytest.raises(SpecError, match=r"^--name: "):
+            parse_name("--name", value)

@@ -14,7 +14,7 @@ from pathlib import Path
 from .. import __version__
 from ..cost.device import load_device
 from ..ranges import LayerChoice, decide_model
-from ..spec.architecture import Architecture
+from ..spec.architecture import GENERATOR, LIVE, Architecture
 from ..spec.files import read_text
 from ..spec.layers import layers
 from ..spec.workload import Workload
@@ -30,8 +30,6 @@ OF_MODELS = ("__init__", "adapters", "inject", "shapes", "with_peft")
 MANIFEST_SCHEMA = "manifest.schema.json"
 #: What does not go into a generated file as a name.
 _NOT_PLAIN = re.compile(r"[^A-Za-z0-9._-]")
-#: By which a manifest is known as ours.
-GENERATOR = "runlora-gen"
 
 
 @dataclass(frozen=True)
@@ -164,9 +162,13 @@ def _command(
     """The command that makes this package when run in the folder above it; only what is not a default."""
     default = Workload()
     source = architecture.name if architecture.source == "catalogue" else architecture.source
-    if not re.fullmatch(r"[A-Za-z0-9._/-]+", source):
+    if source == LIVE:
+        source = f"{folder_name(architecture, rank)}/{MANIFEST}"
+    elif not re.fullmatch(r"[A-Za-z0-9._/-]+", source):
         source = "CONFIG"  # a folder's name may hold anything, even a line break: it never reaches a file
     words = ["runlora-gen", "--arch", source, "--rank", str(rank)]
+    if architecture.package is not None:
+        words += ["--name", architecture.package]
     if workload.target_modules:
         words += ["--target-modules", ",".join(workload.target_modules)]
     if workload.model_type is not None:
@@ -223,6 +225,11 @@ def _manifest(
         "command": header.command,
         "digest": header.digest,
         "arch": architecture.slug,
+        "architecture": {
+            "name": architecture.slug,
+            "model_type": architecture.model_type,
+            "projections": [asdict(projection) for projection in architecture.projections],
+        },
         "model_type": architecture.model_type,
         "rank": rank,
         "workload": {**asdict(workload), "tokens": list(workload.tokens), "train": list(workload.train)},

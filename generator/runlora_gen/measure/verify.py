@@ -23,8 +23,9 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from ..emit.package import GENERATOR, MANIFEST
+from ..emit.package import MANIFEST
 from ..emit.render import MARKER, MAX_GENERATED_BYTES
+from ..spec.architecture import GENERATOR
 from ..spec.errors import SpecError, shorten
 from ..spec.files import is_plain, read_text
 from .proof import KERNELS, TORCH

@@ -7,11 +7,13 @@ Two kinds of data files drive this module, and no model is named in its code:
 - ``architectures/*.toml`` is the catalogue: each file is such a config, written as TOML.
 
 A ``config.json`` of the user takes the same path as a file of the catalogue. It is untrusted, so
-only checked integers, checked booleans and a known model type leave this module.
+only checked integers, checked booleans and a known model type leave this module. A family without
+a data file is read from the model that Transformers builds of the config, if it is installed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import json
@@ -26,14 +28,20 @@ from typing import Any, NoReturn
 
 import tomllib
 
+from runlora_gen.spec.cache import cached_config, is_model_name
 from runlora_gen.spec.errors import SpecError, shorten
 from runlora_gen.spec.files import read_text
 
 MAX_FEATURES = 1_048_576
+MAX_LAYERS = 10_000
 MAX_CONFIG_BYTES = 1 << 20
 MAX_INTEGER_DIGITS = 100  # far above any size, far below what makes int() slow or refuse
 DEFAULT_MODEL_TYPE = "llama"
 CONFIG_NAME = "config.json"
+#: By which a manifest is known as ours.
+GENERATOR = "runlora-gen"
+#: What ``Architecture.source`` says where there is no file to read again: the package's manifest takes its place.
+LIVE = "live"
 
 _DATA = Path(__file__).parent
 
@@ -61,11 +69,12 @@ class Architecture:
     projections: tuple[Projection, ...]
     #: Modules that hold other weights, and the reason of each; empty where a data file was read.
     left_out: Mapping[str, str] = field(default_factory=dict, compare=False)
+    package: str | None = None  # what its package is called by request
 
     @property
     def slug(self) -> str:
-        """The name as a valid Python package name."""
-        return slug(self.name)
+        """The name of its package, a valid one in Python."""
+        return slug(self.package or self.name)
 
     def restricted(self, target_modules: Sequence[str]) -> Architecture:
         """Return the same architecture with only these projections, in their own order."""
@@ -87,18 +96,26 @@ def architecture_names() -> tuple[str, ...]:
 
 
 def load_architecture(name_or_path: str, *, model_type: str | None = None) -> Architecture:
-    """Read an architecture by its catalogue name, or from a config.json or a folder with one.
+    """Read an architecture by its catalogue name, from a config.json or a folder with one, or from a cached model.
 
-    ``model_type`` overrides what the config says, for models that are built like a known one.
+    Args:
+        name_or_path: such as ``llama-13b``, ``path/to/config.json``, or ``meta-llama/Llama-3.1-8B``, which is looked
+            for in the local Hugging Face cache where no such path exists.
+        model_type: overrides what the config says, for models that are built like a known one.
+
+    Raises:
+        SpecError: there is nothing of that name, or it can't be read.
     """
     name = name_or_path.lower()
     if name in _catalogue():
         file = _catalogue()[name]
         config = _Config(file.name, tomllib.loads(file.read_text(encoding="utf-8")))
         return _build(config, name=name, source="catalogue", model_type=model_type)
-    path = _find_config(name_or_path)
+    path, cached = _find_config(name_or_path)
     config = _Config(_clean(os.path.basename(path)), _read_json(path))
-    name, source = _name_and_source(path)
+    if config.values.get("generator") == GENERATOR:
+        return _from_manifest(config)
+    name, source = (slug(cached.rpartition("/")[2]), cached) if cached else _name_and_source(path)
     return _build(config, name=name, source=source, model_type=model_type)
 
 
@@ -109,6 +126,54 @@ def family_projections(values: Mapping[str, object], model_type: str) -> tuple[P
         return () if family is None else _projections(family, _Config("config", values))
     except SpecError:
         return ()
+
+
+def architecture_of(values: Mapping[str, object], *, name: str | None = None) -> Architecture:
+    """Read an architecture from the fields of a config, as ``to_dict`` of Transformers gives them.
+
+    Raises:
+        SpecError: it can't be read.
+    """
+    kind = values.get("model_type")
+    label = name or (kind if isinstance(kind, str) and kind else "model")
+    return _build(_Config("config", values), name=slug(label), source=LIVE, model_type=None)
+
+
+def _from_manifest(config: _Config) -> Architecture:
+    """What a package was generated for, by its manifest: to generate anew where the model is not at hand."""
+
+    def text(value: object, *, mark: str = "") -> str:
+        if not isinstance(value, str) or not re.fullmatch(rf"[A-Za-z0-9_{mark}-]{{1,128}}", value):
+            config.fail("architecture", value, "expected a name")
+        return value
+
+    def size(value: object, most: int) -> int:
+        if type(value) is not int or not 0 < value <= most:
+            config.fail("architecture", value, f"expected a whole number from 1 to {most}")
+        return value
+
+    found = config.values.get("architecture")
+    rows = found.get("projections") if isinstance(found, dict) else None
+    if (
+        not isinstance(found, dict)
+        or not isinstance(rows, list)
+        or not rows
+        or not all(isinstance(r, dict) for r in rows)
+    ):
+        config.fail("architecture", found, "expected projections; generate the package anew from its model")
+    projections = tuple(
+        Projection(
+            name=text(row.get("name")),
+            in_features=size(row.get("in_features"), MAX_FEATURES),
+            out_features=size(row.get("out_features"), MAX_FEATURES),
+            bias=row.get("bias") is True,
+            count=size(row.get("count"), MAX_FEATURES),
+            input=text(row.get("input"), mark=" ,.*"),
+            layout="in_out" if row.get("layout") == "in_out" else "out_in",
+        )
+        for row in rows
+    )
+    return Architecture(text(found.get("name")), text(found.get("model_type")), LIVE, projections)
 
 
 # Families: how a config is read
@@ -205,21 +270,135 @@ class _Config:
         raise SpecError(f"{self.file}: {name} = {shorten(value)}: {allowed}")
 
 
+class _MissingFieldError(SpecError):
+    """A config leaves a size to its reader."""
+
+
 def _build(config: _Config, *, name: str, source: str, model_type: str | None) -> Architecture:
-    if model_type is None:
-        found = config.values.get("model_type")
-        if found is None:
-            found = DEFAULT_MODEL_TYPE
-            config = replace(config, note=f" (no model_type, so read as {found})")
-        where = f"{config.file}: "
-        hint = "; --model-type NAME reads the file as one of these if its layers are alike"
+    whole, config = config, _text_config(config)
+    nested = config is not whole
+    own = config.values.get("model_type")
+    if model_type is None and own is None:
+        model_type = DEFAULT_MODEL_TYPE
+        config = replace(config, note=f" (no model_type, so read as {model_type})")
+    found = own if model_type is None else model_type
+    # Transformers knows more of a whole model than of its text part, such as its defaults.
+    candidates = [whole, config] if model_type is None else [_typed(config, found)]
+    other = functools.partial(_read_with_transformers, candidates, name=name, source=source)
+    parts = [key for key, value in whole.values.items() if key.endswith("_config") and isinstance(value, dict)]
+    left_out = {} if not nested else {key: "not of the text model" for key in parts if key not in _OF_THE_TEXT}
+    if isinstance(found, str) and found in _families():
+        if found != own:
+            _check_fields(config, found)
+        try:
+            projections = _projections(_families()[found], config)
+            architecture = Architecture(name, found, source, projections, left_out)
+        except _MissingFieldError:
+            read = other() if nested else None
+            if read is None:
+                raise
+            architecture = read
     else:
-        found, where, hint = model_type, "", ""
-    if not isinstance(found, str) or found not in _families():
-        raise SpecError(
-            f"{where}model_type = {shorten(found)}: " f"expected one of {', '.join(sorted(_families()))}{hint}"
-        )
-    return Architecture(name, found, source, _projections(_families()[found], config))
+        read = other()
+        if read is None:
+            _refuse_type(config, found)
+        architecture = read
+    if found != own and isinstance(own, str):
+        _check_own(config, own, architecture)
+    return architecture
+
+
+def _text_config(config: _Config) -> _Config:
+    """Of a model that reads text and other things, the part of the config that is of its text model."""
+    own, text = config.values.get("model_type"), config.values.get("text_config")
+    if not isinstance(text, dict) or (isinstance(own, str) and own in _families()):
+        return config
+    if text.get("model_type") is None and isinstance(own, str):
+        text = {**text, "model_type": f"{own}_text"}  # old files leave it to the reader
+    return _Config(f"{config.file}: text_config", text)
+
+
+def _typed(config: _Config, model_type: object) -> _Config:
+    return replace(config, values={**config.values, "model_type": model_type})
+
+
+def _read_with_transformers(candidates: Sequence[_Config], *, name: str, source: str) -> Architecture | None:
+    """Read the first config whose type Transformers knows; None if there is none, or no Transformers."""
+    from . import meta  # only few configs need it
+
+    for config in candidates if meta.is_installed() else ():
+        kind = config.values.get("model_type")
+        if isinstance(kind, str) and meta.knows(kind):
+            return meta.read_config(config.values, kind, file=config.file, name=name, source=source)
+    return None
+
+
+def _refuse_type(config: _Config, model_type: object) -> NoReturn:
+    from . import meta
+
+    others = "" if meta.is_installed() else "; with torch and transformers installed other families can be read, too"
+    raise SpecError(
+        f"{config.file}: model_type = {shorten(model_type)}: expected one of {', '.join(sorted(_families()))}"
+        f"; --model-type NAME reads the file as one of these if its layers are alike{others}"
+    )
+
+
+#: Parts of a config that are no other model.
+_OF_THE_TEXT = ("text_config", "quantization_config", "generation_config")
+#: Fields that say that a model has what no data file describes.
+_OTHER_KINDS = {
+    "num_experts": "experts",
+    "num_local_experts": "experts",
+    "n_routed_experts": "experts",
+    "moe_num_experts": "experts",
+    "moe_intermediate_size": "experts",
+    "kv_lora_rank": "latent attention",
+    "state_size": "state-space layers",
+    "mamba_d_state": "state-space layers",
+    "is_encoder_decoder": "an encoder and a decoder",
+    "multi_query": "queries, keys and values in one linear",
+    "parallel_attn": "queries, keys and values in one linear",
+}
+
+
+def _check_fields(config: _Config, model_type: str) -> None:
+    """Refuse a config with fields of layers that the family doesn't have: it would be read as what it is not."""
+    family = _families()[model_type]
+    known = {name for part in (family.sizes, family.flags) for entry in part.values() for name in entry.fields}
+    biased = any(rule.bias is True for rule in family.projections)
+    foreign = {name: value for name, value in config.values.items() if name not in known}
+    for name, kind in _OTHER_KINDS.items():
+        if foreign.get(name):
+            config.fail(name, foreign[name], f"stands for {kind}, which {model_type} doesn't have")
+    for other in dict.fromkeys(_families()):
+        for size in _families()[other].sizes.values():
+            for name in size.fields:
+                if foreign.get(name) is not None:
+                    config.fail(name, foreign[name], f"a field of {other}, whose layers {model_type} doesn't have")
+        for flag in _families()[other].flags.values():
+            for name in flag.fields:
+                # What the family has in any case contradicts nothing.
+                if isinstance(foreign.get(name), bool) and foreign[name] != biased:
+                    config.fail(name, foreign[name], f"a field of {other}, whose layers {model_type} doesn't have")
+
+
+def _check_own(config: _Config, own: str, read: Architecture) -> None:
+    """Refuse what was read as another model type than the config's own, if that is known to have no such linears."""
+    from . import meta
+
+    projections = family_projections(config.values, own)
+    if not projections and own not in _families() and meta.is_installed() and meta.knows(own):
+        with contextlib.suppress(SpecError):  # what can't be read contradicts nothing
+            projections = meta.read_config(config.values, own, file=config.file, name=own, source="").projections
+    has = {(p.name, p.in_features, p.out_features, p.bias, p.layout): p.count for p in projections}
+    for p in read.projections if projections else ():
+        if has.get((p.name, p.in_features, p.out_features, p.bias, p.layout)) != p.count:
+            names = ", ".join(dict.fromkeys(projection.name for projection in projections))
+            wanted = f"{p.count} {p.name} of {p.in_features}x{p.out_features} {'with' if p.bias else 'without'} a bias"
+            raise SpecError(
+                f"{config.file}: model_type = {shorten(own)}: its layers are not {read.model_type}'s: "
+                f"there are no {wanted} (it has {names})"
+            )
 
 
 def _projections(family: _Family, config: _Config) -> tuple[Projection, ...]:
@@ -259,7 +438,7 @@ def _read_sizes(family: _Family, config: _Config) -> dict[str, int]:
         elif value is None:
             value = size.default
         if value is None:
-            raise SpecError(
+            raise _MissingFieldError(
                 f"{config.file}: missing field {' or '.join(size.fields)}{config.note}: "
                 f"expected an integer from 1 to {size.max}"
             )
@@ -299,17 +478,20 @@ def _check(config: _Config, label: str, value: object, largest: int) -> int:
 # From a path to a config
 
 
-def _find_config(argument: str) -> str:
+def _find_config(argument: str) -> tuple[str, str | None]:
+    """The path of a config, and the name of the model whose it is if it is a cached one."""
     try:
         is_folder = stat.S_ISDIR(os.stat(argument).st_mode)
     except PermissionError:
         raise SpecError(f"{shorten(argument)}: cannot be read: permission denied") from None
     except (OSError, ValueError):  # ValueError: a NUL or a lone surrogate in the path
+        if is_model_name(argument):
+            return cached_config(argument, CONFIG_NAME), argument
         _refuse_unknown(argument)
     path = os.path.join(argument, CONFIG_NAME) if is_folder else argument
     if is_folder and not os.path.lexists(path):
         raise SpecError(f"{shorten(argument)}: the folder holds no readable {CONFIG_NAME}")
-    return path
+    return path, None
 
 
 def _refuse_unknown(argument: str) -> NoReturn:

@@ -18,11 +18,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .architecture import Architecture, Projection, family_projections, slug
+from .architecture import LIVE, Architecture, Projection, family_projections, slug
 from .errors import SpecError, shorten
 
-#: What ``Architecture.source`` says of a model that was read here.
-LIVE = "live"
 #: Linears of one parent that read one activation, by the names that models give them: first attention's, the query
 #: before the others. Where a parent has several of a row and their widths agree, these share it.
 ATTENTION = (
@@ -126,7 +124,7 @@ def read_model(model: nn.Module, *, name: str | None = None) -> LiveModel:
 
     Args:
         model: any module; only shapes, dtypes and types are looked at.
-        name: how the architecture is called; else after the checkpoint, the model type or the class.
+        name: how the architecture is called; else after the model type or the class.
 
     Raises:
         SpecError: it has no such linear.

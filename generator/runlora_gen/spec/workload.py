@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .architecture import Architecture
+from .architecture import Architecture, slug
 from .errors import SpecError, nearest, shorten
 
 #: The dtypes that layers are generated for.
 DTYPE_NAMES = ("bf16", "fp16", "fp32")
-#: What options with names allow.
+#: Torch's names of them.
+DTYPE_ALIASES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+#: What fields with names allow.
 CHOICES = {
     "criterion": ("time", "flops", "memory"),
     "merge_rounding": ("nearest", "stochastic"),
@@ -61,20 +64,63 @@ class Workload:
     model_type: str | None = None
 
 
-def parse_counts(option: str, values: Iterable[str], *, maximum: int) -> tuple[int, ...]:
+def parse_counts(option: str, values: Iterable[str], *, maximum: int, kilo: bool = False) -> tuple[int, ...]:
     """Whole numbers from repeated options and comma lists, ascending and without repeats.
+
+    Args:
+        option: what errors call it.
+        values: texts such as ``"8,16"``.
+        maximum: the largest number allowed.
+        kilo: take ``4k`` as 4096, too.
 
     Raises:
         SpecError: an element is no whole number from 1 to ``maximum``, or there is none.
     """
+    allowed = f"give whole numbers from 1 to {maximum}" + (", or such as 4k for 4096" if kilo else "")
     counts = set()
     for text in (part.strip() for value in values for part in value.split(",")):
-        if not text.isascii() or not text.isdigit() or len(text) > 18 or not 1 <= int(text) <= maximum:
-            raise SpecError(f"{option}: {shorten(text)} is not allowed; give whole numbers from 1 to {maximum}")
-        counts.add(int(text))
+        digits, unit = (text[:-1], 1024) if kilo and text[-1:] in ("k", "K") else (text, 1)
+        if not digits.isascii() or not digits.isdigit() or len(digits) > 18 or not 1 <= int(digits) * unit <= maximum:
+            raise SpecError(f"{option}: {shorten(text)} is not allowed; {allowed}")
+        counts.add(int(digits) * unit)
     if not counts:
-        raise SpecError(f"{option}: no value given; give whole numbers from 1 to {maximum}")
+        raise SpecError(f"{option}: no value given; {allowed}")
     return tuple(sorted(counts))
+
+
+def parse_targets(values: Iterable[str]) -> tuple[str, ...]:
+    """Names of projections from repeated options and comma lists; empty for all, which PEFT calls ``all-linear``."""
+    names = tuple(name.strip() for value in values for name in value.split(","))
+    return () if [name.lower() for name in names] == ["all-linear"] else names
+
+
+def parse_dtype(option: str, value: str) -> str:
+    """One of ``DTYPE_NAMES`` from that or from torch's name of it, such as ``bfloat16``.
+
+    Raises:
+        SpecError: anything else.
+    """
+    name = DTYPE_ALIASES.get(value, value)
+    if name not in DTYPE_NAMES:
+        allowed = ", ".join((*DTYPE_NAMES, *DTYPE_ALIASES))
+        raise SpecError(f"{option}: {shorten(value)} is not allowed; give one of {allowed}")
+    return name
+
+
+def parse_name(option: str, value: str) -> str:
+    """What a package is called, as in Python: ``My-Llama`` is ``my_llama``.
+
+    Raises:
+        SpecError: it is no name: letters, digits, ``_``, ``-`` and ``.``, after a letter; 64 at most; no keyword.
+    """
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9._-]{0,63}", value) or slug(value) != re.sub(
+        "[^a-z0-9]+", "_", value.lower()
+    ):
+        raise SpecError(
+            f"{option}: {shorten(value)} is not allowed; give up to 64 letters, digits, _, - and ., the first a letter "
+            "and the last none of the marks, and no keyword of Python"
+        )
+    return slug(value)
 
 
 def parse_shapes(option: str, values: Iterable[str]) -> tuple[tuple[int, int], ...]:
@@ -133,15 +179,21 @@ def check_ranks(ranks: Sequence[int], architecture: Architecture) -> None:
             )
 
 
-def make_workload(**fields: Any) -> Workload:
-    """A workload from values as Python has them: whole numbers, names, lists, torch's dtypes.
+def make_workload(*, prefix: str = "", **fields: Any) -> Workload:
+    """A workload from values as Python has them, or as texts of options.
 
     Args:
-        fields: of ``Workload``; what is not given has its default, and tokens a number or several.
+        prefix: what errors put before a field's name: ``--`` for options.
+        fields: of ``Workload``. What is None or not given has its default; tokens are a number or several, dtypes ours,
+            torch's names of them or torch's own.
 
     Raises:
         SpecError: an unknown field, or a value that is not allowed.
     """
+
+    def label(name: str) -> str:
+        return f"{prefix}{name.replace('_', '-')}" if prefix else name
+
     known = {field.name for field in dataclasses.fields(Workload)}
     for name in fields:
         if name not in known:
@@ -149,32 +201,26 @@ def make_workload(**fields: Any) -> Workload:
     values = {name: value for name, value in fields.items() if value is not None}
     for name, allowed in CHOICES.items():
         if name in values and values[name] not in allowed:
-            raise SpecError(f"{name}: {shorten(values[name])} is not allowed; give one of {', '.join(allowed)}")
+            raise SpecError(f"{label(name)}: {shorten(values[name])} is not allowed; give one of {', '.join(allowed)}")
     for name in ("input_grad", "allow_lossy_merge", "kernels"):
         if name in values and not isinstance(values[name], bool):
-            raise SpecError(f"{name}: {shorten(values[name])} is not allowed; give True or False")
-    for name, maximum in (("tokens", MAX_TOKENS), ("max_saved_bytes", MAX_SAVED_BYTES)):
-        if name in values:
-            texts = [str(value) for value in _several(values[name])]
-            counts = parse_counts(name, texts, maximum=maximum)
-            values[name] = counts if name == "tokens" else counts[-1]
-    dtype = _dtype("dtype", values.get("dtype", Workload.dtype))
-    values |= {"dtype": dtype, "adapter_dtype": _dtype("adapter_dtype", values.get("adapter_dtype", "fp32"))}
-    check_adapter_dtype(values["adapter_dtype"], dtype)
+            raise SpecError(f"{label(name)}: {shorten(values[name])} is not allowed; give True or False")
+    if "tokens" in values:
+        texts = map(str, _several(values["tokens"]))
+        values["tokens"] = parse_counts(label("tokens"), texts, maximum=MAX_TOKENS, kilo=True)
+    if "max_saved_bytes" in values:
+        texts = map(str, _several(values["max_saved_bytes"]))
+        values["max_saved_bytes"] = parse_counts(label("max_saved_bytes"), texts, maximum=MAX_SAVED_BYTES)[0]
+    for name in ("dtype", "adapter_dtype"):
+        text = str(values.get(name, getattr(Workload, name))).removeprefix("torch.")
+        values[name] = parse_dtype(label(name), text)
+    check_adapter_dtype(values["adapter_dtype"], values["dtype"])
     if "train" in values:
         values["train"] = parse_train(",".join(map(str, _several(values["train"]))))
-    if "device" in values:
-        values["device"] = str(values["device"])
+    for name in ("device", "target_modules"):
+        if name in values:
+            values[name] = str(values[name]) if name == "device" else tuple(values[name])
     return Workload(**values)
-
-
-def _dtype(field: str, value: object) -> str:
-    """A dtype's name from ours, torch's, or torch's dtype."""
-    name = str(value).removeprefix("torch.")
-    name = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(name, name)
-    if name not in DTYPE_NAMES:
-        raise SpecError(f"{field}: {shorten(value)} is not allowed; give one of {', '.join(DTYPE_NAMES)}")
-    return name
 
 
 def _several(value: Any) -> list[Any]:

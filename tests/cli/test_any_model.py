@@ -1,0 +1,85 @@
+"""Any model from the command line: what is said of it, how its package is called, and that a check agrees."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runlora_gen.spec import meta
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 2,
+}
+FEW = ("--rank", "4", "--no-kernels", "--adapter-dtype", "bf16")
+needs_transformers = pytest.mark.skipif(not meta.is_installed(), reason="needs torch and transformers")
+
+
+def config(folder: Path, **values: Any) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({**SIZES, **values}))
+    return folder
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "manifest.json").read_text())
+
+
+@needs_transformers
+def test_what_is_left_out_is_said_with_one_line_a_reason(run, tmp_path: Path) -> None:
+    folder = config(tmp_path / "model", model_type="mixtral", num_local_experts=4)
+    options = ("--arch", folder, *FEW, "--target-modules", "k_proj", "-o", tmp_path / "out")
+    outcome = run(*options)
+    assert outcome.code == 0
+    assert outcome.err.splitlines() == [
+        "left out: embed_tokens: embedding",
+        "left out: layers.*.mlp.gate: 2-D parameters of MixtralTopKRouter, which is no linear",
+        "left out: layers.*.mlp.experts: 3-D weights of MixtralExperts",
+    ]
+    assert outcome.out == f"{tmp_path / 'out' / 'model_r4'}: 1 modules, wrote 5 files\n"
+    assert manifest(tmp_path / "out" / "model_r4")["model_type"] == "mixtral"
+    assert run(*options, "--check", "-q").ok().out == ""
+    explained = run("explain", "--arch", folder, *FEW, "--target-modules", "k_proj", "--json")
+    assert json.loads(explained.out)["arch"] == "model" and "left out: " in explained.err
+
+
+def test_a_name_is_of_the_package_and_in_its_command(run, small: tuple[str, ...], tmp_path: Path) -> None:
+    run(*small, "--name", "My-Model", "-o", tmp_path).ok()
+    (folder,) = tmp_path.iterdir()
+    assert folder.name == "my_model_r4"
+    written = manifest(folder)
+    assert written["arch"] == "my_model"
+    assert written["command"].startswith(
+        "runlora-gen --arch llama-9m --rank 4 --name my_model --target-modules q_proj "
+    )
+    words = written["command"].split()[1:-2]
+    assert run(*words, "-o", tmp_path, "--check").ok().out == ""
+    assert run(*small, "-o", tmp_path, "--check").code == 1  # without it, it is another package
+
+
+def test_a_cached_model_is_recorded_by_its_name(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tmp_path / "hub" / "models--some-one--Tiny-2.5"
+    config(model / "snapshots" / "abc", model_type="qwen2")
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text("abc")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    options = ("--arch", "some-one/Tiny-2.5", *FEW, "--target-modules", "k_proj", "-o", tmp_path / "out")
+    run(*options).ok()
+    written = manifest(tmp_path / "out" / "tiny_2_5_r4")
+    assert written["command"].startswith("runlora-gen --arch some-one/Tiny-2.5 --rank 4 ")
+    run(*options, "--check").ok()
+    assert f"Hugging Face cache {tmp_path / 'hub'}" in run("--arch", "some-one/Else", "--rank", "4").error()
+
+
+def test_other_spellings_are_the_same_command(run, small: tuple[str, ...], tmp_path: Path) -> None:
+    base = [word for word in small if word not in ("--target-modules", "q_proj")]
+    run(*base, "--tokens", "2k,4096", "-o", tmp_path).ok()
+    spelled = ("--tokens", "2048", "--tokens", "4K", "--dtype", "bfloat16", "--target-modules", "all-linear")
+    assert run(*base, *spelled, "--adapter-dtype", "bfloat16", "-o", tmp_path, "--check").ok().out == ""
+    command = manifest(tmp_path / "llama_9m_r4")["command"]
+    assert "--tokens 2048,4096" in command and "all-linear" not in command and "bfloat16" not in command
