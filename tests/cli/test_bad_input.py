@@ -69,7 +69,7 @@ CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "device, a path": ((*ARCH, *RANK, "--device", "../../x"), ("--device", "'../../x'")),
     "target modules": ((*ARCH, *RANK, "--target-modules", "q"), ("target_modules", "'q'", "q_proj")),
     "target modules, empty": ((*ARCH, *RANK, "--target-modules", ""), ("target_modules", "''")),
-    "model type": ((*ARCH, *RANK, "--model-type", "mamba"), ("model_type", "'mamba'", "llama")),
+    "model type": ((*ARCH, *RANK, "--model-type", "mamba"), ("model_type", "mamba", "llama")),
     "max saved bytes 0": ((*ARCH, *RANK, "--max-saved-bytes", "0"), ("--max-saved-bytes", "'0'")),
     "max saved bytes text": ((*ARCH, *RANK, "--max-saved-bytes", "1GB"), ("--max-saved-bytes", "'1GB'")),
     "unknown option": (("--spam\x1b[31m\n",), (r"--spam\x1b[31m\n",)),
