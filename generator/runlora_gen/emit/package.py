@@ -225,11 +225,7 @@ def _manifest(
         "command": header.command,
         "digest": header.digest,
         "arch": architecture.slug,
-        "architecture": {
-            "name": architecture.slug,
-            "model_type": architecture.model_type,
-            "projections": [asdict(projection) for projection in architecture.projections],
-        },
+        "projections": [asdict(projection) for projection in architecture.projections],
         "model_type": architecture.model_type,
         "rank": rank,
         "workload": {**asdict(workload), "tokens": list(workload.tokens), "train": list(workload.train)},

@@ -144,23 +144,17 @@ def _from_manifest(config: _Config) -> Architecture:
 
     def text(value: object, *, mark: str = "") -> str:
         if not isinstance(value, str) or not re.fullmatch(rf"[A-Za-z0-9_{mark}-]{{1,128}}", value):
-            config.fail("architecture", value, "expected a name")
+            config.fail("projections", value, "expected a name")
         return value
 
     def size(value: object, most: int) -> int:
         if type(value) is not int or not 0 < value <= most:
-            config.fail("architecture", value, f"expected a whole number from 1 to {most}")
+            config.fail("projections", value, f"expected a whole number from 1 to {most}")
         return value
 
-    found = config.values.get("architecture")
-    rows = found.get("projections") if isinstance(found, dict) else None
-    if (
-        not isinstance(found, dict)
-        or not isinstance(rows, list)
-        or not rows
-        or not all(isinstance(r, dict) for r in rows)
-    ):
-        config.fail("architecture", found, "expected projections; generate the package anew from its model")
+    rows = config.values.get("projections")
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+        config.fail("projections", rows, "expected a list of them; generate the package anew from its model")
     projections = tuple(
         Projection(
             name=text(row.get("name")),
@@ -173,7 +167,7 @@ def _from_manifest(config: _Config) -> Architecture:
         )
         for row in rows
     )
-    return Architecture(text(found.get("name")), text(found.get("model_type")), LIVE, projections)
+    return Architecture(text(config.values.get("arch")), text(config.values.get("model_type")), LIVE, projections)
 
 
 # Families: how a config is read
