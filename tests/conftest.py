@@ -92,10 +92,10 @@ def tree_of(folder: Path) -> Tree:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _black_once_a_text() -> Iterator[None]:
-    """Most runs here format the same texts, and black is a function of text and mode: most of a run's time is saved.
+def _black_once_a_header() -> Iterator[None]:
+    """The part of a file with its header is formatted once, too.
 
-    The header names the command and differs from spec to spec, but is a comment, of which black leaves the text alone.
+    That names the command and differs from spec to spec, but is a comment, of which black leaves the text alone.
     """
     real, known = black.format_str, dict[tuple[str, str], str]()
 

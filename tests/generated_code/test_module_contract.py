@@ -6,6 +6,7 @@ import ast
 import copy
 import io
 import pickle
+import re
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -124,7 +125,7 @@ def test_compile_without_graph_breaks(module: ModuleType, bias: bool) -> None:
 def test_compile_keeps_what_the_backward_accumulates(everything: ModuleType) -> None:
     """Torch 2.11 drops in-place writes in a compiled backward: every order of accumulation must survive."""
     for variant in everything.VARIANTS:
-        if variant.startswith("base_first/") and variant.endswith("-pt_x-dyt_s/keep-s"):
+        if re.fullmatch(r"base_first/(?!merged)\w+-pt_x-dyt_s/keep-s", variant):  # a merge accumulates nothing
             torch.compiler.reset()
             run = partial(everything.lora_linear, variant=variant)
             assert_same(torch.compile(run, fullgraph=True, backend="aot_eager"), inputs(bias=False))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from types import MappingProxyType
 
 from .enumerate import Phase
@@ -61,31 +62,53 @@ def workspace(phase: Phase, dims: Dims) -> int:
 class _Flow:
     """What the order of some operations depends on, whatever the dimensions are.
 
+    Operations and temporaries are numbered; a set of operations is an integer with their bits.
+
     Attributes:
         temporaries: what they make and neither return nor save.
         before: for each operation, those that must be finished first.
         makers, readers: of each temporary.
         order: the valid order that is nearest to the table's.
-        live: the temporaries that live while each operation of that order runs.
-        touched: those that each operation reads and writes: no order can do with fewer at once.
+        touched: the temporaries that each operation reads and writes: no order can do with fewer at once.
     """
 
     temporaries: tuple[Symbol, ...]
-    before: tuple[frozenset[int], ...]
-    makers: Mapping[Symbol, frozenset[int]]
-    readers: Mapping[Symbol, frozenset[int]]
+    before: tuple[int, ...]
+    makers: tuple[int, ...]
+    readers: tuple[int, ...]
     order: tuple[int, ...]
-    live: tuple[tuple[Symbol, ...], ...]
-    touched: tuple[tuple[Symbol, ...], ...]
+    touched: tuple[tuple[int, ...], ...]
 
-    def alive(self, done: frozenset[int], running: int) -> tuple[Symbol, ...]:
+    def alive(self, done: int, running: int) -> tuple[int, ...]:
         """Temporaries that live while ``running`` runs after ``done``."""
-        now = done | {running}
+        now = done | 1 << running
         return tuple(
-            s
-            for s in self.temporaries
-            if self.makers[s] & now and (running in self.makers[s] or not self.readers[s] <= done)
+            number
+            for number, (makers, readers) in enumerate(zip(self.makers, self.readers, strict=True))
+            if makers & now and (makers >> running & 1 or readers & ~done)
         )
+
+    @cached_property
+    def live(self) -> tuple[tuple[int, ...], ...]:
+        """The temporaries that live while each operation of ``order`` runs."""
+        done = itertools.accumulate((1 << i for i in self.order), initial=0)
+        return tuple(map(self.alive, done, self.order))
+
+    @cached_property
+    def moves(self) -> tuple[tuple[int, int, tuple[int, ...]], ...]:
+        """Every operation after every set of operations that it can follow, small sets first, and what lives then."""
+        moves = []
+        reached = [0]
+        for _ in self.before:
+            ready = [
+                (done, i)
+                for done in reached
+                for i, needed in enumerate(self.before)
+                if not (done >> i & 1 or needed & ~done)
+            ]
+            moves += [(done, i, self.alive(done, i)) for done, i in ready]
+            reached = list(dict.fromkeys(done | 1 << i for done, i in ready))
+        return tuple(moves)
 
 
 def _flow_of(phase: Phase, dims: Dims) -> tuple[_Flow, Mapping[Symbol, int], int]:
@@ -101,59 +124,56 @@ def _flow_of(phase: Phase, dims: Dims) -> tuple[_Flow, Mapping[Symbol, int], int
 def _flow(
     steps: tuple[tuple[tuple[Symbol, ...], tuple[Symbol, ...], bool], ...], persistent: frozenset[Symbol]
 ) -> _Flow:
-    makers: dict[Symbol, set[int]] = {}
-    readers: dict[Symbol, set[int]] = {}
+    def of(numbers: Iterable[int]) -> int:
+        return sum(1 << i for i in numbers)
+
+    makers: dict[Symbol, list[int]] = {}
+    readers: dict[Symbol, list[int]] = {}
     before = []
     for i, (reads, outputs, accumulate) in enumerate(steps):
         for symbol in outputs:
-            makers.setdefault(symbol, set()).add(i)
+            makers.setdefault(symbol, []).append(i)
         for symbol in reads:
-            readers.setdefault(symbol, set()).add(i)
+            readers.setdefault(symbol, []).append(i)
         # Makers of what is read, and the earlier steps of an accumulation.
         needed = {j for j, step in enumerate(steps) if set(step[1]) & set(reads)}
-        before.append(frozenset(needed | {j for j in range(i) if accumulate and set(steps[j][1]) & set(outputs)}))
+        before.append(of(needed | {j for j in range(i) if accumulate and set(steps[j][1]) & set(outputs)}))
     order: list[int] = []
     while len(order) < len(steps):
-        order.append(next(i for i, needed in enumerate(before) if i not in order and needed <= set(order)))
+        order.append(next(i for i, needed in enumerate(before) if i not in order and not needed & ~of(order)))
     temporaries = tuple(dict.fromkeys(s for _, outputs, _ in steps for s in outputs if s not in persistent))
-    flow = _Flow(
+    return _Flow(
         temporaries=temporaries,
         before=tuple(before),
-        makers={s: frozenset(makers[s]) for s in temporaries},
-        readers={s: frozenset(readers.get(s, ())) for s in temporaries},
+        makers=tuple(of(makers[s]) for s in temporaries),
+        readers=tuple(of(readers.get(s, ())) for s in temporaries),
         order=tuple(order),
-        live=(),
-        touched=tuple(tuple(s for s in temporaries if s in reads or s in outputs) for reads, outputs, _ in steps),
+        touched=tuple(
+            tuple(number for number, s in enumerate(temporaries) if s in reads or s in outputs)
+            for reads, outputs, _ in steps
+        ),
     )
-    live = tuple(flow.alive(frozenset(order[:position]), i) for position, i in enumerate(order))
-    return replace(flow, live=live)
 
 
 @lru_cache(maxsize=65536)
 def _best_order(flow: _Flow, numels: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
     """The smallest peak, and the first order that has it; ``numels`` are the sizes of the flow's temporaries."""
-    sizes = dict(zip(flow.temporaries, numels, strict=True))
 
-    def most(sets: Iterable[tuple[Symbol, ...]]) -> int:
-        return max((sum(sizes[symbol] for symbol in symbols) for symbols in sets), default=0)
+    def size(numbers: Iterable[int]) -> int:
+        return sum(numels[number] for number in numbers)
 
-    peak = most(flow.live)
-    if peak == most(flow.touched):
+    peak = max(map(size, flow.live), default=0)
+    if peak == max(map(size, flow.touched), default=0):
         return peak, flow.order
-    # A search over sets of finished operations, built by their number (a phase has fewer than ten operations).
-    best: dict[frozenset[int], tuple[int, tuple[int, ...]]] = {frozenset(): (0, ())}
-    for _ in flow.before:
-        reached: dict[frozenset[int], tuple[int, tuple[int, ...]]] = {}
-        for done, (peak, order) in best.items():
-            for i, needed in enumerate(flow.before):
-                if i not in done and needed <= done:
-                    key = done | {i}
-                    candidate = (max(peak, most([flow.alive(done, i)])), (*order, i))
-                    if key not in reached or candidate < reached[key]:
-                        reached[key] = candidate
-        best = reached
-    (found,) = best.values()
-    return found
+    # A search over sets of finished operations, the smaller ones first (a phase has fewer than ten operations).
+    best: dict[int, tuple[int, tuple[int, ...]]] = {0: (0, ())}
+    for done, i, live in flow.moves:
+        peak, order = best[done]
+        candidate = (max(peak, size(live)), (*order, i))
+        after = done | 1 << i
+        if after not in best or candidate < best[after]:
+            best[after] = candidate
+    return best[(1 << len(flow.before)) - 1]
 
 
 def _needed_frees(

@@ -5,16 +5,20 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tomllib
 
 from ..spec.errors import SpecError, shorten
 from ..spec.files import read_if_there
+
+if TYPE_CHECKING:
+    from black import Mode
 
 #: black's own, where neither the repository nor ``--line-length`` says otherwise.
 DEFAULT_LINE_LENGTH = 88
@@ -38,6 +42,10 @@ _FLAGS = {
     **dict.fromkeys(("0", "false", "f", "no", "n", "off"), False),
 }
 _MAX_PYPROJECT_BYTES = 1 << 20
+#: Where a text is cut: before a function or a class at its top with two empty lines or more before it.
+_CUT = re.compile(r"(?<=\S)\n{3,}(?=@|def |class |async def )")
+#: Parts of texts in their formatted form, by what that follows from.
+_FORMATTED: dict[tuple[str, ...], str] = {}
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,10 @@ class Style:
 
     def format(self, source: str) -> str:
         """Format Python text: the one exit for it.
+
+        The modules of a package have most of their functions in common, and each is formatted once: where the Python
+        versions are known, black formats a function by itself as among others, and where empty lines stand before it,
+        it leaves two. That holds for our templates (tested), and not in stubs.
 
         Raises:
             SpecError: the repository's options are none of black's.
@@ -80,7 +92,19 @@ class Style:
             preview=self._flag("preview"),
             unstable=self._flag("unstable"),
         )
-        return black.format_str(source, mode=mode)
+        parts = [source] if mode.is_pyi else _CUT.split(source)
+        if len(parts) > 1 and not mode.target_versions:
+            # black infers them from all of a text: here, where annotations are strings, and nothing is newer.
+            mode.target_versions = {version for version in TargetVersion if version.value >= TargetVersion.PY37.value}
+        return "\n\n".join(self._format_part(part, mode) for part in parts)
+
+    def _format_part(self, part: str, mode: Mode) -> str:
+        import black
+
+        key = (part, self.key, *sorted(version.name for version in mode.target_versions))
+        if key not in _FORMATTED:
+            _FORMATTED[key] = black.format_str(part, mode=mode)
+        return _FORMATTED[key]
 
     def _names(self, option: str) -> list[str]:
         names = self.options.get(option, [])
