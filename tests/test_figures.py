@@ -11,7 +11,9 @@ import pytest
 import tomllib
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = "".join(
+    (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/benchmarks.md", "docs/module.md")
+)
 CONTENDERS = (
     "peft fp32 adapters, autocast",
     "peft",
