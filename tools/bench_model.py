@@ -1,7 +1,7 @@
 """A training step of Llama's layers as Transformers runs them: the model benchmark.
 
     python tools/bench_model.py --shapes 13b,8b --axolotl .rivals/axolotl --json tools/results/model_h100.json
-    python tools/bench_model.py --shapes 13b,8b,1b --contenders generated,generated-graph,generated-torch \\
+    python tools/bench_model.py --shapes 13b,8b,1b --contenders generated,generated-graph,generated-torch
         --modes eager --alone --json tools/results/step_h100.json
 
 Frozen layers with random weights get adapters in all seven linears, in each contender's way, the same in all of them.
@@ -27,6 +27,7 @@ import functools
 import gc
 import importlib.metadata
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -162,7 +163,7 @@ class Step:
             self.forget()
             with torch.autocast(self._x.device.type, torch.bfloat16, enabled=self._autocast):
                 output = call(self._x)
-            output.backward(self._grad_output)
+            torch.autograd.backward(output, self._grad_output)
 
         return step
 
@@ -195,7 +196,7 @@ def deviation(mine: Mapping[str, list[Tensor]], theirs: Mapping[str, list[Tensor
     """Norm of the difference over the norm, over all layers."""
 
     def norm(tensors: list[Tensor]) -> float:
-        return sum(float(tensor.float().pow(2).sum()) for tensor in tensors) ** 0.5
+        return math.sqrt(sum(float(tensor.float().pow(2).sum()) for tensor in tensors))
 
     return {
         name: round(

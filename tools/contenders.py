@@ -7,7 +7,7 @@ The tools that measure whole models share this file.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import importlib
 import json
 import logging
 import sys
@@ -116,9 +116,7 @@ def accelerated(model: nn.Module, setup: Setup, name: str) -> dict[str, Any]:
         ValueError: one of its layers would be left to PEFT.
     """
     with unformatted():
-        report = runlora_gen.accelerate(
-            model, setup.folder / name, strict=True, device=setup.profile, **setup.workload  # type: ignore[arg-type]
-        )
+        report = runlora_gen.accelerate(model, setup.folder / name, strict=True, device=setup.profile, **setup.workload)
     return _said(report, setup.tokens)
 
 
@@ -246,21 +244,35 @@ def axolotl_kernels(folder: Path | None) -> Any:
     if folder is None or not (folder / "kernels" / "lora.py").exists():
         raise Unavailable(f"no kernels/lora.py in {folder}: give --axolotl the folder src/axolotl of its sources")
     if "axolotl.kernels.lora" not in sys.modules:
-        if importlib.util.find_spec("bitsandbytes") is None:
-            library = mock.MagicMock()  # what its quantized paths would call
-            stub = _module("bitsandbytes.functional", QuantState=type("QuantState", (), {}), get_ptr=None, lib=library)
-            _module("bitsandbytes", functional=stub, __version__="0.46.0", __spec__=None)
-        _module("axolotl", __path__=[str(folder)])
-        _module("axolotl.kernels", __path__=[str(folder / "kernels")])  # its __init__ imports more
-        _module("axolotl.utils", __path__=[])
-        _module("axolotl.utils.logging", get_logger=lambda name=None, *_, **__: logging.getLogger(name))
-    return importlib.import_module("axolotl.kernels.lora")
+        # What its quantized paths would call; gone again afterwards, as PEFT would take it for the real one.
+        library = mock.MagicMock()
+        functional = _module(
+            "bitsandbytes.functional", QuantState=type("QuantState", (), {}), get_ptr=None, lib=library
+        )
+        stubs = {
+            "bitsandbytes": _module("bitsandbytes", functional=functional, __version__="0.46.0"),
+            "bitsandbytes.functional": functional,
+        }
+        sys.modules |= {
+            "axolotl": _module("axolotl", __path__=[str(folder)]),
+            "axolotl.kernels": _module("axolotl.kernels", __path__=[str(folder / "kernels")]),  # its own imports more
+            "axolotl.utils": _module("axolotl.utils", __path__=[]),
+            "axolotl.utils.logging": _module(
+                "axolotl.utils.logging", get_logger=lambda name, *_: logging.getLogger(name)
+            ),
+        }
+        sys.modules |= stubs
+        try:
+            importlib.import_module("axolotl.kernels.lora")
+        finally:
+            for name in stubs:
+                del sys.modules[name]
+    return sys.modules["axolotl.kernels.lora"]
 
 
 def _module(name: str, **attributes: Any) -> types.ModuleType:
     module = types.ModuleType(name)
     vars(module).update(attributes)
-    sys.modules[name] = module
     return module
 
 
