@@ -52,6 +52,7 @@ from torch import Tensor, nn
 STEPS = 3
 #: Outputs or gradients that are further than this from PEFT's are of something else: bf16 alone makes some 0.01.
 MOST_DEVIATION = 0.1
+_START = time.perf_counter()
 #: The frozen model, eager and without checkpointing, in the rounds of the other modes.
 _PLAIN = "frozen, eager"
 
@@ -316,6 +317,9 @@ class Bench:
         with checkpointed(list(self.steps.values()), mode.checkpointing):
             runs: dict[str, Run] = {}
             for title, step in self.steps.items():
+                if time.perf_counter() - _START > self.options.limit and title != FROZEN:
+                    print(f"{self.name}: {title}: {name}: left out: out of time", file=sys.stderr, flush=True)
+                    continue
                 run = step.run(mode, self.options.backend)
                 try:
                     with self._phase(title, f"{name}: first steps"):
@@ -439,13 +443,16 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     default = "peft-bf16,peft-default,peft-fp32,peft-dropout,axolotl,ours,ours-bf16"
     parser.add_argument("--shapes", default="13b,8b", help="comma list of " + ", ".join(SHAPES))
     parser.add_argument("--contenders", default=default, help="comma list of " + ", ".join(CONTENDERS))
-    parser.add_argument("--modes", default="eager,compiled,checkpointing", help="comma list of " + ", ".join(MODES))
+    parser.add_argument("--modes", default="eager,checkpointing,compiled", help="comma list of " + ", ".join(MODES))
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--profile", help="device profile that the choice is made for [this device's]")
     parser.add_argument("--axolotl", type=Path, help="the folder src/axolotl of axolotl's sources")
     parser.add_argument("--rival", action="append", default=[], metavar="NAME=FOLDER", help="other generated modules")
     parser.add_argument("--backend", default="inductor", help="of torch.compile")
+    parser.add_argument(
+        "--limit", type=float, default=float("inf"), metavar="SECONDS", help="after which no contender begins a mode"
+    )
     parser.add_argument("--alone", action="store_true", help="also host and device by themselves")
     parser.add_argument("--json", type=Path, help="where to write the results, after every mode")
     options = parser.parse_args(arguments)
