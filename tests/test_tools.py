@@ -88,3 +88,49 @@ def test_the_ablation_runs(tmp_path: Path) -> None:
     rows = json.loads(path.read_text())["rows"]["24:16x40"]
     assert "split, S kept" in text and rows["split, S kept"]["saved_bytes"] > rows["split, S recomputed"]["saved_bytes"]
     assert rows["frozen linear"]["over_frozen"] == 1
+
+
+def test_the_model_benchmark_runs(tmp_path: Path) -> None:
+    """On two tiny layers, in two runs into one file; what is not on this machine is left out, and said."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    path = tmp_path / "model.json"
+    options = ("--device", "cpu", "--shapes", "tiny", "--rounds", 1, "--json", path)
+    text = tool("bench_model", *options, "--contenders", "peft-fp32,ours,axolotl", "--modes", "eager,checkpointing")
+    assert "tiny checkpointing: frozen" in text
+    tool("bench_model", *options, "--contenders", "generated-torch", "--modes", "compiled", "--backend", "eager")
+    (row,) = json.loads(path.read_text())["rows"]
+    results = row["results"]
+    peft, ours, alone = "PEFT, fp32 adapters without autocast", "ours", "generated, torch only"
+    assert set(results) == {"frozen", peft, ours, alone}
+    assert results[ours]["layers"] == 14 and len(results[ours]["chosen"]) == 4
+    assert all(0 < results[ours]["deviation"][name] < 0.02 for name in ("output", "dX", "dA", "dB"))
+    assert set(results["frozen"]) == {"eager", "checkpointing", "compiled"} and "compiled" in results[alone]
+    for title, modes in (
+        (peft, ("eager", "checkpointing")),
+        (ours, ("eager", "checkpointing")),
+        (alone, ("compiled",)),
+    ):
+        for mode in modes:
+            result = results[title][mode]
+            assert result["over_frozen"]["min"] <= result["over_frozen"]["median"] <= result["over_frozen"]["max"]
+            assert result["peak_total_bytes"] > result["peak_bytes"] > 0
+    assert results[ours]["checkpointing"]["peak_bytes"] < results[ours]["eager"]["peak_bytes"]
+
+
+def test_the_model_benchmark_finds_what_computes_something_else() -> None:
+    pytest.importorskip("transformers")
+    sys.path.insert(0, str(ROOT / "tools"))
+    try:
+        import bench_model
+    finally:
+        sys.path.pop(0)
+    import torch
+
+    theirs = {"output": [torch.ones(4), torch.zeros(2)]}
+    off = bench_model.deviation({"output": [torch.ones(4), torch.ones(2)]}, theirs)
+    assert off == {"output": pytest.approx(2**0.5 / 2, abs=1e-5)}
+    row = {"shape": "tiny", "results": {"ours": {"deviation": {"from": "PEFT", **off}, "eager": {"failed": "out of"}}}}
+    assert len(bench_model.wrong(row)) == 2
+    row["results"]["ours"] = {"deviation": {"from": "PEFT", "output": float("nan")}}
+    assert len(bench_model.wrong(row)) == 1

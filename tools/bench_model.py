@@ -1,12 +1,22 @@
-"""A training step of Llama's layers as Transformers runs them: frozen, and with generated modules in all linears.
+"""A training step of Llama's layers as Transformers runs them: the model benchmark.
 
-    python tools/bench_model.py --shapes 13b,8b,1b --json tools/results/step_h100.json
+    python tools/bench_model.py --shapes 13b,8b --axolotl .rivals/axolotl --json tools/results/model_h100.json
+    python tools/bench_model.py --shapes 13b,8b,1b --contenders generated,generated-graph,generated-torch
+        --modes eager --alone --json tools/results/step_h100.json
 
-All contenders are timed in rounds, in random order, on the same random inputs with one attention for all; what is
-reported is the ratio to the frozen step of the same round (median, least, most). Also what host and device need of a
-step by themselves (the host: until everything is launched; the device: the replay of a CUDA graph), and the same of the
-frozen linears alone, whose difference to the frozen step is what the model does beside its linears. Needs a GPU, and
-transformers (the bench extra).
+Frozen layers with random weights get adapters in all seven linears, in each contender's way, the same in all of them.
+A step is forward and backward, with the gradient of the layers' input, as in the middle of a model. All contenders
+have one attention, and are timed in rounds, in random order, on the same inputs; what is reported is the ratio to the
+frozen step of the same round and mode (median, least, most), and the peak memory of a step. How far outputs and
+gradients are from PEFT's says whether a contender computes the same. Rows of the same day, machine and versions that a
+result file has already are kept, so that a long measurement can be made in several runs.
+
+``--alone``: also what host and device need of a step by themselves (the host: until everything is launched; the device:
+the replay of a CUDA graph), and the same of the frozen linears alone, whose difference to the frozen step is what the
+model does beside its linears.
+
+Needs transformers and peft (the bench extra), and a GPU but for the tiny shape. A contender is added in
+tools/contenders.py, a shape or a mode here.
 """
 
 from __future__ import annotations
@@ -14,31 +24,37 @@ from __future__ import annotations
 import argparse
 import datetime
 import functools
+import gc
 import importlib.metadata
 import json
+import math
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import types
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from contenders import CONTENDERS, FROZEN, Contender, Setup, Unavailable, adapters, causal, fill_adapters, from_folder
+from runlora_gen.api import profile_of
 from runlora_gen.measure.clock import Run, captured, interleaved, repeated, seconds
 from runlora_gen.measure.machine import machine_name
 from runlora_gen.measure.memory import peak_bytes
-from runlora_gen.measure.modules import import_file, render_module
-from runlora_gen.ranges import decide_model
-from runlora_gen.spec.layers import Layer
-from runlora_gen.spec.workload import Workload
 from torch import Tensor, nn
 
-FROZEN = "frozen"
 #: Steps back to back in one timing: as in training, the host may run ahead of the device.
 STEPS = 3
+#: Outputs or gradients that are further than this from PEFT's are of something else: bf16 alone makes some 0.01.
+MOST_DEVIATION = 0.1
+_START = time.perf_counter()
+#: The frozen model, eager and without checkpointing, in the rounds of the other modes.
+_PLAIN = "frozen, eager"
 
 
 @dataclass(frozen=True)
@@ -59,37 +75,33 @@ class Shape:
         """Of a step."""
         return self.batch * self.sequence
 
-    @property
-    def sites(self) -> tuple[Layer, ...]:
-        """Its linears by shape."""
-        kv = self.hidden // self.heads * self.kv_heads
-        counts: dict[tuple[int, int], int] = {}
-        for size in (
-            *((self.hidden, out) for out in (self.hidden, kv, kv, self.hidden)),
-            *[(self.hidden, self.intermediate)] * 2,
-            (self.intermediate, self.hidden),
-        ):
-            counts[size] = counts.get(size, 0) + self.layers
-        return tuple(Layer(*size, False, count, ("linear",)) for size, count in counts.items())
-
 
 SHAPES = {
     "13b": Shape(5120, 13824, 40, 40, layers=3, batch=2, sequence=2048, rank=8),
     "8b": Shape(4096, 14336, 32, 8, layers=4, batch=4, sequence=4096, rank=16),
     "1b": Shape(2048, 8192, 32, 8, layers=8, batch=1, sequence=1024, rank=16),
+    "tiny": Shape(64, 160, 4, 2, layers=2, batch=2, sequence=16, rank=4),
 }
 
 
-def causal(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **options: Any) -> tuple[Tensor, None]:
-    """One attention for all contenders: Transformers picks another kernel where it builds a mask."""
-    output = F.scaled_dot_product_attention(
-        query, key, value, is_causal=True, scale=options.get("scaling"), enable_gqa=query.shape[1] != key.shape[1]
-    )
-    return output.transpose(1, 2).contiguous(), None
+@dataclass(frozen=True)
+class Mode:
+    """How a step runs."""
+
+    compiled: bool = False
+    checkpointing: bool = False
+
+
+MODES = {
+    "eager": Mode(),
+    "compiled": Mode(compiled=True),
+    "checkpointing": Mode(checkpointing=True),
+    "compiled-checkpointing": Mode(compiled=True, checkpointing=True),
+}
 
 
 def llama(shape: Shape, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Layers with random weights, frozen."""
+    """Layers with random weights, frozen, always the same."""
     transformers, masking = (import_module(name) for name in ("transformers", "transformers.masking_utils"))
     transformers.AttentionInterface.register("causal", causal)
     masking.AttentionMaskInterface.register("causal", lambda *args, **options: None)
@@ -104,26 +116,112 @@ def llama(shape: Shape, device: torch.device, dtype: torch.dtype) -> nn.Module:
         use_cache=False,
         dtype=dtype,
     )
+    torch.manual_seed(0)
     with device:
         model: nn.Module = transformers.LlamaModel(config).to(dtype)
     return model.requires_grad_(False)
 
 
-def with_modules(model: nn.Module, modules: dict[tuple[int, int], Any], rank: int) -> None:
-    """Put generated layers in place of all linears."""
-    for name, linear in list(model.named_modules()):
-        if isinstance(linear, nn.Linear):
-            layer = modules[linear.in_features, linear.out_features].LoRALinear.from_linear(linear, rank, rank)
-            nn.init.normal_(layer.lora_B, std=0.01)  # zeros would be timed otherwise
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, layer)
+class Step:
+    """Forward and backward of a contender, with fresh gradients.
+
+    Attributes:
+        title: of the contender.
+        layers: the model of Transformers in it.
+        exact: whether it computes what PEFT without dropout does.
+        facts: what is to be said of it.
+    """
+
+    def __init__(self, contender: Contender, layers: nn.Module, setup: Setup, x: Tensor, grad_output: Tensor) -> None:
+        self.title, self.exact, self.layers = contender.title, contender.exact, layers
+        self._autocast, self._x, self._grad_output = contender.autocast, x, grad_output
+        self._model, self.facts = contender.build(layers, setup)
+        fill_adapters(self._model)
+        self._leaves = [x, *(parameter for parameter in self._model.parameters() if parameter.requires_grad)]
+
+    def own_bytes(self) -> int:
+        """Of its weights and inputs."""
+        tensors = (*self._model.parameters(), *self._model.buffers(), self._x, self._grad_output)
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        return sum(storages.values())
+
+    def forget(self) -> None:
+        """Free the gradients."""
+        for leaf in self._leaves:
+            leaf.grad = None
+
+    def run(self, mode: Mode, backend: str) -> Run:
+        """The step in a mode; the caller switches checkpointing on and off."""
+        model = self._model
+
+        def forward(x: Tensor) -> Tensor:
+            output: Tensor = model(inputs_embeds=x).last_hidden_state
+            return output
+
+        call = torch.compile(_own_code(forward, self.title), backend=backend) if mode.compiled else forward
+
+        def step() -> None:
+            self.forget()
+            with torch.autocast(self._x.device.type, torch.bfloat16, enabled=self._autocast):
+                output = call(self._x)
+            torch.autograd.backward(output, self._grad_output)
+
+        return step
+
+    @torch.no_grad()
+    def results(self, run: Run) -> dict[str, list[Tensor]]:
+        """What a step computes: its output, and the gradients of the input and of the adapters."""
+        with torch.autocast(self._x.device.type, torch.bfloat16, enabled=self._autocast):
+            output = self._model(inputs_embeds=self._x).last_hidden_state
+        with torch.enable_grad():
+            run()
+        pairs = adapters(self._model)
+        assert self._x.grad is not None
+        return {
+            "output": [output],
+            "dX": [self._x.grad.clone()],
+            "dA": [a.grad.clone() for a, _ in pairs if a.grad is not None],
+            "dB": [b.grad.clone() for _, b in pairs if b.grad is not None],
+        }
 
 
-def step(model: Callable[..., Any], trained: Sequence[Tensor], x: Tensor, grad_output: Tensor) -> None:
-    """Forward and backward, with fresh gradients."""
-    for leaf in (x, *trained):
-        leaf.grad = None
-    model(inputs_embeds=x).last_hidden_state.backward(grad_output)
+def _own_code(function: Any, name: str) -> Callable[[Tensor], Tensor]:
+    """The function with a code object of its own, by which torch.compile keeps what it compiled: no contender has to
+    look through what was compiled for the others, and none of them meets the limit of recompilations.
+    """
+    code = function.__code__.replace(co_name=f"forward_{name}")
+    return types.FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
+
+
+def deviation(mine: Mapping[str, list[Tensor]], theirs: Mapping[str, list[Tensor]]) -> dict[str, float]:
+    """Norm of the difference over the norm, over all layers."""
+
+    def norm(tensors: list[Tensor]) -> float:
+        return math.sqrt(sum(float(tensor.float().pow(2).sum()) for tensor in tensors))
+
+    return {
+        name: round(
+            norm([a.float() - b.float() for a, b in zip(mine[name], theirs[name], strict=True)]) / norm(theirs[name]), 5
+        )
+        for name in theirs
+    }
+
+
+@contextmanager
+def checkpointed(steps: list[Step], enabled: bool) -> Iterator[None]:
+    """Within it the layers of these steps run under activation checkpointing, if it is enabled."""
+    if not enabled:
+        yield
+        return
+    for step in steps:
+        layers: Any = step.layers
+        layers.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    try:
+        yield
+    finally:
+        for step in steps:
+            layers = step.layers
+            layers.gradient_checkpointing_disable()
 
 
 def host_seconds(run: Run, rounds: int = 7) -> float:
@@ -162,103 +260,173 @@ def linears_alone(model: nn.Module, shape: Shape, device: torch.device, dtype: t
     return run
 
 
-def generated(shape: Shape, workload: Workload, folder: Path) -> tuple[dict[tuple[int, int], Any], dict[str, str]]:
-    """Modules by the sizes of their linears, and what was chosen for each."""
-    modules, chosen = {}, {}
-    for choice in decide_model(workload, shape.sites, shape.rank):
-        layer = choice.layer
-        modules[layer.in_features, layer.out_features] = render_module(
-            choice, shape.rank, workload, folder / f"{folder.name}_{layer.name}"
-        )
-        chosen[layer.name] = choice.ranges[-1].decision.chosen.program.id
-    return modules, chosen
-
-
-def measure(name: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+class Bench:
     """All contenders on one shape."""
-    shape, device, dtype = SHAPES[name], torch.device("cuda"), torch.bfloat16
-    torch.manual_seed(0)
-    workload = Workload(tokens=(shape.tokens,), device=options.profile)
-    workloads = {
-        "generated": workload,
-        "generated for graphs": replace(workload, launch="graph"),
-        "generated, torch only": replace(workload, kernels=False),
-        "generated for graphs, 16-bit adapters": replace(workload, launch="graph", adapter_dtype="bf16"),
-    }
-    x = torch.randn(shape.batch, shape.sequence, shape.hidden, device=device, dtype=dtype, requires_grad=True)
-    grad_output = torch.randn_like(x)
-    models: dict[str, nn.Module] = {FROZEN: llama(shape, device, dtype)}
-    results: dict[str, Any] = {FROZEN: {}}
-    packages = {
-        contender: generated(shape, load, folder / f"{name}_{number}")
-        for number, (contender, load) in enumerate(workloads.items())
-    }
-    for text in options.rival:
-        contender, _, path = text.partition("=")
-        files = Path(path).glob("linear_*.py")
-        loaded = [import_file(file, f"rival_{contender.replace(' ', '_')}_{file.stem}") for file in files]
-        packages[contender] = ({(m.IN_FEATURES, m.OUT_FEATURES): m for m in loaded}, {})
-    for contender, (modules, chosen) in packages.items():
-        if not all((site.in_features, site.out_features) in modules for site in shape.sites):
-            continue
-        models[contender] = llama(shape, device, dtype)
-        with_modules(models[contender], modules, shape.rank)
-        results[contender] = {"chosen": chosen}
-    trained = {c: [p for p in model.parameters() if p.requires_grad] for c, model in models.items()}
-    runs: dict[str, Run] = {
-        c: functools.partial(step, model, trained[c], x, grad_output) for c, model in models.items()
-    }
-    for run in runs.values():
-        repeated(run, 3)()
-    for contender, run in runs.items():
-        results[contender]["host_ms"] = round(host_seconds(run) * 1e3, 3)
-        results[contender]["peak_bytes"] = peak_bytes(run, device)
-    modes: dict[str, dict[str, Run]] = {"eager": {**runs}}
-    if options.compiled:
-        modes["compiled"] = {
-            c: functools.partial(step, torch.compile(model), trained[c], x, grad_output) for c, model in models.items()
-        }
-        for run in modes["compiled"].values():
-            repeated(run, 3)()
-    for mode, contenders in modes.items():
-        many = {contender: repeated(run, STEPS) for contender, run in contenders.items()}
-        times = interleaved(many, options.rounds, device, warmups=1, eager=True)
-        for contender, values in times.items():
-            ratios = [mine / frozen for mine, frozen in zip(values, times[FROZEN], strict=True)]
-            results[contender][mode] = {
-                "median_ms": round(statistics.median(values) / STEPS * 1e3, 3),
-                "over_frozen": {
-                    "median": round(statistics.median(ratios), 4),
-                    "min": round(min(ratios), 4),
-                    "max": round(max(ratios), 4),
-                },
+
+    def __init__(self, name: str, options: argparse.Namespace, folder: Path, device: torch.device) -> None:
+        self.name, self.options, self.device = name, options, device
+        self.shape, self.dtype = SHAPES[name], torch.bfloat16
+        self.results: dict[str, Any] = {}
+        self.row: dict[str, Any] = {"shape": name, **vars(self.shape), "results": self.results}
+        torch.manual_seed(1)
+        size = self.shape.batch, self.shape.sequence, self.shape.hidden
+        self._x = torch.randn(size, device=device, dtype=self.dtype, requires_grad=True)
+        self._grad_output = torch.randn_like(self._x)
+        self._folder = folder
+        self.steps: dict[str, Step] = {}
+        frozen = Contender(FROZEN, lambda model, _: (model, {}))
+        self._plain = self._step(frozen)  # its checkpointing is never switched on
+        for contender in (frozen, *options.contender):
+            try:
+                with self._phase(contender.title, "made"):
+                    self.steps[contender.title] = self._step(contender)
+            except Unavailable as reason:
+                print(f"{name}: {contender.title} is left out: {reason}", file=sys.stderr)
+        self.results |= {title: dict(step.facts) for title, step in self.steps.items()}
+
+    def _step(self, contender: Contender) -> Step:
+        layers = llama(self.shape, self.device, self.dtype)
+        profile = self.options.profile or profile_of(layers)[0]
+        setup = Setup(self.shape.rank, self.shape.tokens, self._folder, profile, axolotl=self.options.axolotl)
+        return Step(contender, layers, setup, self._x, self._grad_output)
+
+    @contextmanager
+    def _phase(self, title: str, what: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        print(f"{self.name}: {title}: {what} in {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
+
+    def deviations(self) -> None:
+        """From PEFT's with the most precise adapters that are measured."""
+        precise = (CONTENDERS[key].title for key in ("peft-fp32", "peft-bf16", "peft-default"))
+        titles = [title for title in precise if title in self.steps]
+        if not titles:
+            return
+        reference = self.steps[titles[0]]
+        theirs = reference.results(reference.run(MODES["eager"], ""))
+        for title, step in self.steps.items():
+            if step.exact and title not in (FROZEN, reference.title):
+                mine = step.results(step.run(MODES["eager"], ""))
+                self.results[title]["deviation"] = {"from": reference.title, **deviation(mine, theirs)}
+                step.forget()
+        reference.forget()
+
+    def mode(self, name: str) -> None:
+        """Times and peaks in one mode; a contender that fails there is reported and left out."""
+        mode, plain = MODES[name], {}
+        with checkpointed(list(self.steps.values()), mode.checkpointing):
+            runs: dict[str, Run] = {}
+            for title, step in self.steps.items():
+                if time.perf_counter() - _START > self.options.limit and title != FROZEN:
+                    print(f"{self.name}: {title}: {name}: left out: out of time", file=sys.stderr, flush=True)
+                    continue
+                run = step.run(mode, self.options.backend)
+                try:
+                    with self._phase(title, f"{name}: first steps"):
+                        repeated(run, 3)()
+                        peak = self._peak(step, run)
+                except Exception as error:
+                    if title == FROZEN:
+                        raise
+                    text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+                    self.results[title][name] = {"failed": text}
+                    print(f"{self.name}: {title}: {name}: failed: {text}", file=sys.stderr)
+                    continue
+                runs[title] = run
+                self.results[title][name] = peak
+            if name != "eager":
+                plain[_PLAIN] = self._plain.run(MODES["eager"], "")
+                repeated(plain[_PLAIN], 2)()
+            many = {title: repeated(run, STEPS) for title, run in {**runs, **plain}.items()}
+            with self._phase(f"{len(many)} contenders", f"{name}: {self.options.rounds} rounds"):
+                times = interleaved(many, self.options.rounds, self.device, warmups=1, eager=True)
+        for title in runs:
+            self.results[title][name] = {
+                "median_ms": round(statistics.median(times[title]) / STEPS * 1e3, 3),
+                "over_frozen": _ratios(times[title], times[FROZEN]),
+                **({"over_frozen_eager": _ratios(times[title], times[_PLAIN])} if plain else {}),
+                **self.results[title][name],
             }
-    for contender, run in runs.items():
-        results[contender]["device_ms"] = round(device_seconds(run, device) * 1e3, 3)
-    alone = linears_alone(models[FROZEN], shape, device, dtype)
-    repeated(alone, 3)()
-    linears = {
-        "host_ms": round(host_seconds(alone) * 1e3, 3),
-        "device_ms": round(device_seconds(alone, device) * 1e3, 3),
+        self.row["rounds"] = self.options.rounds
+        if mode.compiled:
+            torch._dynamo.reset()
+
+    def _peak(self, step: Step, run: Run) -> dict[str, int]:
+        """Above what is there before a step, and with the weights and inputs of this contender."""
+        for other in (self._plain, *self.steps.values()):
+            other.forget()
+        peak = peak_bytes(run, self.device)
+        step.forget()
+        return {"peak_bytes": peak, "peak_total_bytes": peak + step.own_bytes()}
+
+    def alone(self) -> None:
+        """Host and device by themselves."""
+        runs = {title: step.run(MODES["eager"], "") for title, step in self.steps.items()}
+        for title, run in runs.items():
+            repeated(run, 3)()
+            self.results[title]["host_ms"] = round(host_seconds(run) * 1e3, 3)
+            self.results[title]["device_ms"] = round(device_seconds(run, self.device) * 1e3, 3)
+            if "eager" in self.results[title]:
+                self.results[title]["peak_bytes"] = self.results[title]["eager"]["peak_bytes"]
+        alone = linears_alone(self._plain.layers, self.shape, self.device, self.dtype)
+        repeated(alone, 3)()
+        linears = {
+            "host_ms": round(host_seconds(alone) * 1e3, 3),
+            "device_ms": round(device_seconds(alone, self.device) * 1e3, 3),
+        }
+        rest = {
+            kind: round((self.results[FROZEN][f"{kind}_ms"] - linears[f"{kind}_ms"]) / linears[f"{kind}_ms"], 3)
+            for kind in ("host", "device")
+        }
+        self.row |= {"linears_alone": linears, "rest_over_linears": rest}
+
+
+def _ratios(mine: list[float], theirs: list[float]) -> dict[str, float]:
+    """Of the same rounds."""
+    ratios = [a / b for a, b in zip(mine, theirs, strict=True)]
+    return {
+        "median": round(statistics.median(ratios), 4),
+        "min": round(min(ratios), 4),
+        "max": round(max(ratios), 4),
     }
-    rest = {
-        kind: round((results[FROZEN][f"{kind}_ms"] - linears[f"{kind}_ms"]) / linears[f"{kind}_ms"], 3)
-        for kind in ("host", "device")
-    }
-    return {"shape": name, **vars(shape), "linears_alone": linears, "rest_over_linears": rest, "results": results}
 
 
 def print_row(row: dict[str, Any]) -> None:
-    """One shape for people."""
-    print(f"{row['shape']}: beside its linears × {row['rest_over_linears']}")
-    for contender, result in row["results"].items():
-        modes = "  ".join(
-            f"{mode} {result[mode]['median_ms']:8.2f} ms x {result[mode]['over_frozen']['median']:.3f}"
-            for mode in ("eager", "compiled")
-            if mode in result
-        )
-        alone = f"host {result['host_ms']:7.2f}  device {result['device_ms']:7.2f} ms"
-        print(f"  {contender:<38} {modes}  {alone}  peak {result['peak_bytes'] / 2**20:.0f} MiB", flush=True)
+    """One shape for people: each mode's ratio to the frozen step in it, and the peak with weights."""
+    frozen = row["results"][FROZEN]
+    modes = [mode for mode in MODES if mode in frozen]
+    for mode in modes:
+        over = frozen[mode].get("over_frozen_eager", {"median": 1.0})["median"]
+        print(f"{row['shape']} {mode}: frozen {frozen[mode]['median_ms']:.2f} ms, {over:.3f} of the eager one")
+        for title, result in row["results"].items():
+            if "median_ms" in result.get(mode, {}):
+                ratio = "{median:.3f} ({min:.3f}-{max:.3f})".format(**result[mode]["over_frozen"])
+                print(f"  {title:<40} x {ratio}  {result[mode]['peak_total_bytes'] / 2**20:8.0f} MiB")
+            elif mode in result:
+                print(f"  {title:<40} failed: {result[mode]['failed'][:30]}")
+    for title, result in row["results"].items():
+        if "device_ms" in result:
+            print(f"  {title:<40} host {result['host_ms']:.2f} ms, device {result['device_ms']:.2f} ms")
+    sys.stdout.flush()
+
+
+def wrong(row: dict[str, Any]) -> list[str]:
+    """What failed, or computed something else."""
+    lines = []
+    for title, result in row["results"].items():
+        lines += [f"{title}: {mode}: failed" for mode in MODES if "failed" in result.get(mode, {})]
+        off = {name: value for name, value in result.get("deviation", {}).items() if name != "from"}
+        if any(not value <= MOST_DEVIATION for value in off.values()):
+            lines.append(f"{title}: computes something else than PEFT: {off}")
+    return [f"{row['shape']}: {line}" for line in lines]
+
+
+def merged(former: dict[str, Any] | None, row: dict[str, Any]) -> dict[str, Any]:
+    """A row with what an earlier run had of other contenders, modes or measurements of the same shape."""
+    if former is None:
+        return row
+    results = {title: {**result, **row["results"].get(title, {})} for title, result in former["results"].items()}
+    return {**former, **row, "results": {**row["results"], **results}}
 
 
 def measured_before(path: Path | None, report: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -269,33 +437,76 @@ def measured_before(path: Path | None, report: dict[str, Any]) -> dict[str, dict
     return {row["shape"]: row for row in former["rows"]}
 
 
+def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line, with the contenders that it names."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = "peft-bf16,peft-default,peft-fp32,peft-dropout,axolotl,ours,ours-bf16"
+    parser.add_argument("--shapes", default="13b,8b", help="comma list of " + ", ".join(SHAPES))
+    parser.add_argument("--contenders", default=default, help="comma list of " + ", ".join(CONTENDERS))
+    parser.add_argument("--modes", default="eager,checkpointing,compiled", help="comma list of " + ", ".join(MODES))
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--profile", help="device profile that the choice is made for [this device's]")
+    parser.add_argument("--axolotl", type=Path, help="the folder src/axolotl of axolotl's sources")
+    parser.add_argument("--rival", action="append", default=[], metavar="NAME=FOLDER", help="other generated modules")
+    parser.add_argument("--backend", default="inductor", help="of torch.compile")
+    parser.add_argument(
+        "--limit", type=float, default=float("inf"), metavar="SECONDS", help="after which no contender begins a mode"
+    )
+    parser.add_argument("--alone", action="store_true", help="also host and device by themselves")
+    parser.add_argument("--json", type=Path, help="where to write the results, after every mode")
+    options = parser.parse_args(arguments)
+    for name, known in (("shapes", SHAPES), ("contenders", CONTENDERS), ("modes", MODES)):
+        names = [text for text in getattr(options, name).split(",") if text]
+        setattr(options, name, names)
+        unknown = [text for text in names if text not in known]
+        if unknown:
+            parser.error(f"--{name}: {unknown[0]} is not allowed; give some of {', '.join(known)}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch sees no GPU; a dry run: --device cpu --shapes tiny")
+    if options.device == "cpu" and options.alone:
+        parser.error("--alone: needs a GPU")
+    options.contender = [CONTENDERS[name] for name in options.contenders]
+    for text in options.rival:
+        title, _, path = text.partition("=")
+        options.contender.append(Contender(title, from_folder(Path(path))))
+    return options
+
+
 def main() -> None:
     """Measure, print a table, write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", default=",".join(SHAPES), help="comma list of " + ", ".join(SHAPES))
-    parser.add_argument("--profile", default="h100", help="device profile that the choice is made for")
-    parser.add_argument("--rival", action="append", default=[], metavar="NAME=FOLDER", help="other generated modules")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--compiled", action="store_true", help="also under torch.compile")
-    parser.add_argument("--json", type=Path, help="where to write the results, after every shape")
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("torch sees no GPU")
+    options = parsed()
+    device = torch.device(options.device)
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # else it goes on in eager mode, in silence
     report = {
         "date": datetime.date.today().isoformat(),
-        "machine": machine_name(torch.device("cuda")),
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "triton", "transformers")},
-        "profile": options.profile,
+        "machine": machine_name(device),
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "triton", "transformers", "peft")},
+        "profile": options.profile or profile_of(nn.Linear(1, 1, device=device))[0],
     }
     rows = measured_before(options.json, report)
+    problems = []
     with tempfile.TemporaryDirectory() as folder:
-        for name in options.shapes.split(","):
-            rows[name] = measure(name, options, Path(folder))
-            torch.cuda.empty_cache()
-            print_row(rows[name])
-            if options.json:
-                text = json.dumps({**report, "rows": list(rows.values())}, indent=1)
-                options.json.write_text(text + "\n", encoding="utf-8")
+        for name in options.shapes:
+            bench = Bench(name, options, Path(folder) / name, device)
+            bench.deviations()
+            former = rows.get(name)
+            measurements: list[Callable[[], None]] = [functools.partial(bench.mode, mode) for mode in options.modes]
+            for measurement in (*measurements, *([bench.alone] if options.alone else [])):
+                measurement()
+                rows[name] = merged(former, bench.row)
+                if options.json:
+                    text = json.dumps({**report, "rows": list(rows.values())}, indent=1)
+                    options.json.parent.mkdir(parents=True, exist_ok=True)
+                    options.json.write_text(text + "\n", encoding="utf-8")
+            print_row(bench.row)
+            problems += wrong(bench.row)
+            del bench, measurements, measurement
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    if problems:
+        sys.exit("\n".join(problems))
 
 
 if __name__ == "__main__":
