@@ -1,0 +1,253 @@
+"""``accelerate``: what PEFT computes and all that PEFT offers, on generated modules."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from .conftest import RANK, filled, gradients, llama, with_lora
+
+ALL = 14
+DROPOUT = "lora_dropout = 0.5 is not covered while training"
+
+
+def accelerated(package: Any, model: Any) -> Any:
+    assert len(package.accelerate(model, strict=True).accelerated) == ALL
+    return model
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=["float64", "float32"]
+)
+def test_outputs_and_gradients_are_peft_s(package: Any, tokens: Tensor, dtype: torch.dtype, tolerance: float) -> None:
+    model = with_lora(llama(dtype), use_rslora=True)
+    wanted, wanted_gradients = model(tokens).logits, gradients(model, tokens)
+    report = package.accelerate(model)
+    assert len(report.accelerated) == ALL and not report.left and report.modules == 4
+    assert "14 of 14 LoRA linears run on generated modules" in str(report)
+    torch.testing.assert_close(model(tokens).logits, wanted, rtol=tolerance, atol=tolerance)
+    found = gradients(model, tokens)
+    assert found.keys() == wanted_gradients.keys()
+    for name, gradient in wanted_gradients.items():
+        torch.testing.assert_close(found[name], gradient, rtol=100 * tolerance, atol=tolerance)
+
+
+def test_bf16_is_as_near_to_the_truth_as_peft(package: Any, tokens: Tensor) -> None:
+    """The base in bf16, adapters in float32: |ours - truth| at most twice |PEFT - truth|."""
+    truth = with_lora(llama(torch.bfloat16).double())
+    model = with_lora(llama(torch.bfloat16))
+    assert (
+        model.get_submodule("base_model.model.model.layers.0.mlp.up_proj").lora_A["default"].weight.dtype
+        == torch.float32
+    )
+    exact, exact_gradients = truth(tokens).logits, gradients(truth, tokens)
+    errors = []
+    for _ in range(2):
+        off = {name: (g.double() - exact_gradients[name]).norm() for name, g in gradients(model, tokens).items()}
+        errors.append({"logits": (model(tokens).logits.double() - exact).norm(), **off})
+        package.accelerate(model, strict=True)
+    for name, error in errors[1].items():
+        assert error <= 2 * errors[0][name] + 1e-6, name
+
+
+def test_twice_is_once_and_restore_undoes_it(package: Any, tokens: Tensor) -> None:
+    model = with_lora()
+    kinds = {name: type(module) for name, module in model.named_modules()}
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    wanted = model(tokens).logits
+    first = package.accelerate(model)
+    swapped = {name: type(module) for name, module in model.named_modules()}
+    assert package.accelerate(model) == first
+    assert {name: type(module) for name, module in model.named_modules()} == swapped != kinds
+    assert model.state_dict().keys() == state.keys()
+    assert package.restore(model) == first.accelerated and package.restore(model) == ()
+    assert {name: type(module) for name, module in model.named_modules()} == kinds
+    assert torch.equal(model(tokens).logits, wanted)
+
+
+def test_dropout_is_peft_s_in_training_and_ours_in_evaluation(package: Any, tokens: Tensor) -> None:
+    model = with_lora(lora_dropout=0.5)
+    with pytest.raises(ValueError, match=DROPOUT):
+        package.accelerate(model, strict=True)
+    assert package.restore(model) == (), "the model is as it was"
+    with pytest.warns(UserWarning, match=f"^PEFT's own code runs in: 14 left: {DROPOUT}") as seen:
+        report = package.accelerate(model)
+    assert len(seen) == 1 and set(report.left.values()) == {DROPOUT} and not report.accelerated
+    with pytest.warns(UserWarning, match=DROPOUT):
+        torch.manual_seed(3)
+        found = model.train()(tokens).logits
+    package.restore(model)
+    torch.manual_seed(3)
+    assert torch.equal(found, model(tokens).logits)
+    wanted = model.eval()(tokens).logits
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        package.accelerate(model)
+    torch.testing.assert_close(model(tokens).logits, wanted)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason", "count"),
+    [
+        ({"use_dora": True}, "DoraLinearVariant is not covered", ALL),
+        ({"lora_bias": True}, "lora_bias is not covered", ALL),
+        ({"r": 8}, f"rank 8 is not in llama_r{RANK}", ALL),
+        ({"rank_pattern": {"down_proj": 2}}, f"rank 2 is not in llama_r{RANK}", 2),
+        ({"target_modules": ["embed_tokens", "q_proj"]}, "a layer.Embedding is not covered", 1),
+        ({"target_modules": ["lm_head", "q_proj"]}, f"64x50 is not in llama_r{RANK}", 1),
+    ],
+    ids=["DoRA", "lora_bias", "rank", "rank_pattern", "embedding", "shape"],
+)
+@pytest.mark.filterwarnings("ignore:.*lora_bias=True.*", "ignore:.*tie_word_embeddings.*")
+def test_what_is_not_covered_is_left_to_peft(
+    package: Any, tokens: Tensor, options: dict[str, Any], reason: str, count: int
+) -> None:
+    model = with_lora(**options)
+    wanted = model(tokens).logits
+    with pytest.raises(ValueError, match=reason):
+        package.accelerate(model, strict=True)
+    with pytest.warns(UserWarning, match=reason):
+        report = package.accelerate(model)
+    assert list(report.left.values()).count(reason) == count == len(report.left)
+    assert f"{count} left: {reason}" in str(report)
+    torch.testing.assert_close(model(tokens).logits, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_quantized_hooked_trained_and_patched_bases_are_left(package: Any) -> None:
+    model = with_lora()
+    layers = model.base_model.model.model.layers
+    first, second = layers[0].mlp, layers[1].mlp
+    first.up_proj.base_layer.weight = torch.nn.Parameter(torch.zeros(96, 64, dtype=torch.uint8), requires_grad=False)
+    first.gate_proj.lora_A["default"].register_forward_hook(lambda *_: None)
+    first.down_proj.base_layer.weight.requires_grad_(True)
+    second.up_proj.base_layer.forward = second.up_proj.base_layer.forward
+    torch.nn.utils.parametrizations.weight_norm(second.gate_proj.base_layer)
+    with pytest.warns(UserWarning, match="5 left|1 left"):
+        report = package.accelerate(model)
+    assert set(report.left.values()) == {
+        "a base of torch.uint8 is not covered",
+        "there are hooks on its parts",
+        "its base weight is trained",
+        "its forward was replaced, as Accelerate does for a device_map",
+        "its base has parametrizations",
+    }
+    assert len(report.accelerated) == ALL - 5
+
+
+def test_nothing_to_replace(package: Any) -> None:
+    with pytest.raises(ValueError, match="no LoRA layers of PEFT: wrap it first"):
+        package.accelerate(llama())
+
+
+def test_several_adapters(package: Any, tokens: Tensor) -> None:
+    model = with_lora()
+    model.add_adapter("second", peft.LoraConfig(r=RANK, lora_alpha=2, target_modules=["q_proj", "up_proj"]))
+    model.add_adapter("wide", peft.LoraConfig(r=8, lora_alpha=2, target_modules=["q_proj"]))
+    filled(model)
+
+    def outputs() -> list[Tensor]:
+        found = []
+        for name in ("default", "second", "wide"):
+            model.set_adapter(name)
+            found.append(model(tokens).logits)
+        with model.disable_adapter():
+            found.append(model(tokens).logits)
+        model.base_model.set_adapter(["default", "second"])
+        found.append(model(tokens).logits)
+        model.set_adapter("default")
+        found.append(model(tokens, adapter_names=["default", "second"]).logits)
+        return found
+
+    model.eval()
+    wanted = outputs()
+    accelerated(package, model)
+    with pytest.warns(UserWarning) as seen:
+        found = outputs()
+    messages = {str(warning.message) for warning in seen}
+    for part in ("rank 8 is not in", "2 adapters are active, not one", "a call with adapter_names is not covered"):
+        assert any(part in message for message in messages), part
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    model.add_weighted_adapter(["default", "second"], [0.5, 0.5], "both", combination_type="linear")
+    model.set_adapter("both")
+    found = model(tokens).logits
+    package.restore(model)
+    torch.testing.assert_close(found, model(tokens).logits, rtol=1e-5, atol=1e-5)
+    model.delete_adapter("second")
+
+
+def test_merging_is_peft_s(package: Any, tokens: Tensor) -> None:
+    model = accelerated(package, with_lora().eval())
+    wanted = model(tokens).logits
+    package.merge(model)
+    torch.testing.assert_close(model(tokens).logits, wanted, rtol=1e-4, atol=1e-5)
+    package.unmerge(model)
+    torch.testing.assert_close(model(tokens).logits, wanted, rtol=1e-4, atol=1e-5)
+    with package.disable_adapter(model):
+        torch.testing.assert_close(model(tokens).logits, llama()(tokens).logits, rtol=1e-4, atol=1e-5)
+    merged = copy.deepcopy(model).merge_and_unload()
+    assert not any(hasattr(module, "lora_A") for module in merged.modules())
+    torch.testing.assert_close(merged(tokens).logits, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_saved_loaded_copied_and_pickled(package: Any, tokens: Tensor, folder: str) -> None:
+    model = accelerated(package, with_lora(modules_to_save=["lm_head"]).eval())
+    wanted = model(tokens).logits
+    for made in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert len(package.restore(made)) == ALL
+        torch.testing.assert_close(made(tokens).logits, wanted, rtol=1e-5, atol=1e-5)
+    package.save_adapter(model, folder)
+    loaded = accelerated(package, peft.PeftModel.from_pretrained(llama(), folder).eval())
+    assert torch.equal(loaded(tokens).logits, wanted)
+    other = accelerated(package, with_lora(modules_to_save=["lm_head"]))
+    package.load_adapter(other, folder, adapter_name="again")
+    other.set_adapter("again")
+    assert torch.equal(other.eval()(tokens).logits, wanted)
+
+
+def test_generate(package: Any, tokens: Tensor) -> None:
+    model = with_lora().eval()
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    wanted = model.generate(tokens, **options)
+    assert torch.equal(accelerated(package, model).generate(tokens, **options), wanted)
+
+
+def test_conv1d(tmp_path: Any) -> None:
+    """GPT-2: weights are in_features x out_features, with a bias."""
+    from runlora_gen import api
+
+    torch.manual_seed(0)
+    base = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=20)).eval()
+    model = with_lora(base, target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True).eval()
+    tokens = torch.randint(20, (2, 5))
+    wanted = model(tokens).logits
+    report = api.accelerate(model, tmp_path, strict=True, kernels=False, tokens=64)
+    assert len(report.accelerated) == 4
+    torch.testing.assert_close(model(tokens).logits, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_generated_for_each_rank(tmp_path: Any, tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``runlora_gen.accelerate``: a package a rank in the cache, generated once."""
+    import runlora_gen
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model = with_lora(target_modules=["q_proj", "down_proj"], rank_pattern={"down_proj": 2})
+    wanted = model(tokens).logits
+    report = runlora_gen.accelerate(model, kernels=False, tokens=64)
+    assert [path.name for path in report.folders] == ["llama_r2", "llama_r4"] and len(report.accelerated) == 4
+    assert all(path.is_relative_to(tmp_path / "runlora_gen") for path in report.folders) and report.modules == 2
+    torch.testing.assert_close(model(tokens).logits, wanted, rtol=1e-5, atol=1e-5)
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.py")}
+    assert runlora_gen.accelerate(model, kernels=False, tokens=64) == report
+    assert written == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.py")}
+    assert len(runlora_gen.restore(model)) == 4
+    with pytest.raises(ValueError, match="no LoRA layer of PEFT"):
+        runlora_gen.accelerate(llama())
