@@ -72,7 +72,7 @@ class Row:
         return f"{self.model}-{self.dtype}-s{self.sequence}-r{self.rank}"
 
 
-#: Tables of "RunLoRA: Run LoRA Faster and Lighter" (https://arxiv.org/abs/2312.03415).
+#: Tables of "Run LoRA Run: Faster and Lighter LoRA Implementations" (https://arxiv.org/abs/2312.03415).
 ROWS = (
     Row("llama-60m", "bf16", 64, 1024, 8, 13.6, 56),
     Row("llama-130m", "bf16", 64, 1024, 8, 14.9, 84),
@@ -302,7 +302,7 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     names = [row.name for row in ROWS]
     parser.add_argument("--rows", default="all", help=f"comma list of numbers from 1, or of {', '.join(names)}")
     parser.add_argument("--adapters", default="same,fp32", help="comma list of same, fp32")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--profile", help="device profile that the choice is made for [this device's]")
     parser.add_argument("--packages", type=Path, help="where generated packages are, or are put [a temporary folder]")
