@@ -343,8 +343,8 @@ class Bench:
         for title in runs:
             self.results[title][name] = {
                 "median_ms": round(statistics.median(times[title]) / STEPS * 1e3, 3),
-                "over_frozen": _ratios(times[title], times[FROZEN]),
-                **({"over_frozen_eager": _ratios(times[title], times[_PLAIN])} if plain else {}),
+                "over_frozen": ratios(times[title], times[FROZEN]),
+                **({"over_frozen_eager": ratios(times[title], times[_PLAIN])} if plain else {}),
                 **self.results[title][name],
             }
         self.row["rounds"] = self.options.rounds
@@ -381,7 +381,7 @@ class Bench:
         self.row |= {"linears_alone": linears, "rest_over_linears": rest}
 
 
-def _ratios(mine: list[float], theirs: list[float]) -> dict[str, float]:
+def ratios(mine: list[float], theirs: list[float]) -> dict[str, float]:
     """Of the same rounds."""
     ratios = [a / b for a, b in zip(mine, theirs, strict=True)]
     return {
@@ -429,12 +429,12 @@ def merged(former: dict[str, Any] | None, row: dict[str, Any]) -> dict[str, Any]
     return {**former, **row, "results": {**row["results"], **results}}
 
 
-def measured_before(path: Path | None, report: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Rows of the same day, machine and versions, by their shapes: a run of some shapes keeps the others'."""
+def measured_before(path: Path | None, report: dict[str, Any], *, key: str = "shape") -> dict[str, dict[str, Any]]:
+    """Rows of the same day, machine and versions, by their names: a run of some rows keeps the others."""
     former = json.loads(path.read_text(encoding="utf-8")) if path and path.exists() else {"rows": []}
     if any(former.get(name) != value for name, value in report.items()):
         return {}
-    return {row["shape"]: row for row in former["rows"]}
+    return {row[key]: row for row in former["rows"]}
 
 
 def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
