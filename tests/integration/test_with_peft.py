@@ -68,6 +68,8 @@ def test_twice_is_once_and_restore_undoes_it(package: Any, tokens: Tensor) -> No
     assert package.accelerate(model) == first
     assert {name: type(module) for name, module in model.named_modules()} == swapped != kinds
     assert model.state_dict().keys() == state.keys()
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    assert repr(layer).startswith("lora.Linear(\n  accelerated by llama_r4\n  (base_layer): Linear(")
     assert package.restore(model) == first.accelerated and package.restore(model) == ()
     assert {name: type(module) for name, module in model.named_modules()} == kinds
     assert torch.equal(model(tokens).logits, wanted)
@@ -219,6 +221,7 @@ def test_several_adapters(package: Any, tokens: Tensor) -> None:
     with pytest.warns(UserWarning) as seen:
         found = outputs()
     messages = {str(warning.message) for warning in seen}
+    assert len(messages) == 3
     for part in ("rank 8 is not in", "2 adapters are active, not one", "a call with adapter_names is not covered"):
         assert any(part in message for message in messages), part
     for one, other in zip(found, wanted, strict=True):
@@ -229,6 +232,20 @@ def test_several_adapters(package: Any, tokens: Tensor) -> None:
     package.restore(model)
     torch.testing.assert_close(found, model(tokens).logits, rtol=1e-5, atol=1e-5)
     model.delete_adapter("second")
+
+
+def test_a_layer_that_waits_for_its_adapter_runs_its_base_in_silence(package: Any, tokens: Tensor) -> None:
+    model = with_lora(target_modules=["q_proj"])
+    model.add_adapter("second", peft.LoraConfig(r=RANK, lora_alpha=2, target_modules=["up_proj"]))
+    filled(model).eval()
+    wanted = {}
+    for name in ("default", "second"):
+        model.set_adapter(name)
+        wanted[name] = model(tokens).logits
+    assert len(package.accelerate(model, strict=True).accelerated) == 4
+    for name, logits in wanted.items():
+        model.set_adapter(name)
+        torch.testing.assert_close(model(tokens).logits, logits, rtol=1e-5, atol=1e-5)
 
 
 def test_merging_is_peft_s(package: Any, tokens: Tensor) -> None:
