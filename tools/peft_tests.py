@@ -78,7 +78,7 @@ class Plugin:
             self._switch_on()
 
     def _switch_on(self) -> None:
-        from peft.tuners.lora import LoraModel
+        from peft.tuners import lora
         from runlora_gen import api
 
         folder = Path(tempfile.mkdtemp())
@@ -90,7 +90,8 @@ class Plugin:
         shutil.rmtree(folder)
         self._linears = with_peft.LINEARS = _AnyShape(linear)
         with_peft.RANK = _AnyRank()
-        judge, inject = with_peft._why_not, LoraModel.inject_adapter
+        tuners: Any = lora.LoraModel
+        judge, inject = with_peft._why_not, tuners.inject_adapter
 
         def why_not(layer: Any, **options: Any) -> Any:
             reason = judge(layer, **options)
@@ -102,12 +103,11 @@ class Plugin:
             made = inject(tuner, *args, **options)
             with warnings.catch_warnings():  # the tests count PEFT's
                 warnings.simplefilter("ignore")
-                # No layer of a kind that there is anything to say of.
-                with contextlib.suppress(ValueError):
+                with contextlib.suppress(ValueError):  # there is no LoRA layer
                     with_peft.accelerate(tuner.model)
             return made
 
-        with_peft._why_not, LoraModel.inject_adapter = why_not, inject_adapter
+        with_peft._why_not, tuners.inject_adapter = why_not, inject_adapter
 
     def pytest_collection_modifyitems(self, config: Any, items: list[Any]) -> None:
         """Keep the tests that make a LoRA layer: a parameter of theirs, or their own code, names its config."""
