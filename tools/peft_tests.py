@@ -19,6 +19,7 @@ import datetime
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -231,9 +232,12 @@ def summary(plain: dict[str, Record], ours: dict[str, Record]) -> Record:
 
 
 def _case(test: str) -> str:
-    """The model and adapter that a test is given, else its name."""
+    """The adapter and model that a test is given, as PEFT's table of cases names them, else the test's name."""
     name, _, parameters = test.partition("[")
-    return parameters.removesuffix("]").partition("-")[0] if parameters else name
+    case, config, _ = parameters.partition("-LoraConfig")
+    if not config:
+        return name
+    return re.sub("^(True|False)-", "", case.rpartition("-")[0])
 
 
 def main() -> None:
