@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.core import ParameterSource
@@ -30,10 +30,14 @@ from .spec.workload import (
     parse_targets,
 )
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 EXIT_STALE = 1
 EXIT_BAD_INPUT = 2
 MAX_RANK = 2**20
-REPORT_WIDTH = 180  # columns of the explain table where no terminal says how many there are
+# Columns where no terminal says how many there are: of text for people, and of the tables of variants.
+PLAIN_WIDTH, REPORT_WIDTH = 80, 180
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -268,21 +272,28 @@ def archs(as_json: bool) -> None:
         click.echo(f"{architecture.name:<{width}}  {shapes}")
 
 
-@main.command(short_help="Show the variants of each layer shape, and why one won.")
+@main.command(short_help="Show what a model gains, what was chosen for each shape, and why.")
 @_spec_options
-@click.option("--all", "show_all", is_flag=True, help="Every program, not only the Pareto front and the paper's.")
+@click.option("--variants", is_flag=True, help="Also each shape's variants: the Pareto front and the paper's.")
+@click.option("--all", "show_all", is_flag=True, help="Also each shape's variants: every program.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def explain(show_all: bool, as_json: bool, **options: Any) -> None:
-    """Show the variants of each layer shape with their prices, the chosen one and why."""
-    from .emit.report import SCHEMA_VERSION, explain_table, layer_data
-    from .ranges import decide_step
+def explain(variants: bool, show_all: bool, as_json: bool, **options: Any) -> None:
+    """Show what a model gains: time of its LoRA linears, memory that they keep, and what decides.
+
+    Then a line for each shape: what was chosen, and its time over that of the frozen linear.
+    """
+    from .emit.report import SCHEMA_VERSION, explain_table, gain_data, gain_lines, gain_table, layer_data
+    from .gain import gain
+    from .ranges import decide_step, rest_of_step
 
     architecture, ranks, workload = _read_spec(options)
     if len(ranks) > 1 or len(workload.tokens) > 1:
         raise SpecError("explain: several values of --rank or --tokens; give one of each")
     rank, tokens = ranks[0], workload.tokens[0]
     sites = layers(architecture)
-    decided = list(zip(sites, decide_step(workload, sites, rank, tokens), strict=True))
+    decisions = decide_step(workload, sites, rank, tokens)
+    found = gain(architecture, sites, decisions, rest_of_step(workload, sites, rank, tokens))
+    decided = list(zip(sites, decisions, strict=True))
     if as_json:
         data = {
             "schema_version": SCHEMA_VERSION,
@@ -292,18 +303,34 @@ def explain(show_all: bool, as_json: bool, **options: Any) -> None:
             "dtype": workload.dtype,
             "adapter_dtype": workload.adapter_dtype,
             "device": workload.device,
+            "model": gain_data(found),
             "layers": [layer_data(layer, rank, decision) for layer, decision in decided],
         }
         click.echo(json.dumps(data, indent=1))
         return
+    for line in gain_lines(found, decisions, workload):
+        click.echo(line)
+    console = _console(PLAIN_WIDTH)
+    console.print()
+    console.print(
+        f"{found.linears} LoRA linears of {architecture.name}, rank {rank}, {tokens} tokens, {workload.dtype}, "
+        f"{decisions[0].setting.device.title}"
+    )
+    console.print(gain_table(sites, decisions))
+    if variants or show_all:
+        console = _console(REPORT_WIDTH)
+        for layer, decision in decided:
+            console.print()
+            for part in explain_table(layer, rank, decision, show_all=show_all):
+                console.print(part)
+
+
+def _console(width: int) -> Console:
+    """What prints tables: as wide as the terminal, else as told."""
     from rich.console import Console
 
     console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=REPORT_WIDTH)
-    for layer, decision in decided:
-        for part in explain_table(layer, rank, decision, show_all=show_all):
-            console.print(part)
+    return console if console.is_terminal else Console(highlight=False, width=width)
 
 
 @main.command(short_help="Prove generated modules, a file or a folder.")

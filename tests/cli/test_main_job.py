@@ -48,7 +48,7 @@ def process(*arguments: str, cwd: Path, code: str | None = None, seed: str = "ra
             ("--arch", "llama-13b", "--rank", "8", "-o", "out"),
             f"out/llama_13b_r8: 3 modules, wrote {len(OF_MODELS) + 6} files",
         ),
-        (("explain", "--arch", "llama-13b", "--rank", "8"), "chosen:"),
+        (("explain", "--arch", "llama-13b", "--rank", "8"), "decides  the device ("),
         (("archs",), "llama-13b"),
     ],
     ids=["generate", "explain", "archs"],
