@@ -10,7 +10,7 @@ from .choose import Decision
 from .cost.passes import Times
 from .cost.peft import price_peft
 from .cost.price import DEVICE_BOUND, HOST_BOUND, Setting, price_frozen, saved_activations, weighted
-from .spec.architecture import Architecture
+from .spec.architecture import Architecture, Projection
 from .spec.layers import Layer
 
 
@@ -98,9 +98,13 @@ def gain(architecture: Architecture, sites: Sequence[Layer], decisions: Sequence
         frozen=Side(total(frozen), 0),
         peft=Side(
             total({shape: cost.times for shape, cost in peft.items()}),
-            kept_bytes(architecture, {s: Keeps(c.keeps_input, c.own_bytes) for s, c in peft.items()}, tokens * size),
+            kept_bytes(
+                architecture.projections, {s: Keeps(c.keeps_input, c.own_bytes) for s, c in peft.items()}, tokens * size
+            ),
         ),
-        ours=Side(total(ours), kept_bytes(architecture, {s: keeps(d) for s, d in chosen.items()}, tokens * size)),
+        ours=Side(
+            total(ours), kept_bytes(architecture.projections, {s: keeps(d) for s, d in chosen.items()}, tokens * size)
+        ),
         rest=rest,
     )
 
@@ -110,20 +114,27 @@ def frozen_times(setting: Setting) -> Times:
     return Times(price_frozen(setting, DEVICE_BOUND), price_frozen(setting, HOST_BOUND))
 
 
-def kept_bytes(architecture: Architecture, by_shape: dict[tuple[int, int], Keeps], row_bytes: int) -> int:
+def kept_bytes(
+    projections: Sequence[Projection],
+    by_shape: dict[tuple[int, int], Keeps],
+    row_bytes: int,
+    *,
+    there: frozenset[str] = frozenset(),
+) -> int:
     """Bytes kept by all linears of a model, an input of several of them once.
 
     Args:
-        architecture: the model.
+        projections: the linears.
         by_shape: what one linear of each shape keeps.
         row_bytes: of one feature of an input, of all tokens.
+        there: inputs that are kept anyway.
     """
     inputs: dict[tuple[str, int], int] = {}
     own = 0
-    for projection in architecture.projections:
+    for projection in projections:
         kept = by_shape[projection.in_features, projection.out_features]
         own += projection.count * kept.own_bytes
-        if kept.input:
+        if kept.input and projection.input not in there:
             key = projection.input, projection.in_features
             inputs[key] = max(inputs.get(key, 0), projection.count)
     return own + sum(count * features * row_bytes for (_, features), count in inputs.items())

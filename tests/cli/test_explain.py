@@ -55,7 +55,8 @@ def model(run) -> dict:
 
 
 def test_starts_with_three_lines_for_the_whole_model(run, model: dict) -> None:
-    time, memory, decides, *rest = run(*["explain", "--arch", "llama-13b", "--rank", "8", "--no-kernels"]).ok().out.splitlines()
+    arguments = ("explain", "--arch", "llama-13b", "--rank", "8", "--no-kernels")
+    time, memory, decides, *rest = run(*arguments).ok().out.splitlines()
     found = model["model"]
     ours, frozen, peft = (found[name] for name in ("ours", "frozen", "peft"))
     assert time.startswith("time     ") and f": {ours['time_us'] / frozen['time_us']:.2f} × frozen (" in time

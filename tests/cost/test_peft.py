@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,27 +11,12 @@ import torch
 from runlora_gen.choose import setting_for
 from runlora_gen.cost.peft import price_peft
 from runlora_gen.cost.price import price_frozen
+from runlora_gen.measure.memory import saved_bytes
 from runlora_gen.spec.workload import Workload
 from torch import Tensor, nn
 
 RESULTS = Path(__file__).parents[2] / "tools" / "results"
 TOKENS, IN, OUT, RANK = 24, 48, 80, 4
-
-
-@contextlib.contextmanager
-def saved(parameters: list[Tensor]) -> Iterator[dict[int, int]]:
-    """Bytes by storage of what is saved for a backward, without parameters."""
-    known = {parameter.untyped_storage().data_ptr() for parameter in parameters}
-    found: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        pointer = tensor.untyped_storage().data_ptr()
-        if pointer not in known:
-            found[pointer] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield found
 
 
 @pytest.mark.parametrize("train", [("a", "b"), ("a",), ("b",)], ids="-".join)
@@ -49,14 +33,18 @@ def test_what_a_linear_of_peft_keeps(train: tuple[str, ...], input_grad: bool, a
             parameter.requires_grad_(("a" if "lora_A" in name else "b") in train)
     x = torch.randn(TOKENS, IN, dtype=torch.bfloat16, requires_grad=input_grad)
     cast = torch.autocast("cpu", torch.bfloat16) if adapter_dtype == "fp32" else contextlib.nullcontext()
-    with cast, saved(list(layer.parameters())) as found:
-        y = layer(x)
+    parameters = list(layer.parameters())
+
+    def forward() -> Tensor:
+        with cast:
+            return layer(x)
+
+    own = saved_bytes(forward, [*parameters, x])
+    with_input = saved_bytes(forward, parameters)
     workload = Workload(adapter_dtype=adapter_dtype, train=train, input_grad=input_grad)
     cost = price_peft(setting_for(workload, IN, OUT, RANK, False, TOKENS))
-    own = x.untyped_storage().data_ptr()
-    assert cost.keeps_input == (own in found)
-    assert cost.own_bytes == sum(count for pointer, count in found.items() if pointer != own)
-    assert y.dtype == torch.bfloat16
+    assert cost.own_bytes == own
+    assert cost.keeps_input * TOKENS * IN * 2 == with_input - own
 
 
 @pytest.mark.parametrize("name", ["linear_h100_bf16_r16", "linear_h100_bf16_ranks", "linear_h200_bf16_r16"])

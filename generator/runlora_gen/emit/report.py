@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ..choose import Decision, Priced, show_bound, show_bytes, show_count, show_duration
+from ..cost.device import load_device
 from ..cost.price import DEVICE_BOUND, HOST_BOUND, price_frozen
+from ..estimate import Batch, Estimate
 from ..gain import Gain, Side, shared_stem
 from ..ranges import LayerChoice, Range
+from ..spec.architecture import Architecture
 from ..spec.layers import Layer
 from ..spec.workload import Workload
 
@@ -141,6 +144,58 @@ def gain_lines(found: Gain, decisions: Sequence[Decision], workload: Workload) -
         bound = f"device and host alike ({show_duration(longer)} a step)"
     kernels = sum(bool(decision.chosen.program.kernels) for decision in decisions)
     yield f"decides  {by}{bound}: kernels in {kernels} of {len(decisions)} shapes"
+
+
+_WAYS = {"frozen": "frozen", "peft": "PEFT", "ours": "ours"}
+
+
+def estimate_data(
+    architecture: Architecture, rank: int, workload: Workload, batch: Batch, found: Mapping[str, Estimate]
+) -> dict[str, Any]:
+    """A predicted step as JSON: times in microseconds, memory in bytes."""
+    return {
+        "arch": architecture.name,
+        "rank": rank,
+        "batch": batch.size,
+        "sequence": batch.length,
+        "checkpointing": batch.checkpointing,
+        "dtype": workload.dtype,
+        "adapter_dtype": workload.adapter_dtype,
+        "device": workload.device,
+        **{
+            way: {
+                "time_us": _us(one.time_s),
+                "device_us": _us(one.times.device_s),
+                "host_us": _us(one.times.host_s),
+                "peak_bytes": one.memory.peak,
+                "memory": asdict(one.memory),
+            }
+            for way, one in found.items()
+        },
+    }
+
+
+def estimate_lines(
+    architecture: Architecture, rank: int, workload: Workload, batch: Batch, found: Mapping[str, Estimate]
+) -> Iterable[str]:
+    """A predicted step for people: a line for each way."""
+    device, frozen = load_device(workload.device), found["frozen"]
+    checkpointing = ", checkpointing" if batch.checkpointing else ""
+    yield f"{architecture.name}, rank {rank}, {batch.size} x {batch.length} tokens{checkpointing}"
+    yield f"{workload.dtype}, adapters {workload.adapter_dtype}, {device.title}"
+    yield ""
+    yield "            step x frozen   tokens/s       peak    weights       kept  bound by"
+    for way, one in found.items():
+        memory = one.memory
+        bound = "device" if one.time_s == one.times.device_s else "host"
+        sizes = "".join(f"{show_bytes(size):>11}" for size in (memory.peak, memory.weights, memory.forward))
+        yield (
+            f"{_WAYS[way]:<6}{show_duration(one.time_s):>10}{one.time_s / frozen.time_s:>9.2f}"
+            f"{batch.tokens / one.time_s:>11,.0f}{sizes}  {bound}"
+        )
+    yield ""
+    yield "Forward and backward with head and loss, eager, full causal attention by a flash"
+    yield "kernel; no optimizer step. Peak: weights, adapters, what is kept, intermediates."
 
 
 def gain_table(sites: Sequence[Layer], decisions: Sequence[Decision]) -> RenderableType:
