@@ -1,0 +1,138 @@
+"""``runlora-gen estimate`` against measured steps: the table of docs/estimate.md.
+
+    python tools/check_estimate.py
+
+Reads what tools/bench_model.py wrote, and runs nothing but the estimate: no torch, no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runlora_gen.estimate import Batch, estimate
+from runlora_gen.spec.architecture import Architecture, family_projections
+from runlora_gen.spec.decoder import Decoder
+from runlora_gen.spec.workload import Workload
+
+RESULTS = Path(__file__).parent / "results" / "step_h100.json"
+#: Contenders of the benchmark: how the estimate calls them, their adapters' dtype, and whether they have kernels.
+CONTENDERS = {
+    "frozen": ("frozen", "fp32", True),
+    "PEFT, 16-bit adapters": ("peft", "bf16", True),
+    "PEFT default (fp32 adapters, autocast)": ("peft", "fp32", True),
+    "ours": ("ours", "fp32", True),
+    "ours, 16-bit adapters": ("ours", "bf16", True),
+    "generated": ("ours", "fp32", True),
+    "generated, torch only": ("ours", "fp32", False),
+}
+MODES = {"eager": False, "checkpointing": True}
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One contender on one shape in one mode: milliseconds and bytes, measured and estimated."""
+
+    shape: str
+    contender: str
+    mode: str
+    measured_ms: float
+    estimated_ms: float
+    measured_bytes: int
+    estimated_bytes: int
+
+    @property
+    def time_off(self) -> float:
+        """Relative error."""
+        return self.estimated_ms / self.measured_ms - 1
+
+    @property
+    def peak_off(self) -> float:
+        """Relative error."""
+        return self.estimated_bytes / self.measured_bytes - 1
+
+    def row(self) -> str:
+        """A line of the table."""
+        mode = "" if self.mode == "eager" else f", {self.mode}"
+        mib = (f"{value / 2**20:.0f}" for value in (self.measured_bytes, self.estimated_bytes))
+        times = f"{self.measured_ms:.1f} | {self.estimated_ms:.1f} | {self.time_off:+.1%}"
+        return f"| {self.shape}, {self.contender}{mode} | {times} | {' | '.join(mib)} | {self.peak_off:+.1%} |"
+
+
+def model(row: dict[str, Any]) -> Architecture:
+    """The layers that a row was measured on."""
+    sizes = {
+        "num_hidden_layers": row["layers"],
+        "hidden_size": row["hidden"],
+        "intermediate_size": row["intermediate"],
+        "num_attention_heads": row["heads"],
+        "num_key_value_heads": row["kv_heads"],
+    }
+    linears = family_projections(sizes, "llama")
+    decoder = Decoder(
+        layers=row["layers"],
+        hidden=row["hidden"],
+        intermediate=row["intermediate"],
+        heads=row["heads"],
+        kv_heads=row["kv_heads"],
+        head_dim=row["hidden"] // row["heads"],
+        head_norms=False,
+        vocab=None,
+        tied=False,
+        projections=linears,
+    )
+    return Architecture(row["shape"], "llama", "live", linears, decoder=decoder)
+
+
+def compared(report: dict[str, Any]) -> Iterator[Compared]:
+    """All rows, contenders and modes that the estimate knows."""
+    for row in report["rows"]:
+        for contender, (way, adapter_dtype, kernels) in CONTENDERS.items():
+            result = row["results"].get(contender, {})
+            for mode, checkpointing in MODES.items():
+                measured = result.get(mode, {})
+                peak = measured.get("peak_bytes", result.get("peak_bytes") if mode == "eager" else None)
+                if "median_ms" not in measured or peak is None:
+                    continue
+                workload = Workload(
+                    tokens=(row["batch"] * row["sequence"],),
+                    adapter_dtype=adapter_dtype,
+                    kernels=kernels,
+                    device=report["profile"],
+                )
+                batch = Batch(row["batch"], row["sequence"], checkpointing=checkpointing, body=True)
+                guess = estimate(model(row), row["rank"], workload, batch)[way]
+                yield Compared(
+                    row["shape"],
+                    contender,
+                    mode,
+                    measured["median_ms"],
+                    guess.time_s * 1e3,
+                    peak,
+                    guess.memory.step,
+                )
+
+
+def table(rows: list[Compared]) -> str:
+    """For people."""
+    head = "| | ms, measured | estimated | off | peak MiB, measured | estimated | off |"
+    return "\n".join([head, "|---|---|---|---|---|---|---|", *(row.row() for row in rows)])
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="?", default=RESULTS, help="what tools/bench_model.py wrote")
+    options = parser.parse_args()
+    rows = list(compared(json.loads(options.results.read_text(encoding="utf-8"))))
+    print(table(rows))
+    for name, values in (("time", [r.time_off for r in rows]), ("peak", [r.peak_off for r in rows])):
+        print(f"{name}: at most {max(map(abs, values)):.1%} off")
+
+
+if __name__ == "__main__":
+    main()
