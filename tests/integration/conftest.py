@@ -23,7 +23,7 @@ def llama(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     """The same weights each time."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = transformers.LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=VOCABULARY, **options)
+    config = transformers.LlamaConfig(**{**sizes, **options}, num_key_value_heads=2, vocab_size=VOCABULARY)
     return transformers.LlamaForCausalLM(config).to(dtype)
 
 
