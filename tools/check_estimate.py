@@ -19,16 +19,14 @@ from runlora_gen.spec.architecture import Architecture, family_projections
 from runlora_gen.spec.decoder import Decoder
 from runlora_gen.spec.workload import Workload
 
-RESULTS = Path(__file__).parent / "results" / "step_h100.json"
-#: Contenders of the benchmark: how the estimate calls them, their adapters' dtype, and whether they have kernels.
+RESULTS = Path(__file__).parent / "results" / "model_h100.json"
+#: Contenders of the benchmark: how the estimate calls them, and their adapters' dtype.
 CONTENDERS = {
-    "frozen": ("frozen", "fp32", True),
-    "PEFT, 16-bit adapters": ("peft", "bf16", True),
-    "PEFT default (fp32 adapters, autocast)": ("peft", "fp32", True),
-    "ours": ("ours", "fp32", True),
-    "ours, 16-bit adapters": ("ours", "bf16", True),
-    "generated": ("ours", "fp32", True),
-    "generated, torch only": ("ours", "fp32", False),
+    "frozen": ("frozen", "fp32"),
+    "PEFT, 16-bit adapters": ("peft", "bf16"),
+    "PEFT default (fp32 adapters, autocast)": ("peft", "fp32"),
+    "ours": ("ours", "fp32"),
+    "ours, 16-bit adapters": ("ours", "bf16"),
 }
 MODES = {"eager": False, "checkpointing": True}
 
@@ -91,7 +89,7 @@ def model(row: dict[str, Any]) -> Architecture:
 def compared(report: dict[str, Any]) -> Iterator[Compared]:
     """All rows, contenders and modes that the estimate knows."""
     for row in report["rows"]:
-        for contender, (way, adapter_dtype, kernels) in CONTENDERS.items():
+        for contender, (way, adapter_dtype) in CONTENDERS.items():
             result = row["results"].get(contender, {})
             for mode, checkpointing in MODES.items():
                 measured = result.get(mode, {})
@@ -101,7 +99,6 @@ def compared(report: dict[str, Any]) -> Iterator[Compared]:
                 workload = Workload(
                     tokens=(row["batch"] * row["sequence"],),
                     adapter_dtype=adapter_dtype,
-                    kernels=kernels,
                     device=report["profile"],
                 )
                 batch = Batch(row["batch"], row["sequence"], checkpointing=checkpointing, body=True)
