@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,15 @@ peft = pytest.importorskip("peft", reason="needs transformers and peft (the test
 
 RANK = 4
 VOCABULARY = 50
-Make = Callable[..., Any]
+#: What takes more than some seconds runs where it is asked for.
+takes_long = pytest.mark.skipif(not os.environ.get("RUNLORA_LONG"), reason="takes long: set RUNLORA_LONG=1")
 
 
 def llama(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     """The same weights each time."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = transformers.LlamaConfig(**{**sizes, **options}, num_key_value_heads=2, vocab_size=VOCABULARY)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": VOCABULARY}
+    config = transformers.LlamaConfig(**{**sizes, "num_attention_heads": 4, "num_key_value_heads": 2, **options})
     return transformers.LlamaForCausalLM(config).to(dtype)
 
 
@@ -39,8 +41,16 @@ def filled(model: nn.Module) -> Any:
 
 def with_lora(model: Any = None, **options: Any) -> Any:
     """A PeftModel with adapters in all linears."""
+    wide = options.pop("autocast_adapter_dtype", True)
     config = peft.LoraConfig(**{"r": RANK, "lora_alpha": 8, "target_modules": "all-linear", **options})
-    return filled(peft.get_peft_model(llama() if model is None else model, config))
+    return filled(peft.get_peft_model(llama() if model is None else model, config, autocast_adapter_dtype=wide))
+
+
+def checkpointed(model: Any, **options: Any) -> Any:
+    """With activation checkpointing, whatever this version of Transformers calls that."""
+    new = getattr(model, "activation_checkpointing_enable", None)
+    (new or model.gradient_checkpointing_enable)(options)
+    return model
 
 
 def gradients(model: nn.Module, tokens: Tensor) -> dict[str, Tensor]:
@@ -48,6 +58,15 @@ def gradients(model: nn.Module, tokens: Tensor) -> dict[str, Tensor]:
     model.zero_grad()
     model(tokens, labels=tokens).loss.backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Sizes are so small that threads are what takes time: where others want the cores, a hundred times as long."""
+    former = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(former)
 
 
 @pytest.fixture(scope="session")
