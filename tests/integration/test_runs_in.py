@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .conftest import RANK, VOCABULARY, checkpointed, gradients, llama, takes_long, with_lora
+from .conftest import takes_long
+from .models import RANK, VOCABULARY, checkpointed, gradients, llama, with_lora
 
 
 def peft_model(package: Any, **options: Any) -> Any:

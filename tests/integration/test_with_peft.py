@@ -13,7 +13,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from .conftest import RANK, filled, gradients, llama, with_lora
+from .models import RANK, filled, gradients, llama, with_lora
 
 ALL = 14
 DROPOUT = "lora_dropout = 0.5 is not covered while training"

@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from .conftest import RANK, filled, gradients, llama, with_lora
+from .models import RANK, filled, gradients, llama, with_lora
 
 NAMES = ["q_proj", "down_proj"]
 

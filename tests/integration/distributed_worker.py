@@ -1,0 +1,295 @@
+"""Accelerated and injected models over several processes, against the same in one.
+
+The tests call ``check`` in processes that they fork. By hand, also where neither the generator nor pytest is:
+
+    torchrun --nproc-per-node 2 tests/integration/distributed_worker.py --backend nccl --package OUT/llama_r4 --json F
+
+where OUT holds ``runlora_gen.generate(models.llama(), rank=models.RANK, output=OUT)``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+if __package__:
+    from .models import RANK, VOCABULARY, checkpointed, gradients, llama, with_lora
+else:  # torchrun
+    from models import RANK, VOCABULARY, checkpointed, gradients, llama, with_lora
+
+#: What float32 sums in another order differ by, of the largest value.
+NEAR = 1e-4
+ROWS, LENGTH = 4, 9
+Finding = dict[str, float | int | str]
+
+
+class Setting:
+    """Where a check runs, and on what."""
+
+    def __init__(self, package: Any, device: str, folder: Path) -> None:
+        self.package = package
+        self.device = device
+        self.folder = folder
+        self.mesh: DeviceMesh = init_device_mesh(device, (dist.get_world_size(),))
+        generator = torch.Generator().manual_seed(3)
+        self.tokens = torch.randint(VOCABULARY, (ROWS, LENGTH), generator=generator).to(device)
+
+    def peft(self) -> Any:
+        """A PeftModel, its layers as PEFT has them."""
+        return with_lora().to(self.device)
+
+    def accelerated(self) -> Any:
+        model = self.peft()
+        self.package.accelerate(model, strict=True)
+        return model
+
+    def injected(self) -> Any:
+        """With the adapters that ``peft`` has."""
+        model = llama().to(self.device)
+        self.package.inject_lora(model, RANK, 8)
+        model.load_state_dict({plain(name): p for name, p in self.peft().named_parameters() if "lora_" in name}, False)
+        return model
+
+    def ours(self) -> Iterator[tuple[str, Any]]:
+        yield "PEFT", self.accelerated()
+        yield "injected", self.injected()
+
+    def wanted(self) -> dict[str, Tensor]:
+        """The gradients of PEFT's own layers in one process."""
+        return {plain(name): gradient for name, gradient in gradients(self.peft(), self.tokens).items()}
+
+
+def plain(name: str) -> str:
+    """The name of an injected layer's parameter, from that of PEFT's, in any wrapper."""
+    for wrapper in ("module.", "_checkpoint_wrapped_module.", "base_model.model.", ".default.weight"):
+        name = name.replace(wrapper, "") if wrapper[0] == "." else name.removeprefix(wrapper)
+    return name
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def found_in(model: nn.Module, of: Callable[[nn.Parameter], Tensor | None]) -> dict[str, Tensor]:
+    """What ``of`` gives of each trained parameter, gathered."""
+    found = {plain(name): of(p) for name, p in model.named_parameters() if p.requires_grad}
+    return {name: whole(tensor).detach().clone() for name, tensor in found.items() if tensor is not None}
+
+
+def distance(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
+    """The largest difference, in parts of the largest value of the same tensor."""
+    assert wanted and found.keys() == wanted.keys(), sorted(found.keys() ^ wanted.keys())[:3]
+    pairs = [(found[name].double().cpu(), wanted[name].double().cpu()) for name in wanted]
+    return max(float((one - other).abs().max() / other.abs().max()) for one, other in pairs)
+
+
+def near(found: dict[str, Tensor], wanted: dict[str, Tensor], limit: float = NEAR) -> float:
+    off = distance(found, wanted)
+    assert off <= limit, f"off by {off:.1e} of the largest value, above {limit:.1e}"
+    return off
+
+
+def blocks_of(model: Any) -> Any:
+    inner = getattr(model, "base_model", model)
+    inner = getattr(inner, "model", inner)
+    return getattr(inner, "model", inner).layers
+
+
+def sharded(model: Any, mesh: DeviceMesh, **options: Any) -> Any:
+    for block in blocks_of(model):
+        fully_shard(block, mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
+
+
+# Checks: each returns what it measured, and raises where that is not as it must be
+
+
+def ddp(setting: Setting) -> Finding:
+    """Gradients of the batch from its parts, with and without activation checkpointing."""
+    wanted, found = setting.wanted(), Finding()
+    rank, world = dist.get_rank(), dist.get_world_size()
+    part = setting.tokens.chunk(world)[rank]
+    for kind, model in setting.ours():
+        for name, ready in (("", model), (" checkpointed", checkpointed(model.train(), use_reentrant=False))):
+            parallel = nn.parallel.DistributedDataParallel(ready)
+            found[f"{kind}{name}"] = near({plain(n): g for n, g in gradients(parallel, part).items()}, wanted)
+    return found
+
+
+def fsdp(setting: Setting) -> Finding:
+    """Gradients, and parameters after two steps of AdamW; sharded again after the forward or not, and offloaded."""
+    wanted, found = setting.wanted(), Finding()
+    trained = two_steps(setting, setting.peft())
+    cases = {
+        "resharded": {"reshard_after_forward": True},
+        "not resharded": {"reshard_after_forward": False},
+        "offloaded": {"offload_policy": CPUOffloadPolicy(pin_memory=setting.device != "cpu")},
+    }
+    for case, options in cases.items():
+        for kind, model in setting.ours():
+            model = sharded(model, setting.mesh, **options)
+            off = near({plain(n): whole(g) for n, g in gradients(model, setting.tokens).items()}, wanted)
+            found[f"{kind}, {case}"] = max(off, near(two_steps(setting, model), trained, 1e-3))
+    return found
+
+
+def two_steps(setting: Setting, model: Any) -> dict[str, Tensor]:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(setting.tokens, labels=setting.tokens).loss.backward()
+        optimizer.step()
+    return found_in(model, lambda parameter: parameter)
+
+
+def fsdp_mixed_precision(setting: Setting) -> Finding:
+    """With bf16 parameters and float32 sums of gradients: at most twice PEFT's error under the same policy."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    wanted, errors = setting.wanted(), {}
+    for kind, model in (("plain PEFT", setting.peft()), *setting.ours()):
+        model = sharded(model, setting.mesh, mp_policy=policy)
+        found = {plain(name): whole(g) for name, g in gradients(model, setting.tokens).items()}
+        errors[kind] = sum(float((found[name] - wanted[name]).norm() / wanted[name].norm()) for name in wanted)
+        errors[kind] /= len(wanted)
+    assert 1e-4 < errors["plain PEFT"] < 0.1, errors
+    assert max(errors.values()) <= 2 * errors["plain PEFT"], errors
+    return {**errors}
+
+
+def fsdp_adapter_files(setting: Setting) -> Finding:
+    """An adapter that is saved from shards is the one of the whole model."""
+    from safetensors.torch import load_file
+
+    model = sharded(setting.injected(), setting.mesh)
+    setting.package.save_adapter(model, setting.folder / "sharded")
+    dist.barrier()
+    alone = {
+        f"base_model.model.{name}.weight": p for name, p in setting.injected().named_parameters() if p.requires_grad
+    }
+    found = load_file(setting.folder / "sharded" / "adapter_model.safetensors")
+    assert found.keys() == alone.keys() and all(torch.equal(found[name], alone[name].cpu()) for name in alone)
+    try:
+        setting.package.merge(model)
+    except ValueError as error:
+        assert "weights are sharded" in str(error)
+    else:
+        raise AssertionError("shards were merged")
+    return {"tensors": len(found)}
+
+
+def save_distributed(setting: Setting) -> Finding:
+    """Save the shards of a model that has been trained for two steps, and what they are as a whole."""
+    for kind, model in setting.ours():
+        trained = two_steps(setting, sharded(model, setting.mesh))
+        checkpoint.save(get_model_state_dict(model), checkpoint_id=setting.folder / kind)
+        if dist.get_rank() == 0:
+            torch.save(trained, setting.folder / f"{kind}.pt")
+    return {"ranks": dist.get_world_size()}
+
+
+def load_distributed(setting: Setting) -> Finding:
+    """Load those shards, on another number of ranks."""
+    for kind, model in setting.ours():
+        model = sharded(model, setting.mesh)
+        state = get_model_state_dict(model)
+        checkpoint.load(state, checkpoint_id=setting.folder / kind)
+        set_model_state_dict(model, state)
+        wanted = torch.load(setting.folder / f"{kind}.pt", map_location=setting.device)
+        found = found_in(model, lambda parameter: parameter)
+        assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    return {"ranks": dist.get_world_size()}
+
+
+def tensor_parallel(setting: Setting) -> Finding:
+    """Column- and row-wise linears of PEFT's layers: they are left to PEFT with a warning, and equal."""
+    tokens, wanted = setting.tokens, setting.wanted()
+    model = setting.peft()
+    columns = {"base_layer": ColwiseParallel(), "lora_B.default": ColwiseParallel()}
+    rows = {"base_layer": RowwiseParallel(), "lora_A.default": RowwiseParallel()}
+    for block in blocks_of(model):
+        parallelize_module(block.mlp.up_proj, setting.mesh, columns)
+        parallelize_module(block.mlp.gate_proj, setting.mesh, columns)
+        parallelize_module(block.mlp.down_proj, setting.mesh, rows)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        report = setting.package.accelerate(model)
+    assert sum("PEFT's own code runs in: 6 left" in str(warning.message) for warning in seen) == 1, seen
+    assert len(report.left) == 6 and len(report.accelerated) == 8
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = {plain(name): whole(g) for name, g in gradients(model, tokens).items()}
+    return {"off": near(found, wanted), "left": len(report.left)}
+
+
+CHECKS = {
+    check.__name__: check
+    for check in (
+        ddp,
+        fsdp,
+        fsdp_mixed_precision,
+        fsdp_adapter_files,
+        tensor_parallel,
+        save_distributed,
+        load_distributed,
+    )
+}
+
+
+def check(package: Path, names: list[str], device: str, folder: Path) -> dict[str, Finding]:
+    """Run checks in a process group that is there already; what each of them measured."""
+    sys.path.insert(0, str(package.parent))
+    setting = Setting(importlib.import_module(package.name), device, folder)
+    found = {}
+    for name in names:
+        torch.manual_seed(0)
+        found[name] = CHECKS[name](setting)
+        dist.barrier()
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--package", type=Path, required=True, help="a generated package for models.llama()")
+    parser.add_argument("--backend", choices=("gloo", "nccl"), default="gloo")
+    parser.add_argument("--json", type=Path, help="where to write what was measured")
+    options = parser.parse_args()
+    rank = int(os.environ["LOCAL_RANK"])
+    device = "cuda" if options.backend == "nccl" else "cpu"
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    # gloo serves tensors that are offloaded to the CPU.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+    shared: list[str | None] = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(shared)
+    found = check(options.package.resolve(), list(CHECKS), device, Path(str(shared[0])))
+    if dist.get_rank() == 0:
+        versions = {name: importlib.import_module(name).__version__ for name in ("torch", "transformers", "peft")}
+        where = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+        result = {"device": where, "ranks": dist.get_world_size(), "backend": options.backend, **versions}
+        text = json.dumps({**result, "checks": found}, indent=2) + "\n"
+        print(text, end="")
+        if options.json:
+            options.json.write_text(text, encoding="utf-8")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
