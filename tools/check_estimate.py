@@ -11,10 +11,11 @@ import argparse
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from runlora_gen.estimate import Batch, estimate
+from runlora_gen.estimate import Batch, Estimate, estimate
 from runlora_gen.spec.architecture import Architecture, family_projections
 from runlora_gen.spec.decoder import Decoder
 from runlora_gen.spec.workload import Workload
@@ -89,27 +90,29 @@ def model(row: dict[str, Any]) -> Architecture:
 def compared(report: dict[str, Any]) -> Iterator[Compared]:
     """All rows, contenders and modes that the estimate knows."""
     for row in report["rows"]:
+        architecture = model(row)
+
+        @cache
+        def guesses(adapter_dtype: str, checkpointing: bool) -> dict[str, Estimate]:
+            tokens = (row["batch"] * row["sequence"],)  # noqa: B023  # called within this round
+            workload = Workload(tokens=tokens, adapter_dtype=adapter_dtype, device=report["profile"])
+            batch = Batch(row["batch"], row["sequence"], checkpointing=checkpointing, body=True)  # noqa: B023
+            return estimate(architecture, row["rank"], workload, batch)  # noqa: B023
+
         for contender, (way, adapter_dtype) in CONTENDERS.items():
             result = row["results"].get(contender, {})
             for mode, checkpointing in MODES.items():
                 measured = result.get(mode, {})
-                peak = measured.get("peak_bytes", result.get("peak_bytes") if mode == "eager" else None)
-                if "median_ms" not in measured or peak is None:
+                if "median_ms" not in measured:
                     continue
-                workload = Workload(
-                    tokens=(row["batch"] * row["sequence"],),
-                    adapter_dtype=adapter_dtype,
-                    device=report["profile"],
-                )
-                batch = Batch(row["batch"], row["sequence"], checkpointing=checkpointing, body=True)
-                guess = estimate(model(row), row["rank"], workload, batch)[way]
+                guess = guesses(adapter_dtype, checkpointing)[way]
                 yield Compared(
                     row["shape"],
                     contender,
                     mode,
                     measured["median_ms"],
                     guess.time_s * 1e3,
-                    peak,
+                    measured["peak_bytes"],
                     guess.memory.step,
                 )
 
