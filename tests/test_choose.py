@@ -350,7 +350,7 @@ def test_limit_named_for_all_layers_ranks_and_tokens(train: tuple[str, ...]) -> 
         (choose.show_bytes, 1023, "1023 B"),
         (choose.show_bytes, 1024, "1 KiB"),
         (choose.show_bytes, 42_008_576, "40.06 MiB"),
-        (choose.show_bytes, 2**41, "2048 GiB"),
+        (choose.show_bytes, 2**41, "2 TiB"),
         (choose.show_time, 533.5e-6, "533.5 µs"),
         (choose.show_time, 2, "2,000,000.0 µs"),
     ],

@@ -185,3 +185,45 @@ def test_the_kernels_times_are_those_of_the_profile() -> None:
     for i, o in ((5120, 5120), (5120, 13824)):
         merge, plain = (round(us(f"{kernel}M = W + s B A", i, o, r)) for kernel in ("merge: ", ""))
         assert f"{merge} µs for {i}×{o} (torch {plain}, limit {round(2 * read(o, i))})" in document
+
+
+def test_the_model_table() -> None:
+    (row,) = (row for row in results("model_h100.json")["rows"] if row["shape"] == "8b")
+    for name, result in row["results"].items():
+        if name in ("PEFT, fp32 adapters without autocast", "ours for graphs"):
+            continue
+        modes = (result.get(mode, {}).get("over_frozen") for mode in ("eager", "compiled", "checkpointing"))
+        cells = " | ".join("–" if ratios is None else f"{ratios['median']:.2f}" for ratios in modes)
+        label = f"**{name}**" if name == "ours" else name
+        assert f"| {label} | {cells} | {result['eager']['peak_bytes'] / 2**20:.0f} MiB |" in README
+
+
+def test_what_a_slow_host_costs() -> None:
+    (row,) = (row for row in results("model_h100.json")["rows"] if row["shape"] == "13b")
+    ours, theirs = row["results"]["ours"], row["results"]["PEFT default (fp32 adapters, autocast)"]
+    said = " ".join(README.split())
+    parts = (f"{ours[m]['over_frozen']['median']:.2f}" for m in ("eager", "compiled", "checkpointing"))
+    least = (f"{ours[m]['over_frozen']['min']:.2f}" for m in ("eager", "compiled", "checkpointing"))
+    first, second, third = (f"{part}|{low}" for part, low in zip(parts, least, strict=True))
+    for text, value in (
+        ("took {} of the frozen step in eager mode (least {})", first),
+        ("{} compiled (least {})", second),
+        ("{} with checkpointing (least {})", third),
+    ):
+        assert text.format(*value.split("|")) in said
+    medians = [f"{theirs[m]['over_frozen']['median']:.2f}" for m in ("eager", "compiled", "checkpointing")]
+    assert "PEFT's default {}, {} and {}".format(*medians) in said
+
+
+def test_the_paper_s_rows() -> None:
+    rows = results("paper_h100.json")["rows"]
+    assert len(rows) == 12
+    for row in rows:
+        paper, found = row["paper"], row["results"]
+        best = found.get("fp32") or found["same"]
+        speed, same = (f"{result['speedup_percent']['median']:.1f} %" for result in (best, found["same"]))
+        assert (
+            f"| {paper['speedup']} % | **{speed}** | {same} | {paper.get('saved_mb') or '–'} | {best['saved_mb']:.0f} |"
+            in README
+        )
+        assert best["speedup_percent"]["median"] >= paper["speedup"], "as it has been since this was measured"

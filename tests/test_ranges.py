@@ -185,11 +185,11 @@ class TestBound:
         def share(device: float, host: float) -> float:
             monkeypatch.setattr(module, "REST_DEVICE", device)
             monkeypatch.setattr(module, "REST_HOST", host)
-            return decide_step(WORKLOAD, sites("llama-13b"), 8, 4096)[0].host_share
+            return decide_step(replace(WORKLOAD, tokens=(3072,)), sites("llama-13b"), 8, 3072)[0].host_share
 
         assert DEVICE_BOUND < share(0.0, 0.0) < HOST_BOUND
         assert share(REST_DEVICE, REST_HOST) == DEVICE_BOUND
-        alone, *_ = decide_model(WORKLOAD, sites("llama-13b"), 8, alone=True)
+        alone, *_ = decide_model(replace(WORKLOAD, tokens=(3072,)), sites("llama-13b"), 8, alone=True)
         assert share(0.0, ALONE_HOST) == alone.ranges[-1].decision.host_share
         assert share(0.0, 100.0) == HOST_BOUND
         assert share(100.0, 100.0) == DEVICE_BOUND
@@ -288,7 +288,7 @@ class TestBelow:
 
     def test_what_is_asked_for_is_not_changed_by_what_lies_below(self, monkeypatch: pytest.MonkeyPatch) -> None:
         with_below = decide_model(WORKLOAD, sites("llama-13b"), 8)
-        assert {part.decision.setting.tokens for c in with_below for part in c.ranges} == {1024, 4096}
+        assert {part.decision.setting.tokens for c in with_below for part in c.ranges} == {128, 1024, 4096}
         monkeypatch.setattr(module, "BELOW", ())
         for choice, alone in zip(with_below, decide_model(WORKLOAD, sites("llama-13b"), 8), strict=True):
             assert [part.last_tokens for part in alone.ranges] == [None]
@@ -427,7 +427,7 @@ def test_between_the_bounds_a_step_is_as_short_as_with_either_winner() -> None:
     choices = decide_model(workload, sites("llama-13b"), 8)
     low, high = ([at(c.ranges, tokens).decision.chosen.program for c in choices] for tokens in workload.tokens)
     assert all(a is not b for a, b in zip(low, high, strict=True))
-    ends = {choice.ranges[0].last_tokens for choice in choices}
+    ends = {choice.ranges[-2].last_tokens for choice in choices}
     assert len(ends) > 1 and all(1024 < end < 4096 for end in ends)
     for tokens in (*range(1024, 4097, 256), *ends, *(end + 1 for end in ends)):
         mixed = [at(c.ranges, tokens).decision.chosen.program for c in choices]

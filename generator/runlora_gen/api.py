@@ -364,7 +364,7 @@ def _published(
     for rank, architecture in by_rank.items():
         check_request(architecture, (rank,), workload)
     folders = []
-    with _alone(out):
+    with _alone():
         for rank, architecture in by_rank.items():
             folder = out / folder_name(architecture, rank)
             folders.append(folder)
@@ -376,8 +376,8 @@ def _published(
 
 
 @contextlib.contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """One process of a machine generates; the others wait, and find it done."""
+def _alone() -> Iterator[None]:
+    """Of a user's processes on a machine one generates; the others wait, and find it done."""
     try:
         from filelock import FileLock  # torch needs it, too
     except ImportError:
@@ -385,10 +385,8 @@ def _alone(out: Path) -> Iterator[None]:
         return
     import tempfile
 
-    key = hashlib.sha256(os.path.realpath(out).encode()).hexdigest()[:16]
-    with FileLock(
-        Path(tempfile.gettempdir()) / f"runlora-gen-{os.getuid() if hasattr(os, 'getuid') else 0}-{key}.lock"
-    ):
+    owner = os.getuid() if hasattr(os, "getuid") else 0
+    with FileLock(Path(tempfile.gettempdir()) / f"runlora-gen-{owner}.lock"):
         yield
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -66,16 +67,29 @@ def show_count(value: float, unit: str = "") -> str:
 
 def show_bytes(value: float) -> str:
     """Bytes in binary steps, such as 40 MiB."""
-    for unit in ("B", "KiB", "MiB"):
+    for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(value) < 1024:
             return f"{value:.4g} {unit}"
         value /= 1024
-    return f"{value:.4g} GiB"
+    return f"{value:.4g} TiB"
 
 
 def show_time(seconds: float) -> str:
     """Microseconds."""
     return f"{seconds * 1e6:,.1f} µs"
+
+
+def show_duration(seconds: float) -> str:
+    """Three digits, in seconds, milliseconds or microseconds."""
+    for factor, unit in ((1.0, "s"), (1e3, "ms")):
+        if seconds * factor >= 0.9995:
+            return f"{_three_digits(seconds * factor)} {unit}"
+    return f"{_three_digits(seconds * 1e6)} µs"
+
+
+def _three_digits(value: float) -> str:
+    decimals = max(0, 2 - math.floor(math.log10(value))) if value > 0 else 0
+    return f"{value:,.{decimals}f}"
 
 
 def show_bound(host_share: float) -> str:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import io
 import json
 import sys
+import textwrap
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.core import ParameterSource
@@ -30,10 +31,16 @@ from .spec.workload import (
     parse_targets,
 )
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from .cost.device import DeviceProfile
+
 EXIT_STALE = 1
 EXIT_BAD_INPUT = 2
 MAX_RANK = 2**20
-REPORT_WIDTH = 180  # columns of the explain table where no terminal says how many there are
+# Columns where no terminal says how many there are: of text for people, and of the tables of variants.
+PLAIN_WIDTH, REPORT_WIDTH = 80, 180
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -268,21 +275,28 @@ def archs(as_json: bool) -> None:
         click.echo(f"{architecture.name:<{width}}  {shapes}")
 
 
-@main.command(short_help="Show the variants of each layer shape, and why one won.")
+@main.command(short_help="Show what a model gains, what was chosen for each shape, and why.")
 @_spec_options
-@click.option("--all", "show_all", is_flag=True, help="Every program, not only the Pareto front and the paper's.")
+@click.option("--variants", is_flag=True, help="Also each shape's variants: the Pareto front and the paper's.")
+@click.option("--all", "show_all", is_flag=True, help="Also each shape's variants: every program.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def explain(show_all: bool, as_json: bool, **options: Any) -> None:
-    """Show the variants of each layer shape with their prices, the chosen one and why."""
-    from .emit.report import SCHEMA_VERSION, explain_table, layer_data
-    from .ranges import decide_step
+def explain(variants: bool, show_all: bool, as_json: bool, **options: Any) -> None:
+    """Show what a model gains: time of its LoRA linears, memory that they keep, and what decides.
+
+    Then a line for each shape: what was chosen, and its time over that of the frozen linear.
+    """
+    from .emit.report import SCHEMA_VERSION, explain_table, gain_data, gain_lines, gain_table, layer_data
+    from .gain import gain
+    from .ranges import decide_step, rest_of_step
 
     architecture, ranks, workload = _read_spec(options)
     if len(ranks) > 1 or len(workload.tokens) > 1:
         raise SpecError("explain: several values of --rank or --tokens; give one of each")
     rank, tokens = ranks[0], workload.tokens[0]
     sites = layers(architecture)
-    decided = list(zip(sites, decide_step(workload, sites, rank, tokens), strict=True))
+    decisions = decide_step(workload, sites, rank, tokens)
+    found = gain(architecture, sites, decisions, rest_of_step(workload, sites, rank, tokens))
+    decided = list(zip(sites, decisions, strict=True))
     if as_json:
         data = {
             "schema_version": SCHEMA_VERSION,
@@ -292,18 +306,129 @@ def explain(show_all: bool, as_json: bool, **options: Any) -> None:
             "dtype": workload.dtype,
             "adapter_dtype": workload.adapter_dtype,
             "device": workload.device,
+            "model": gain_data(found),
             "layers": [layer_data(layer, rank, decision) for layer, decision in decided],
         }
         click.echo(json.dumps(data, indent=1))
         return
+    console = _console(PLAIN_WIDTH)
+    for line in gain_lines(found, decisions, workload):
+        console.print(line, markup=False)
+    console.print()
+    console.print(
+        f"{found.linears} LoRA linears of {architecture.name}, rank {rank}, {tokens} tokens, {workload.dtype}, "
+        f"{decisions[0].setting.device.title}"
+    )
+    console.print(gain_table(sites, decisions))
+    if variants or show_all:
+        console = _console(REPORT_WIDTH)
+        for layer, decision in decided:
+            console.print()
+            for part in explain_table(layer, rank, decision, show_all=show_all):
+                console.print(part)
+
+
+def _console(width: int) -> Console:
+    """What prints tables: as wide as the terminal, else as told."""
     from rich.console import Console
 
     console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=REPORT_WIDTH)
-    for layer, decision in decided:
-        for part in explain_table(layer, rank, decision, show_all=show_all):
-            console.print(part)
+    return console if console.is_terminal else Console(highlight=False, width=width)
+
+
+def _without_tokens(command: Command) -> Command:
+    """The options of the spec, but for the tokens."""
+    for option in reversed(_SPEC_OPTIONS):
+        applied = option(command)
+        parameters: list[click.Parameter] = applied.__click_params__  # type: ignore[attr-defined]
+        if parameters[-1].name == "tokens":
+            parameters.pop()
+    return command
+
+
+@main.command(short_help="Predict a training step of the whole model: time and peak memory.")
+@_without_tokens
+@click.option("--batch", "-b", metavar="N", help="Sequences a step. [1]")
+@click.option("--sequence", "-s", metavar="T", help="Tokens of a sequence, such as 2048 or 2k.")
+@click.option("--checkpointing", is_flag=True, help="Layers keep their inputs only, and run their forward twice.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def estimate(batch: str | None, sequence: str | None, checkpointing: bool, as_json: bool, **options: Any) -> None:
+    """Predict a training step of the whole model, frozen, with PEFT, and with generated modules.
+
+    \b
+      runlora-gen estimate --arch llama-3-8b --rank 16 --batch 4 --sequence 4k --checkpointing
+
+    Forward and backward, run eagerly on one device: time, and the most memory that it takes, with weights. Without the
+    optimizer's step.
+    """  # noqa: D301
+    from .emit.report import estimate_data, estimate_lines
+    from .estimate import Batch, check_modelled
+    from .estimate import estimate as predict
+
+    if sequence is None:
+        raise SpecError("--sequence: missing; give the tokens of a sequence, such as 2048")
+    counts = {
+        name: parse_counts(f"--{name}", (value,), maximum=MAX_TOKENS, kilo=name == "sequence")
+        for name, value in (("batch", batch or "1"), ("sequence", sequence))
+    }
+    (size, *others), (length, *more) = counts.values()
+    if others or more:
+        raise SpecError("estimate: several values of --batch or --sequence; give one of each")
+    if size * length > MAX_TOKENS:
+        raise SpecError(f"--batch: {size} sequences of {length} tokens are above {MAX_TOKENS} tokens a step")
+    architecture, ranks, workload = _read_spec({**options, "tokens": (str(size * length),)})
+    if len(ranks) > 1:
+        raise SpecError("estimate: several values of --rank; give one")
+    check_modelled(architecture)
+    step = Batch(size, length, checkpointing)
+    found = predict(architecture, ranks[0], workload, step)
+    if as_json:
+        click.echo(json.dumps(estimate_data(architecture, ranks[0], workload, step, found), indent=1))
+        return
+    console = _console(PLAIN_WIDTH)
+    for line in estimate_lines(architecture, ranks[0], workload, step, found):
+        console.print(line, markup=False)
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def devices(as_json: bool) -> None:
+    """List the device profiles that --device knows."""
+    from .cost.device import device_names, load_device
+
+    profiles = [load_device(name) for name in device_names()]
+    if as_json:
+        data = [
+            {
+                "name": profile.name,
+                "title": profile.title,
+                "source": profile.source,
+                "measured_on": profile.measured_on.name if profile.measured_on else None,
+                "measured_dtypes": sorted(profile.meter.times),
+                "kernels": profile.kernels,
+                "bytes_per_s": profile.bytes_per_s,
+                "flops_per_s": dict(profile.flops_per_s),
+            }
+            for profile in profiles
+        ]
+        click.echo(json.dumps(data, indent=1))
+        return
+    width = max(len(profile.name) for profile in profiles)
+    for profile in profiles:
+        rates = ", ".join(f"{dtype} {rate / 1e12:.4g}" for dtype, rate in profile.flops_per_s.items())
+        lines = [profile.title, f"{rates} TFLOP/s; {profile.bytes_per_s / 1e9:.4g} GB/s", *_origin(profile)]
+        for name, text in zip([profile.name, *[""] * len(lines)], lines, strict=False):
+            click.echo(f"{name:<{width}}  {text}")
+
+
+def _origin(profile: DeviceProfile) -> list[str]:
+    """Where a profile's figures come from, in lines that fit."""
+    dtypes = ", ".join(sorted(profile.meter.times))
+    of_another = (
+        f"operations ({dtypes}) in ratios measured on {profile.measured_on.name}" if profile.measured_on else ""
+    )
+    measured = [of_another or f"operations measured in {dtypes}"] if dtypes else ["data sheet: no operation measured"]
+    return [*measured, *textwrap.wrap(profile.source, PLAIN_WIDTH - 12)]
 
 
 @main.command(short_help="Prove generated modules, a file or a folder.")

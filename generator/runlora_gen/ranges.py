@@ -15,6 +15,7 @@ from typing import Generic, TypeVar
 
 from .algebra.enumerate import Phase, Program
 from .choose import Decision, ForwardDecision, Priced, decide, decide_forward, fastest, ranked, setting_for, within
+from .cost.passes import Times
 from .cost.price import DEVICE_BOUND, HOST_BOUND, Cost, PhaseCost, Setting, price, price_frozen, price_phase
 from .spec.layers import Layer
 from .spec.workload import Workload
@@ -70,6 +71,12 @@ def decide_step(workload: Workload, sites: Sequence[Layer], rank: int, tokens: i
         SpecError: no program of some layer meets ``max_saved_bytes``.
     """
     return _Training(workload, sites, rank).decide(tokens)
+
+
+def rest_of_step(workload: Workload, sites: Sequence[Layer], rank: int, tokens: int) -> Times:
+    """What a step of the model does beside these linears, as :func:`decide_step` reckons it."""
+    contest = _Training(workload, sites, rank)
+    return contest.rest_of_step(contest.settings(tokens))
 
 
 def decide_model(
@@ -137,6 +144,16 @@ class _Contest(ABC, Generic[Choice, Candidate]):
             for layer in self.sites
         ]
 
+    def rest_of_step(self, settings: Sequence[Setting]) -> Times:
+        """What the step does beside these linears."""
+        return Times(
+            *(
+                factor
+                * sum(s.count * self.frozen_s(setting, share) for s, setting in zip(self.sites, settings, strict=True))
+                for factor, share in zip(self.rest, (DEVICE_BOUND, HOST_BOUND), strict=True)
+            )
+        )
+
     def balanced(self, settings: Sequence[Setting], choose: Callable[[int, float], Candidate]) -> float:
         """The host's share of the time under which the step is shortest, of what is chosen for each site under it.
 
@@ -144,18 +161,14 @@ class _Contest(ABC, Generic[Choice, Candidate]):
         the host counts for nothing, or the host although it alone counts, nothing can be shorter. In between lies a
         step that both bound: a search over shares finds the choices on the convex hull of all sums.
         """
-        rest_device_s, rest_host_s = (
-            factor
-            * sum(s.count * self.frozen_s(setting, share) for s, setting in zip(self.sites, settings, strict=True))
-            for factor, share in zip(self.rest, (DEVICE_BOUND, HOST_BOUND), strict=True)
-        )
+        rest = self.rest_of_step(settings)
 
         def sums(share: float) -> tuple[float, float]:
             costs = [self.cost(choose(i, share), setting) for i, setting in enumerate(settings)]
             pairs = list(zip(self.sites, costs, strict=True))
             return (
-                rest_device_s + sum(site.count * cost.device_s for site, cost in pairs),
-                rest_host_s + sum(site.count * cost.host_s for site, cost in pairs),
+                rest.device_s + sum(site.count * cost.device_s for site, cost in pairs),
+                rest.host_s + sum(site.count * cost.host_s for site, cost in pairs),
             )
 
         device_s, host_s = sums(DEVICE_BOUND)
@@ -165,11 +178,11 @@ class _Contest(ABC, Generic[Choice, Candidate]):
         low, share, high = DEVICE_BOUND, HOST_BOUND, HOST_BOUND
         for _ in range(_BISECTIONS):
             device_s, host_s = sums(share)
+            if share == HOST_BOUND and host_s > device_s:
+                return HOST_BOUND  # also where no choice takes the host less
             if max(device_s, host_s) < least:
                 found, least = share, max(device_s, host_s)
             low, high = (share, high) if host_s > device_s else (low, share)
-            if low == HOST_BOUND:
-                break
             share = (low + high) / 2
         return found
 

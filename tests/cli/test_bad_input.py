@@ -88,6 +88,17 @@ CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "explain of two ranks": (("explain", *ARCH, "--rank", "4,8"), ("explain", "--rank")),
     "explain of two token counts": (("explain", *ARCH, *RANK, "--tokens", "1,2"), ("explain", "--tokens")),
     "explain as JSON": (("explain", "--json", *ARCH, "--rank", "0"), ("--rank", "'0'")),
+    "estimate without a sequence": (("estimate", *ARCH, *RANK), ("--sequence", "missing")),
+    "estimate of no sequences": (("estimate", *ARCH, *RANK, "-s", "8", "--batch", "0"), ("--batch", "'0'")),
+    "estimate of two batches": (("estimate", *ARCH, *RANK, "-s", "8", "--batch", "1,2"), ("estimate", "--batch")),
+    "estimate of two ranks": (("estimate", *ARCH, "--rank", "4,8", "-s", "8"), ("estimate", "--rank")),
+    "estimate of too many tokens": (
+        ("estimate", *ARCH, *RANK, "-s", "65536", "--batch", "65536"),
+        ("--batch", "65536 sequences", "2147483648"),
+    ),
+    "estimate with tokens": (("estimate", *ARCH, *RANK, "--tokens", "8"), ("--tokens",)),
+    "estimate of GPT-2": (("estimate", "--arch", "gpt2", *RANK, "-s", "8"), ("gpt2", "only the linears", "llama")),
+    "devices with an argument": (("devices", "h100"), ("h100",)),
     "archs with an argument": (("archs", "llama"), ("llama",)),
     "verify of nothing": (("verify", "none"), ("verify: no generated module at 'none'", "give a file or a folder")),
 }

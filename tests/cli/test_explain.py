@@ -1,4 +1,4 @@
-"""The readable form of ``explain``: what is shown, and that it is true."""
+"""``explain``: what is shown of the whole model and of each shape, and that it is true."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def rows(text: str) -> dict[str, str]:
 
 
 def test_shows_the_front_the_paper_s_and_the_chosen(run, layer: dict) -> None:
-    text = run("explain", *SPEC, *NARROW).ok().out
+    text = run("explain", *SPEC, *NARROW, "--variants").ok().out
     shown = rows(text)
     expected = {v["id"] for v in layer["variants"] if v["pareto"] or v["paper"] or v["id"] == layer["chosen"]}
     assert set(shown) == expected and len(expected) >= 24
@@ -49,12 +49,83 @@ def test_all_shows_every_program_by_time(run, layer: dict) -> None:
     assert [times[i] for i in shown] == sorted(times.values())
 
 
+@pytest.fixture(scope="module")
+def model(run) -> dict:
+    return json.loads(run("explain", "--arch", "llama-13b", "--rank", "8", "--no-kernels", "--json").ok().out)
+
+
+def test_starts_with_three_lines_for_the_whole_model(run, model: dict) -> None:
+    arguments = ("explain", "--arch", "llama-13b", "--rank", "8", "--no-kernels")
+    time, memory, decides, *rest = run(*arguments).ok().out.splitlines()
+    found = model["model"]
+    ours, frozen, peft = (found[name] for name in ("ours", "frozen", "peft"))
+    assert time.startswith("time     ") and f": {ours['time_us'] / frozen['time_us']:.2f} × frozen (" in time
+    assert f"), {ours['time_us'] / peft['time_us']:.2f} × PEFT (" in time
+    assert f"({round(frozen['time_us'] / 1e3)} ms)" in time
+    assert memory == (
+        f"memory   {ours['kept_bytes'] / 2**30:.4g} GiB kept for the backward; "
+        f"PEFT {peft['kept_bytes'] / 2**30:.4g} GiB, frozen 0 B"
+    )
+    assert decides == (
+        f"decides  the device ({round(found['step']['device_us'] / 1e3)} ms a step; "
+        f"the host {round(found['step']['host_us'] / 1e3)} ms): kernels in 0 of 3 shapes"
+    )
+    assert rest[0] == "" and rest[1].startswith("280 LoRA linears of llama-13b, rank 8, 4096 tokens, bf16, NVIDIA")
+
+
+def test_then_a_line_a_shape(run, model: dict) -> None:
+    lines = run(*["explain", "--arch", "llama-13b", "--rank", "8", "--no-kernels"]).ok().out.splitlines()[-3:]
+    assert "projections" not in lines[0]
+    for line, layer, names in zip(lines, model["layers"], ("q,k,v,o_proj", "gate,up_proj", "down_proj"), strict=True):
+        chosen = next(variant for variant in layer["variants"] if variant["id"] == layer["chosen"])
+        count, shape, program, ratio, projections = line.split()
+        assert (int(count), shape, projections) == (layer["count"], layer["name"], names)
+        assert program == f"{chosen['forward']}/{chosen['backward']}" and 1 < float(ratio) < 2
+
+
+def test_the_model_is_the_sum_of_its_linears(model: dict) -> None:
+    """Inputs that several linears read are kept once: of a layer four, where seven linears read them."""
+    kept = 0
+    ours = {"device_us": 0.0, "host_us": 0.0}
+    for layer in model["layers"]:
+        chosen = next(variant for variant in layer["variants"] if variant["id"] == layer["chosen"])
+        assert chosen["keeps"] == ["S", "A", "B"]
+        for key in ours:
+            ours[key] += layer["count"] * chosen[key]
+        kept += layer["count"] * (chosen["saved_bytes"] - 4096 * layer["in_features"] * 2)
+    for key, value in ours.items():
+        assert model["model"]["ours"][key] == pytest.approx(value, rel=1e-4)
+    assert model["model"]["ours"]["kept_bytes"] == kept + 40 * 4096 * 2 * (3 * 5120 + 13824)
+    # PEFT casts X for each of them.
+    assert model["model"]["peft"]["kept_bytes"] == kept + 40 * 4096 * 2 * (6 * 5120 + 13824)
+    assert model["model"]["linears"] == 280
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("llama-9m", "--tokens", "128"), "decides  the host ("),
+        (("llama-13b", "--launch", "graph"), " a step), under CUDA graphs: kernels in 3 of 3 shapes"),
+        (("llama-9m", "--criterion", "memory"), "decides  least memory; the host ("),
+        (("llama-13b", "--tokens", "3072", "--dtype", "fp16", "--criterion", "flops"), "decides  fewest FLOPs; "),
+        (("llama-13b", "--tokens", "2048", "--adapter-dtype", "bf16"), "decides  device and host alike ("),
+        (("llama-3.1-405b", "--tokens", "1048576"), "decides  the device ("),
+        (("roberta-base", "--tokens", "512", "--no-kernels"), "decides  the host ("),
+    ],
+    ids=lambda value: "_".join(value) if isinstance(value, tuple) else "",
+)
+def test_fits_eighty_columns(run, arguments: tuple[str, ...], text: str) -> None:
+    lines = run("explain", "--rank", "8", "--arch", *arguments).ok().out.splitlines()
+    assert text in lines[2]
+    assert max(map(len, lines)) <= 80
+
+
 def test_json_is_the_same_with_all(run) -> None:
     assert run("explain", *SPEC, "--json", "--all").ok().out == run("explain", *SPEC, "--json").ok().out
 
 
 def test_says_what_runs_on_16_bit_weights(run) -> None:
-    text = run("explain", *SPEC, "--dtype", "fp32", "--device", "cpu").ok().out
+    text = run("explain", *SPEC, "--dtype", "fp32", "--device", "cpu", "--variants").ok().out
     assert re.search(r"→ chosen: merged/.*\n.*\n.*\n  on 16-bit weights: (?!merged)\S+/keep-", text)
 
 

@@ -373,6 +373,12 @@ def price_frozen(setting: Setting, host_share: float = DEVICE_BOUND) -> float:
     return weighted(sum(cost.device_s for cost in costs), sum(cost.host_s for cost in costs), host_share)
 
 
+def price_frozen_forward(setting: Setting) -> tuple[float, float]:
+    """Seconds of device and host of its forward alone."""
+    cost = price_operation(parse("Y = X @ W.T + b"), setting)
+    return cost.device_s, cost.host_s
+
+
 @lru_cache(maxsize=65536)
 def wanted_operations(phase: Phase, gradients: frozenset[str]) -> tuple[Operation, ...]:
     """The operations of a phase that run when only some of its gradients are wanted; a forward runs whole.

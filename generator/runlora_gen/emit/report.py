@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from ..choose import Decision, Priced, show_bound, show_bytes, show_count
-from ..cost.price import price_frozen
+from ..choose import Decision, Priced, show_bound, show_bytes, show_count, show_duration
+from ..cost.device import load_device
+from ..cost.price import DEVICE_BOUND, HOST_BOUND, price_frozen
+from ..estimate import Batch, Estimate
+from ..gain import Gain, Side, shared_stem
 from ..ranges import LayerChoice, Range
+from ..spec.architecture import Architecture
 from ..spec.layers import Layer
+from ..spec.workload import Workload
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -92,6 +97,129 @@ def layer_data(layer: Layer, rank: int, decision: Decision) -> dict[str, Any]:
     }
 
 
+def gain_data(found: Gain) -> dict[str, Any]:
+    """The whole model: all its LoRA linears in one step."""
+
+    def side(one: Side) -> dict[str, Any]:
+        return {
+            "time_us": _us(one.time_s(found.host_share)),
+            "device_us": _us(one.times.device_s),
+            "host_us": _us(one.times.host_s),
+            "kept_bytes": one.kept_bytes,
+        }
+
+    return {
+        "linears": found.linears,
+        "host_share": found.host_share,
+        "frozen": side(found.frozen),
+        "peft": side(found.peft),
+        "ours": side(found.ours),
+        "step": {"device_us": _us(found.step.device_s), "host_us": _us(found.step.host_s)},
+    }
+
+
+def _us(seconds: float) -> float:
+    return round(seconds * 1e6, 3)
+
+
+def gain_lines(found: Gain, decisions: Sequence[Decision], workload: Workload) -> Iterable[str]:
+    """Three lines for the whole model: time, memory, and what decides."""
+    ours, frozen, peft = (side.time_s(found.host_share) for side in (found.ours, found.frozen, found.peft))
+    yield (
+        f"time     {show_duration(ours)} a step: {ours / frozen:.2f} × frozen ({show_duration(frozen)}), "
+        f"{ours / peft:.2f} × PEFT ({show_duration(peft)})"
+    )
+    kept = (show_bytes(side.kept_bytes) for side in (found.ours, found.peft, found.frozen))
+    yield "memory   {} kept for the backward; PEFT {}, frozen {}".format(*kept)
+    device, host = show_duration(found.step.device_s), show_duration(found.step.host_s)
+    by = {"time": "", "memory": "least memory; ", "flops": "fewest FLOPs; "}[workload.criterion]
+    if workload.launch == "graph":
+        bound = f"the device ({device} a step), under CUDA graphs"
+    elif found.host_share == DEVICE_BOUND:
+        bound = f"the device ({device} a step" + ("" if by else f"; the host {host}") + ")"
+    elif found.host_share == HOST_BOUND:
+        bound = f"the host ({host} a step" + ("" if by else f"; the device {device}") + ")"
+    else:
+        longer = max(found.step.device_s, found.step.host_s)
+        bound = f"device and host alike ({show_duration(longer)} a step)"
+    kernels = sum(bool(decision.chosen.program.kernels) for decision in decisions)
+    yield f"decides  {by}{bound}: kernels in {kernels} of {len(decisions)} shapes"
+
+
+_WAYS = {"frozen": "frozen", "peft": "PEFT", "ours": "ours"}
+
+
+def estimate_data(
+    architecture: Architecture, rank: int, workload: Workload, batch: Batch, found: Mapping[str, Estimate]
+) -> dict[str, Any]:
+    """A predicted step as JSON: times in microseconds, memory in bytes."""
+    return {
+        "arch": architecture.name,
+        "rank": rank,
+        "batch": batch.size,
+        "sequence": batch.length,
+        "checkpointing": batch.checkpointing,
+        "dtype": workload.dtype,
+        "adapter_dtype": workload.adapter_dtype,
+        "device": workload.device,
+        **{
+            way: {
+                "time_us": _us(one.time_s),
+                "device_us": _us(one.times.device_s),
+                "host_us": _us(one.times.host_s),
+                "peak_bytes": one.memory.peak,
+                "memory": asdict(one.memory),
+            }
+            for way, one in found.items()
+        },
+    }
+
+
+def estimate_lines(
+    architecture: Architecture, rank: int, workload: Workload, batch: Batch, found: Mapping[str, Estimate]
+) -> Iterable[str]:
+    """A predicted step for people: a line for each way."""
+    device, frozen = load_device(workload.device), found["frozen"]
+    checkpointing = ", checkpointing" if batch.checkpointing else ""
+    yield f"{architecture.name}, rank {rank}, {batch.size} x {batch.length} tokens{checkpointing}"
+    yield f"{workload.dtype}, adapters {workload.adapter_dtype}, {device.title}"
+    yield ""
+    yield "            step x frozen   tokens/s       peak    weights       kept  bound by"
+    for way, one in found.items():
+        memory = one.memory
+        bound = "device" if one.time_s == one.times.device_s else "host"
+        sizes = "".join(f"{show_bytes(size):>11}" for size in (memory.peak, memory.weights, memory.forward))
+        yield (
+            f"{_WAYS[way]:<6}{show_duration(one.time_s):>10}{one.time_s / frozen.time_s:>9.2f}"
+            f"{batch.tokens / one.time_s:>11,.0f}{sizes}  {bound}"
+        )
+    yield ""
+    yield "Forward and backward with head and loss, eager, full causal attention by a flash"
+    yield "kernel; no optimizer step. Peak: weights, adapters, what is kept, intermediates."
+
+
+def gain_table(sites: Sequence[Layer], decisions: Sequence[Decision]) -> RenderableType:
+    """One line a shape: how often the model has it, what was chosen, and its ratio to the frozen linear."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="bold")
+    table.add_column("n", justify="right", no_wrap=True)
+    table.add_column("in×out", no_wrap=True)
+    table.add_column("forward/backward", no_wrap=True)
+    table.add_column("× frozen", justify="right", no_wrap=True)
+    table.add_column("projections", overflow="fold")
+    for site, decision in zip(sites, decisions, strict=True):
+        program = decision.chosen.program
+        table.add_row(
+            str(site.count),
+            site.name,
+            f"{program.forward.name()}/{program.backward.name()}",
+            f"{decision.chosen.cost.time_s / price_frozen(decision.setting, decision.host_share):.2f}",
+            shared_stem(site.projections),
+        )
+    return table
+
+
 def explain_table(layer: Layer, rank: int, decision: Decision, *, show_all: bool) -> Iterable[RenderableType]:
     """The readable form: the Pareto variants, the paper's, the chosen one and why; ``show_all``: every program."""
     from rich.table import Table
@@ -136,7 +264,6 @@ def explain_table(layer: Layer, rank: int, decision: Decision, *, show_all: bool
     yield Text(f"  the runner-up lost: {decision.reason}")
     if decision.fallback.program != decision.chosen.program:
         yield Text(f"  on 16-bit weights: {decision.fallback.program.id}")
-    yield Text("")
 
 
 def _paper(labels: tuple[str, ...]) -> str:

@@ -96,7 +96,8 @@ class Style:
         if len(parts) > 1 and not mode.target_versions:
             # black infers them from all of a text: here, where annotations are strings, and nothing is newer.
             mode.target_versions = {version for version in TargetVersion if version.value >= TargetVersion.PY37.value}
-        return "\n\n".join(self._format_part(part, mode) for part in parts)
+        # Each ends its last line: black formats twice what its first pass changes.
+        return "\n\n".join(self._format_part(part.rstrip("\n") + "\n", mode) for part in parts)
 
     def _format_part(self, part: str, mode: Mode) -> str:
         import black

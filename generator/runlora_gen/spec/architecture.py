@@ -29,6 +29,7 @@ from typing import Any, NoReturn
 import tomllib
 
 from runlora_gen.spec.cache import cached_config, is_model_name
+from runlora_gen.spec.decoder import Decoder
 from runlora_gen.spec.errors import SpecError, shorten
 from runlora_gen.spec.files import read_text
 
@@ -70,6 +71,9 @@ class Architecture:
     #: Modules that hold other weights, and the reason of each; empty where a data file was read.
     left_out: Mapping[str, str] = field(default_factory=dict, compare=False)
     package: str | None = None  # what its package is called by request
+    decoder: Decoder | None = field(
+        default=None, compare=False
+    )  # the whole model, where its family's file describes it
 
     @property
     def slug(self) -> str:
@@ -211,6 +215,14 @@ class _ProjectionRule:
 
 
 @dataclass(frozen=True)
+class _DecoderRule:
+    """How the models of a family are :class:`Decoder`; its sizes have the names of the family's."""
+
+    model_types: Sequence[str]  # the family's others have something more
+    head_norms: bool = False
+
+
+@dataclass(frozen=True)
 class _Family:
     """One file of families/; unknown keys in it are a TypeError."""
 
@@ -219,6 +231,7 @@ class _Family:
     projections: Sequence[_ProjectionRule]
     flags: Mapping[str, _Flag] = field(default_factory=dict)
     multiples: Sequence[Sequence[str]] = ()  # pairs: the first must be a multiple of the second
+    decoder: _DecoderRule | None = None  # where the layers are those of :class:`Decoder`
 
 
 def _load_family(file: Path) -> _Family:
@@ -226,6 +239,8 @@ def _load_family(file: Path) -> _Family:
     table["sizes"] = {symbol: _Size(**size) for symbol, size in table["sizes"].items()}
     table["flags"] = {name: _Flag(**flag) for name, flag in table.get("flags", {}).items()}
     table["projections"] = [_ProjectionRule(**rule) for rule in table["projections"]]
+    if "decoder" in table:
+        table["decoder"] = _DecoderRule(**table["decoder"])
     return _Family(**table)
 
 
@@ -286,7 +301,8 @@ def _build(config: _Config, *, name: str, source: str, model_type: str | None) -
             _check_fields(config, found)
         try:
             projections = _projections(_families()[found], config)
-            architecture = Architecture(name, found, source, projections, left_out)
+            decoder = _decoder(_families()[found], config, found, projections)
+            architecture = Architecture(name, found, source, projections, left_out, decoder=decoder)
         except _MissingFieldError:
             read = other() if nested else None
             if read is None:
@@ -411,6 +427,27 @@ def _projections(family: _Family, config: _Config) -> tuple[Projection, ...]:
         for rule in family.projections
         if not rule.if_different or len({sizes[symbol] for symbol in rule.if_different}) > 1
     )
+
+
+def _decoder(family: _Family, config: _Config, model_type: str, linears: tuple[Projection, ...]) -> Decoder | None:
+    """The whole model; of what only estimates need nothing is refused here."""
+    if family.decoder is None or model_type not in family.decoder.model_types:
+        return None
+    sizes, vocab = _read_sizes(family, config), config.values.get("vocab_size")
+    names = ("layers", "hidden", "intermediate", "heads", "kv_heads", "head_dim")
+    return Decoder(
+        **{name: sizes[name] for name in names},
+        head_norms=family.decoder.head_norms,
+        vocab=vocab if type(vocab) is int and 1 <= vocab <= MAX_FEATURES else None,
+        tied=config.values.get("tie_word_embeddings") is True,
+        projections=linears,
+    )
+
+
+def decoder_types() -> tuple[str, ...]:
+    """Model types that are :class:`Decoder`, sorted."""
+    rules = {id(family): family.decoder for family in _families().values()}.values()
+    return tuple(sorted(name for rule in rules if rule is not None for name in rule.model_types))
 
 
 def _read_sizes(family: _Family, config: _Config) -> dict[str, int]:

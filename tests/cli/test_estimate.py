@@ -1,0 +1,82 @@
+"""``estimate`` and ``devices``: what they print."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from runlora_gen.cost.device import device_names, load_device
+
+STEP = ("--arch", "llama-13b", "--rank", "8", "--batch", "2", "--sequence", "2k", "--no-kernels")
+
+
+@pytest.fixture(scope="module")
+def data(run) -> dict:
+    return json.loads(run("estimate", *STEP, "--json").ok().out)
+
+
+def test_json_says_what_was_asked_and_what_came_out(data: dict) -> None:
+    assert list(data)[:8] == [
+        "arch",
+        "rank",
+        "batch",
+        "sequence",
+        "checkpointing",
+        "dtype",
+        "adapter_dtype",
+        "device",
+    ]
+    assert (data["batch"], data["sequence"], data["checkpointing"]) == (2, 2048, False)
+    for way in ("frozen", "peft", "ours"):
+        one = data[way]
+        assert one["time_us"] == max(one["device_us"], one["host_us"])
+        assert one["peak_bytes"] == sum(one["memory"][key] for key in ("weights", "adapters", "kept", "transient"))
+    times, peaks = ([data[way][key] for way in ("frozen", "ours", "peft")] for key in ("time_us", "peak_bytes"))
+    assert times == sorted(times) and peaks == sorted(peaks)
+    assert data["frozen"]["memory"]["weights"] == pytest.approx(13.02e9 * 2, rel=0.01)
+
+
+def test_the_table_has_the_same(run, data: dict) -> None:
+    lines = run("estimate", *STEP).ok().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[0] == "llama-13b, rank 8, 2 x 2048 tokens"
+    frozen = data["frozen"]["time_us"]
+    for line, way in zip(lines[4:7], ("frozen", "peft", "ours"), strict=True):
+        one = data[way]
+        assert line.split()[0] == {"peft": "PEFT"}.get(way, way)
+        for text in (
+            f"{one['time_us'] / 1e3:.0f} ms",
+            f"{one['time_us'] / frozen:.2f}",
+            f"{4096 / one['time_us'] * 1e6:,.0f}",
+            f"{one['peak_bytes'] / 2**30:.4g} GiB",
+        ):
+            assert f" {text} " in line
+
+
+def test_checkpointing_is_said(run) -> None:
+    text = run("estimate", *STEP, "--checkpointing").ok().out
+    assert text.startswith("llama-13b, rank 8, 2 x 2048 tokens, checkpointing\n")
+
+
+def test_a_config_without_a_vocabulary_is_refused(run, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    (tmp_path / "config.json").write_text(json.dumps({**sizes, "model_type": "llama", "vocab_size": "many"}))
+    error = run("estimate", "--arch", tmp_path, "--rank", "4", "-s", "16").error()
+    assert "has no vocab_size" in error
+    # What only the estimate needs keeps nobody from generating.
+    run("--arch", tmp_path, "--rank", "4", "-o", tmp_path / "out", "--dry-run", "--no-kernels").ok()
+
+
+def test_devices_are_listed(run) -> None:
+    text = run("devices").ok().out
+    assert max(map(len, text.splitlines())) <= 80
+    listed = json.loads(run("devices", "--json").ok().out)
+    assert [one["name"] for one in listed] == list(device_names())
+    for one in listed:
+        profile = load_device(one["name"])
+        assert f"{one['name']} " in text and profile.title == one["title"] and profile.title in text
+        assert " ".join(profile.source.split()) in " ".join(text.split())
+    by_name = {one["name"]: one for one in listed}
+    assert by_name["h100"]["measured_on"] == "h200" and by_name["h200"]["measured_on"] is None
+    assert by_name["a100"]["measured_dtypes"] == [] and by_name["cpu"]["measured_dtypes"] == ["fp32"]
