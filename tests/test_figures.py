@@ -227,3 +227,14 @@ def test_the_paper_s_rows() -> None:
             in README
         )
         assert best["speedup_percent"]["median"] >= paper["speedup"], "as it has been since this was measured"
+
+
+def test_peft_s_own_tests() -> None:
+    data = results("peft_tests.json")
+    groups = ("passed_on_ours", "passed_without_a_call", "broken", "fails_without_ours", "left_out")
+    assert data["tests"] == sum(data[group] for group in groups) and data["broken"] == 0
+    for group in ("broken", "fails_without_ours", "left_out"):
+        assert data[group] == sum(sum(cases.values()) for cases in data["reasons"].get(group, {}).values())
+    text = (ROOT / "docs" / "with-peft.md").read_text(encoding="utf-8")
+    for group in ("passed_on_ours", "passed_without_a_call", "fails_without_ours", "tests"):
+        assert re.search(rf"\b{data[group]}\b", text), group
