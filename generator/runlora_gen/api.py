@@ -99,20 +99,21 @@ def accelerate(
         raise SpecError("model: no LoRA layer of PEFT on a linear: wrap it first, with peft.get_peft_model")
     packages = _packages(model, live.adapted, output, workload)
     layers = packages[0].with_peft.lora_layers(model)
-    # The others would say of a layer that its rank is not theirs.
-    verdicts = {name: [p.with_peft.why_left(layer) for p in packages] for name, layer in layers.items()}
-    home = {name: packages[left.index(None)] for name, left in verdicts.items() if None in left}
-    left = {name: reasons[_of_rank(layers[name], packages)] for name, reasons in verdicts.items() if name not in home}
+    # Another one would say of a layer that its rank is not there.
+    home = {name: packages[_of_rank(layer, packages)] for name, layer in layers.items()}
+    verdicts = {name: home[name].with_peft.why_left(layer) for name, layer in layers.items()}
+    left = {name: reason for name, reason in verdicts.items() if reason is not None}
     lines = packages[0].shapes.reasons(left.items())
     if left and strict:
         raise ValueError("; ".join(lines))
     for name, layer in layers.items():
-        (home.get(name) or packages[_of_rank(layer, packages)]).with_peft.swap(layer)
+        home[name].with_peft.swap(layer)
     if left:
         warnings.warn("PEFT's own code runs in: " + "; ".join(lines), stacklevel=2)
-    used = {(home[name].shapes.RANK, layers[name].in_features, layers[name].out_features) for name in home}
+    done = tuple(name for name in layers if name not in left)
+    used = {(home[name].shapes.RANK, layers[name].in_features, layers[name].out_features) for name in done}
     folders = tuple(package.shapes.FOLDER for package in packages)
-    return packages[0].Report(tuple(home), left, folders, len(used))
+    return packages[0].Report(done, left, folders, len(used))
 
 
 def inject_lora(
@@ -426,6 +427,7 @@ def _needed(model: nn.Module) -> Any:
 
 
 def _of_rank(layer: Any, packages: Sequence[Any]) -> int:
-    """Which of the packages is for the rank of a layer's adapter; the first if none is."""
-    ranks = {layer.r[name] for name in layer.active_adapters if name in layer.r}
-    return next((i for i, package in enumerate(packages) if package.shapes.RANK in ranks), 0)
+    """Which of the packages is for the rank of a layer's active adapter, else of another one; the first if none is."""
+    active = [layer.r[name] for name in layer.active_adapters if name in layer.r]
+    known = [package.shapes.RANK for package in packages]
+    return next((known.index(rank) for rank in [*active, *layer.r.values()] if rank in known), 0)

@@ -68,6 +68,8 @@ def test_twice_is_once_and_restore_undoes_it(package: Any, tokens: Tensor) -> No
     assert package.accelerate(model) == first
     assert {name: type(module) for name, module in model.named_modules()} == swapped != kinds
     assert model.state_dict().keys() == state.keys()
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    assert repr(layer).startswith("lora.Linear(\n  accelerated by llama_r4\n  (base_layer): Linear(")
     assert package.restore(model) == first.accelerated and package.restore(model) == ()
     assert {name: type(module) for name, module in model.named_modules()} == kinds
     assert torch.equal(model(tokens).logits, wanted)
@@ -142,6 +144,53 @@ def test_quantized_hooked_trained_and_patched_bases_are_left(package: Any) -> No
     assert len(report.accelerated) == ALL - 5
 
 
+def test_hooks_of_accelerate_are_left(package: Any, tokens: Tensor) -> None:
+    """A model whose parts are sent to devices: PEFT's own code calls the hooked forwards."""
+    accelerate = pytest.importorskip("accelerate", reason="needs accelerate (the test extra)")
+    model = with_lora(accelerate.dispatch_model(llama(), {"": "cpu"}, force_hooks=True))
+    wanted, state = model(tokens).logits, list(model.state_dict())
+    with pytest.warns(UserWarning, match=r"^PEFT's own code runs in: 14 left: its forward was replaced") as seen:
+        report = package.accelerate(model)
+    assert len(seen) == 1 and not report.accelerated and list(model.state_dict()) == state
+    assert torch.equal(model(tokens).logits, wanted)
+    partly = with_lora()
+    base = partly.base_model.model.model.layers[0].mlp.up_proj.base_layer
+    accelerate.hooks.add_hook_to_module(base, accelerate.hooks.AlignDevicesHook(execution_device="cpu"))
+    with pytest.warns(UserWarning, match="1 left: its forward was replaced"):
+        assert len(package.accelerate(partly).accelerated) == ALL - 1
+
+
+def test_a_hook_that_comes_later_is_called(package: Any, tokens: Tensor) -> None:
+    model = accelerated(package, with_lora())
+    calls = []
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    handle = layer.base_layer.register_forward_hook(lambda *_: calls.append(1))
+    with pytest.warns(UserWarning, match="a LoRA linear runs PEFT's own code: there are hooks on its parts"):
+        model(tokens)
+    handle.remove()
+    model(tokens)
+    assert calls == [1]
+
+
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings.*", "ignore:.*tied.*")
+def test_a_tied_weight_is_used_as_it_is(tmp_path: Any, tokens: Tensor) -> None:
+    """The head has the embeddings' weight: both go on having it."""
+    from runlora_gen import api
+
+    model = with_lora(llama(tie_word_embeddings=True), target_modules=["lm_head", "q_proj"])
+    wanted, found = model(tokens).logits, gradients(model, tokens)
+    package = api._imported(api.generate(model, output=tmp_path, tokens=64, kernels=False)[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        report = package.accelerate(model)
+    assert len(report.accelerated) + len(report.left) == 3
+    base = model.base_model.model
+    assert base.lm_head.base_layer.weight is base.model.embed_tokens.weight
+    torch.testing.assert_close(model(tokens).logits, wanted, rtol=1e-5, atol=1e-5)
+    for name, gradient in gradients(model, tokens).items():
+        torch.testing.assert_close(gradient, found[name], rtol=1e-4, atol=1e-6)
+
+
 def test_nothing_to_replace(package: Any) -> None:
     with pytest.raises(ValueError, match="no LoRA layers of PEFT: wrap it first"):
         package.accelerate(llama())
@@ -172,6 +221,7 @@ def test_several_adapters(package: Any, tokens: Tensor) -> None:
     with pytest.warns(UserWarning) as seen:
         found = outputs()
     messages = {str(warning.message) for warning in seen}
+    assert len(messages) == 3
     for part in ("rank 8 is not in", "2 adapters are active, not one", "a call with adapter_names is not covered"):
         assert any(part in message for message in messages), part
     for one, other in zip(found, wanted, strict=True):
@@ -182,6 +232,20 @@ def test_several_adapters(package: Any, tokens: Tensor) -> None:
     package.restore(model)
     torch.testing.assert_close(found, model(tokens).logits, rtol=1e-5, atol=1e-5)
     model.delete_adapter("second")
+
+
+def test_a_layer_that_waits_for_its_adapter_runs_its_base_in_silence(package: Any, tokens: Tensor) -> None:
+    model = with_lora(target_modules=["q_proj"])
+    model.add_adapter("second", peft.LoraConfig(r=RANK, lora_alpha=2, target_modules=["up_proj"]))
+    filled(model).eval()
+    wanted = {}
+    for name in ("default", "second"):
+        model.set_adapter(name)
+        wanted[name] = model(tokens).logits
+    assert len(package.accelerate(model, strict=True).accelerated) == 4
+    for name, logits in wanted.items():
+        model.set_adapter(name)
+        torch.testing.assert_close(model(tokens).logits, logits, rtol=1e-5, atol=1e-5)
 
 
 def test_merging_is_peft_s(package: Any, tokens: Tensor) -> None:

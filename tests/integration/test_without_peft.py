@@ -80,6 +80,19 @@ def test_refused_for_what_the_model_is(package: Any) -> None:
             act(llama())
 
 
+def test_what_would_be_lost_is_refused(package: Any) -> None:
+    accelerate = pytest.importorskip("accelerate", reason="needs accelerate (the test extra)")
+    model = llama()
+    handle = model.model.layers[1].mlp.up_proj.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj has hooks, which would be lost"):
+        package.inject_lora(model)
+    handle.remove()
+    dispatched = accelerate.dispatch_model(llama(), {"": "cpu"}, force_hooks=True)
+    with pytest.raises(ValueError, match="has a forward that was replaced, as Accelerate does for a device_map"):
+        package.inject_lora(dispatched)
+    package.inject_lora(model)
+
+
 def test_a_linear_under_two_names_stays_one(package: Any, tokens: Tensor) -> None:
     model = llama()
     model.model.layers[1].mlp.up_proj = model.model.layers[0].mlp.up_proj
@@ -98,6 +111,36 @@ def test_gradients_are_peft_s(package: Any, tokens: Tensor, folder: str) -> None
     for name, gradient in theirs.items():
         plain = name.removeprefix("base_model.model.").replace(".default.weight", "")
         torch.testing.assert_close(ours[plain], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_conv1d(tmp_path: Path, tokens: Tensor) -> None:
+    """GPT-2, both ways through ``runlora_gen``: weights are in_features x out_features, with a bias."""
+    import runlora_gen
+
+    def gpt2() -> Any:
+        torch.manual_seed(0)
+        config = transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=50)
+        return transformers.GPT2LMHeadModel(config).eval()
+
+    model, options = gpt2(), {"kernels": False, "tokens": 64}
+    report = runlora_gen.inject_lora(model, RANK, 8, output=tmp_path / "packages", **options)
+    assert len(report.accelerated) == 4 and set(report.left) == {"lm_head"}
+    filled(model)
+    runlora_gen.save_adapter(model, tmp_path / "adapter")
+    other = peft.PeftModel.from_pretrained(gpt2(), tmp_path / "adapter", is_trainable=True).eval()
+    torch.testing.assert_close(model(tokens).logits, other(tokens).logits, rtol=1e-5, atol=1e-5)
+    ours, theirs = gradients(model, tokens), gradients(other, tokens)
+    assert len(ours) == len(theirs) == 8
+    for one, another in zip(ours.values(), theirs.values(), strict=True):
+        torch.testing.assert_close(one, another, rtol=1e-4, atol=1e-6)
+    loaded = gpt2()
+    runlora_gen.load_adapter(loaded, tmp_path / "adapter", output=tmp_path / "packages", **options)
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+    wanted = model(tokens).logits
+    runlora_gen.merge(model)
+    model.save_pretrained(tmp_path / "merged")
+    plain = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(plain(tokens).logits, wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True, "alpha_pattern": {"down_proj": 3}}], ids=["plain", "odd"])

@@ -1,0 +1,252 @@
+"""Run PEFT's own tests of LoRA on layers that are accelerated by generated modules.
+
+    python tools/peft_tests.py PATH_TO_PEFT_SOURCE --json tools/results/peft_tests.json
+
+The path is PEFT's source with its tests, of the version that is installed (an unpacked ``pip download --no-binary :all:
+--no-deps peft``). Its ``tests/test_custom_models.py`` is run twice, unchanged: as it is, and with every LoRA layer
+accelerated as soon as PEFT has put it in, by one generated module that serves all shapes and ranks (generated modules
+accept any). This file is the plugin of pytest that does that, too. Of each test it is told whether it ran on generated
+modules, or why not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import types
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+#: Where the plugin writes, and whether it switches our layers on.
+_RECORD, _OURS = "RUNLORA_PEFT_TESTS_RECORD", "RUNLORA_PEFT_TESTS_OURS"
+TESTS = "tests/test_custom_models.py"
+Record = dict[str, Any]
+
+
+# The plugin
+
+
+class _AnyRank(int):
+    """As a package's rank: equal to every other."""
+
+    def __ne__(self, other: object) -> bool:
+        return False
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    __hash__ = int.__hash__
+
+
+class _AnyShape(dict[tuple[int, int], Any]):
+    """As a package's linears: one for every shape, which counts its calls."""
+
+    def __init__(self, linear: Any) -> None:
+        super().__init__()
+        self._linear = linear
+        self.calls = 0
+
+    def __contains__(self, shape: object) -> bool:
+        return True
+
+    def __getitem__(self, shape: tuple[int, int]) -> Any:
+        self.calls += 1
+        return self._linear
+
+
+class Plugin:
+    """Selects the tests of LoRA, switches our layers on, and records what each test ran on."""
+
+    def __init__(self, record: Path, ours: bool) -> None:
+        self._record = record
+        self._ours = ours
+        self._found: dict[str, Record] = {}
+        self._left: collections.Counter[str] = collections.Counter()
+        self._linears: _AnyShape | None = None
+        if ours:
+            self._switch_on()
+
+    def _switch_on(self) -> None:
+        from peft.tuners.lora import LoraModel
+        from runlora_gen import api
+
+        folder = Path(tempfile.mkdtemp())
+        (path,) = api.generate(
+            "llama-9m", rank=4, output=folder, target_modules=["q_proj"], dtype="fp32", device="cpu", kernels=False
+        )
+        with_peft = api._imported(path).with_peft
+        (linear,) = with_peft.LINEARS.values()
+        shutil.rmtree(folder)
+        self._linears = with_peft.LINEARS = _AnyShape(linear)
+        with_peft.RANK = _AnyRank()
+        judge, inject = with_peft._why_not, LoraModel.inject_adapter
+
+        def why_not(layer: Any, **options: Any) -> Any:
+            reason = judge(layer, **options)
+            if reason is not None and options.get("training", True):
+                self._left[reason] += 1
+            return reason
+
+        def inject_adapter(tuner: Any, *args: Any, **options: Any) -> Any:
+            made = inject(tuner, *args, **options)
+            with warnings.catch_warnings():  # the tests count PEFT's
+                warnings.simplefilter("ignore")
+                # No layer of a kind that there is anything to say of.
+                with contextlib.suppress(ValueError):
+                    with_peft.accelerate(tuner.model)
+            return made
+
+        with_peft._why_not, LoraModel.inject_adapter = why_not, inject_adapter
+
+    def pytest_collection_modifyitems(self, config: Any, items: list[Any]) -> None:
+        """Keep the tests that make a LoRA layer: a parameter of theirs, or their own code, names its config."""
+        chosen = [item for item in items if _tests_lora(item)]
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen
+
+    def pytest_runtest_setup(self, item: Any) -> None:
+        self._left.clear()
+        if self._linears is not None:
+            self._linears.calls = 0
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        record = self._found.setdefault(report.nodeid.partition("::")[2], {"outcome": "passed"})
+        if report.outcome != "passed":
+            record["outcome"] = report.outcome
+            record["reason"] = _said(report)
+        record["calls"] = self._linears.calls if self._linears is not None else 0
+        record["left"] = sorted(self._left)
+
+    def pytest_sessionfinish(self) -> None:
+        self._record.write_text(json.dumps(self._found), encoding="utf-8")
+
+
+def _tests_lora(item: Any) -> bool:
+    callspec = getattr(item, "callspec", None)
+    values = list(callspec.params.values()) if callspec is not None else []
+    names = [getattr(value, "__name__", type(value).__name__) for value in values]
+    if any(name.endswith("Config") for name in names):
+        return "LoraConfig" in names
+    return "LoraConfig" in item.function.__code__.co_names
+
+
+def _said(report: Any) -> str:
+    if report.outcome == "skipped" and isinstance(report.longrepr, tuple):
+        return str(report.longrepr[2]).removeprefix("Skipped: ")
+    crash = getattr(report.longrepr, "reprcrash", None)
+    return (crash.message if crash is not None else str(report.longrepr)).partition("\n")[0][:200]
+
+
+def pytest_configure(config: Any) -> None:
+    """Called by pytest, as whose plugin this file was named."""
+    if _RECORD in os.environ:
+        _stand_in("diffusers", "StableDiffusionPipeline")
+        _stand_in("datasets", "load_dataset")
+        plugin = Plugin(Path(os.environ[_RECORD]), os.environ.get(_OURS) == "1")
+        config.pluginmanager.register(plugin, "runlora-peft-tests")
+
+
+def _stand_in(module: str, name: str) -> None:
+    """What PEFT's tests import by the way, for others of its files."""
+    try:
+        importlib.import_module(module)
+    except ImportError:
+        stand_in = types.ModuleType(module)
+        setattr(stand_in, name, None)
+        sys.modules[module] = stand_in
+
+
+# The tool
+
+
+def run(source: Path, expression: str | None, *, ours: bool) -> dict[str, Record]:
+    """What became of each test.
+
+    Raises:
+        SystemExit: pytest did not get as far as running them.
+    """
+    with tempfile.TemporaryDirectory() as folder, _as_package(source) as root:
+        record = Path(folder, "record.json")
+        paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+        environment |= {_RECORD: str(record), _OURS: str(int(ours)), "HF_HUB_OFFLINE": "1", "TRITON_INTERPRET": "1"}
+        command = [sys.executable, "-m", "pytest", "-p", "peft_tests", "-q", "--no-header", "--tb=no", TESTS]
+        command += ["-p", "no:cacheprovider", "-p", "no:randomly", *(["-k", expression] if expression else [])]
+        done = subprocess.run(command, cwd=root, env=environment, stdout=sys.stderr, check=False)
+        if done.returncode not in (0, 1) or not record.exists():
+            raise SystemExit(f"pytest ended with {done.returncode}, and ran no tests")
+        found: dict[str, Record] = json.loads(record.read_text(encoding="utf-8"))
+        return found
+
+
+@contextlib.contextmanager
+def _as_package(source: Path) -> Iterator[Path]:
+    """The tests import each other as a package, which PEFT's source distribution has without its __init__.py."""
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(source / "tests", Path(folder, "tests"))
+        Path(folder, "tests", "__init__.py").touch()
+        yield Path(folder)
+
+
+def summary(plain: dict[str, Record], ours: dict[str, Record]) -> Record:
+    """Each test in one group: what passed and failed on our layers, and what did not run on them, with the reason."""
+    groups: dict[str, dict[str, list[str]]] = {name: {} for name in ("broken", "fails_without_ours", "left_out")}
+    passed = 0
+    for test, record in ours.items():
+        if record["outcome"] == "failed":
+            group = "fails_without_ours" if plain[test]["outcome"] == "failed" else "broken"
+            groups[group].setdefault(record["reason"], []).append(test)
+        elif record["outcome"] == "skipped":
+            groups["left_out"].setdefault(f"PEFT skips it: {record['reason']}", []).append(test)
+        elif record["calls"]:
+            passed += 1
+        else:
+            reason = "; ".join(record["left"]) or "calls no LoRA linear that is switched on"
+            groups["left_out"].setdefault(reason, []).append(test)
+    counts = {name: sum(map(len, reasons.values())) for name, reasons in groups.items()}
+    return {
+        "tests": len(ours),
+        "passed_on_ours": passed,
+        "calls_of_ours": sum(record["calls"] for record in ours.values()),
+        **counts,
+        "reasons": groups,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("source", type=Path, help="PEFT's source, with its tests")
+    parser.add_argument("-k", dest="expression", help="as pytest takes it: some of the tests")
+    parser.add_argument("--json", type=Path, help="where to write the result; by default it is printed")
+    options = parser.parse_args()
+    if not (options.source / TESTS).exists():
+        parser.error(f"{options.source} has no {TESTS}")
+    found = summary(*(run(options.source, options.expression, ours=ours) for ours in (False, True)))
+    versions = {name: importlib.metadata.version(name) for name in ("peft", "torch", "transformers")}
+    result = {"date": datetime.date.today().isoformat(), "versions": versions, "file": TESTS, **found}
+    text = json.dumps(result, indent=2) + "\n"
+    if options.json:
+        options.json.write_text(text, encoding="utf-8")
+    else:
+        print(text, end="")
+    reasons = found["reasons"]
+    for group in ("broken", "fails_without_ours", "left_out"):
+        for reason, tests in reasons[group].items():
+            print(f"{group} {len(tests)}: {reason} ({tests[0]})", file=sys.stderr)
+    print(f"{found['passed_on_ours']} of {found['tests']} passed on ours, {found['broken']} broken", file=sys.stderr)
+    sys.exit(1 if found["broken"] else 0)
+
+
+if __name__ == "__main__":
+    main()
