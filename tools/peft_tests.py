@@ -107,7 +107,8 @@ class Plugin:
                     with_peft.accelerate(tuner.model)
             return made
 
-        with_peft._why_not, LoraModel.inject_adapter = why_not, inject_adapter
+        tuners: Any = LoraModel
+        with_peft._why_not, tuners.inject_adapter = why_not, inject_adapter
 
     def pytest_collection_modifyitems(self, config: Any, items: list[Any]) -> None:
         """Keep the tests that make a LoRA layer: a parameter of theirs, or their own code, names its config."""
