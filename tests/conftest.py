@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import os
 import shutil
@@ -92,24 +93,33 @@ def tree_of(folder: Path) -> Tree:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _black_once_a_header() -> Iterator[None]:
-    """The part of a file with its header is formatted once, too.
+def _black_once_a_text(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Every text is formatted once, by whichever worker comes first, and the part of a file with its header too.
 
     That names the command and differs from spec to spec, but is a comment, of which black leaves the text alone.
     """
-    real, known = black.format_str, dict[tuple[str, str], str]()
+    real, known = black.format_str, dict[str, str]()
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent  # of all workers
+    shared /= "black"
+    shared.mkdir(exist_ok=True)
 
     def format_str(source: str, *, mode: black.Mode) -> str:
         lines = source.splitlines(keepends=True)
         count = next((i for i, line in enumerate(lines) if not line.startswith("# ")), 0)
-        if not count:
-            return real(source, mode=mode)
         stand_in = "# .\n" * count
         body = "".join([stand_in, *lines[count:]])
-        key = (body, mode.get_cache_key())
+        key = hashlib.sha256(f"{mode.get_cache_key()}\n{body}".encode()).hexdigest()
         if key not in known:
-            known[key] = real(body, mode=mode)
-            assert known[key].startswith(stand_in)
+            path = shared / key
+            if not path.exists():
+                formatted = real(body, mode=mode)
+                assert formatted.startswith(stand_in)
+                own = path.with_name(f"{key}.{os.getpid()}")
+                own.write_text(formatted, encoding="utf-8")
+                own.replace(path)
+            known[key] = path.read_text(encoding="utf-8")
         return "".join(lines[:count]) + known[key].removeprefix(stand_in)
 
     with pytest.MonkeyPatch.context() as patch:

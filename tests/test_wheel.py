@@ -106,9 +106,9 @@ def test_generates_what_the_checkout_generates(
     unpacked: Path, run, tree: Callable, tmp_path: Path, options: tuple[str, ...]
 ) -> None:
     (tmp_path / "empty").mkdir()
-    done = from_wheel(unpacked, *options, "-o", "out", cwd=tmp_path / "empty")
+    done = from_wheel(unpacked, *options, "--line-length", "120", "-o", "out", cwd=tmp_path / "empty")
     assert (done.returncode, done.stderr) == (0, "")
-    run(*options, "-o", tmp_path / "checkout").ok()
+    run(*options, "--line-length", "120", "-o", tmp_path / "checkout").ok()
     made = tree(tmp_path / "empty" / "out")
     assert made == tree(tmp_path / "checkout") and len(made) >= 6
 
