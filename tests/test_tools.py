@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -16,8 +18,13 @@ ROOT = Path(__file__).parents[1]
 
 
 def tool(name: str, *arguments: object) -> str:
-    command = [sys.executable, ROOT / "tools" / f"{name}.py", *map(str, arguments)]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    """What a tool prints; in this process, which has imported torch."""
+    path = str(ROOT / "tools" / f"{name}.py")
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+        patch.setattr(sys, "argv", [path, *map(str, arguments)])
+        patch.syspath_prepend(str(ROOT / "tools"))
+        runpy.run_path(path, run_name="__main__")
+    return printed.getvalue()
 
 
 def table(text: str) -> list[str]:
