@@ -27,7 +27,7 @@ from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 if __package__:
@@ -78,10 +78,8 @@ class Setting:
 
 
 def plain(name: str) -> str:
-    """The name of an injected layer's parameter, from that of PEFT's, in any wrapper."""
-    for wrapper in ("module.", "_checkpoint_wrapped_module.", "base_model.model.", ".default.weight"):
-        name = name.replace(wrapper, "") if wrapper[0] == "." else name.removeprefix(wrapper)
-    return name
+    """The name of an injected layer's parameter, from that of PEFT's, also in DDP."""
+    return name.removeprefix("module.").removeprefix("base_model.model.").replace(".default.weight", "")
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -218,10 +216,9 @@ def load_distributed(setting: Setting) -> Finding:
     return {"ranks": dist.get_world_size()}
 
 
-def tensor_parallel(setting: Setting) -> Finding:
+def tensor_parallel_peft(setting: Setting) -> Finding:
     """Column- and row-wise linears of PEFT's layers: they are left to PEFT with a warning, and equal."""
-    tokens, wanted = setting.tokens, setting.wanted()
-    model = setting.peft()
+    wanted, model = setting.wanted(), setting.peft()
     columns = {"base_layer": ColwiseParallel(), "lora_B.default": ColwiseParallel()}
     rows = {"base_layer": RowwiseParallel(), "lora_A.default": RowwiseParallel()}
     for block in blocks_of(model):
@@ -235,8 +232,46 @@ def tensor_parallel(setting: Setting) -> Finding:
     assert len(report.left) == 6 and len(report.accelerated) == 8
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = {plain(name): whole(g) for name, g in gradients(model, tokens).items()}
+        found = {plain(name): whole(g) for name, g in gradients(model, setting.tokens).items()}
     return {"off": near(found, wanted), "left": len(report.left)}
+
+
+def tensor_parallel_injected(setting: Setting) -> Finding:
+    """Injected layers whose parameters are DTensors, by columns and by rows; and a base that is sharded is refused."""
+    styles = {
+        "up_proj": {"weight": Shard(0), "lora_A": Replicate(), "lora_B": Shard(0)},
+        "down_proj": {"weight": Shard(1), "lora_A": Shard(1), "lora_B": Replicate()},
+    }
+    found = Finding()
+    for name, placements in styles.items():
+        alone, layer = (getattr(blocks_of(setting.injected())[0].mlp, name) for _ in range(2))
+        for part, placement in placements.items():
+            parameter = getattr(layer, part)
+            shards = distribute_tensor(parameter.detach(), setting.mesh, [placement])
+            setattr(layer, part, nn.Parameter(shards, requires_grad=parameter.requires_grad))
+        x = torch.randn(ROWS, LENGTH, layer.in_features).to(setting.device)
+        dist.broadcast(x, 0)
+        inputs = x.clone().requires_grad_(), x.clone().requires_grad_()
+        wanted = alone(inputs[0])
+        split = Shard(-1) if name == "down_proj" else Replicate()
+        given = DTensor.from_local(inputs[1], setting.mesh, [Replicate()]).redistribute(placements=[split])
+        output = layer(given).full_tensor()
+        gradient = wanted.detach().square()
+        wanted.backward(gradient)
+        output.backward(gradient)
+        tensors = {"Y": (output, wanted), "dX": (inputs[1].grad, inputs[0].grad)}
+        tensors |= {part: (getattr(layer, part).grad, getattr(alone, part).grad) for part in ("lora_A", "lora_B")}
+        pairs = {part: tuple(whole(tensor).detach() for tensor in pair) for part, pair in tensors.items()}
+        found[name] = near(*({part: pair[i] for part, pair in pairs.items()} for i in range(2)))
+    model = llama().to(setting.device)
+    parallelize_module(blocks_of(model)[0].mlp.up_proj, setting.mesh, ColwiseParallel())
+    try:
+        setting.package.inject_lora(model, RANK, 8)
+    except ValueError as error:
+        assert "layers.0.mlp.up_proj is sharded: inject before that" in str(error), error
+    else:
+        raise AssertionError("an adapter was put into a sharded linear")
+    return found
 
 
 CHECKS = {
@@ -246,7 +281,8 @@ CHECKS = {
         fsdp,
         fsdp_mixed_precision,
         fsdp_adapter_files,
-        tensor_parallel,
+        tensor_parallel_peft,
+        tensor_parallel_injected,
         save_distributed,
         load_distributed,
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +229,22 @@ def test_save_pretrained_holds_the_adapter(package: Any, tokens: Tensor, folder:
     assert (config["r"], config["lora_alpha"], config["peft_type"]) == (RANK, 8, "LORA")
     loaded = peft.PeftModel.from_pretrained(llama(), folder)
     torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_a_copy_saves_its_own_adapter(package: Any, tokens: Tensor, folder: str, copied: Any) -> None:
+    model = injected(package)
+    other = copied(model)
+    assert torch.equal(other(tokens).logits, model(tokens).logits)
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.lora_B.mul_(2)
+    other.save_pretrained(folder)
+    loaded = llama()
+    package.load_adapter(loaded, folder)
+    assert torch.equal(loaded(tokens).logits, other(tokens).logits)
+    assert not torch.equal(other(tokens).logits, model(tokens).logits)
 
 
 def test_a_crash_and_a_resume_change_nothing(package: Any, tmp_path: Path) -> None:

@@ -1,0 +1,56 @@
+"""What ``distributed_worker`` checks, on two processes; and a checkpoint of four that two load."""
+
+from __future__ import annotations
+
+import json
+import traceback
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import multiprocessing
+
+from . import distributed_worker as worker
+
+pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs torch's gloo")
+
+
+def _work(rank: int, world: int, package: Path, names: list[str], folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting_of_{world}", rank=rank, world_size=world)
+    try:
+        found = worker.check(package, names, "cpu", folder)
+        if rank == 0:
+            (folder / "found.json").write_text(json.dumps(found))
+    except BaseException:
+        (folder / f"error_{rank}.txt").write_text(traceback.format_exc())
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def found_by(world: int, package: Any, names: list[str], folder: Path) -> Any:
+    """Processes are forked: to import torch and Transformers once more would take longer than the checks."""
+    context = multiprocessing.get_context("fork")
+    arguments = (world, package.shapes.FOLDER, names, folder)
+    processes = [context.Process(target=_work, args=(rank, *arguments), daemon=True) for rank in range(world)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    errors = "\n".join(path.read_text() for path in sorted(folder.glob("error_*.txt")))
+    assert not errors and [process.exitcode for process in processes] == [0] * world, errors
+    return json.loads((folder / "found.json").read_text())
+
+
+def test_two_processes_compute_what_one_does(package: Any, tmp_path: Path) -> None:
+    names = [name for name in worker.CHECKS if not name.endswith("_distributed")]
+    found = found_by(2, package, names, tmp_path)
+    assert list(found) == names and all(found.values())
+
+
+def test_a_checkpoint_of_four_ranks_is_loaded_on_two(package: Any, tmp_path: Path) -> None:
+    assert found_by(4, package, ["save_distributed"], tmp_path) == {"save_distributed": {"ranks": 4}}
+    assert found_by(2, package, ["load_distributed"], tmp_path) == {"load_distributed": {"ranks": 2}}
