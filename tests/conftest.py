@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import hashlib
 import io
 import os
 import shutil
@@ -91,25 +93,84 @@ def tree_of(folder: Path) -> Tree:
     return tree
 
 
+#: Constants in whose place the emitted test puts smaller ones for the interpreter.
+SHRUNK = {"BM", "BN", "BK", "BT", "BI", "BO", "GROUP_M"}
+
+
+class _Kernels(ast.NodeTransformer):
+    """What a module is to its kernels' properties in the interpreter: no docstrings, layer sizes, sides of tiles.
+
+    Nor what selects a program: those properties name it.
+    """
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef | None:
+        self.generic_visit(node)
+        return None if node.name in ("_select", "_select_forward") else node
+
+    def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
+        return None if isinstance(node.value, ast.Constant) else node
+
+    def visit_Assign(self, node: ast.Assign) -> ast.Assign | None:
+        sizes = {"IN_FEATURES", "OUT_FEATURES"}
+        return None if isinstance(node.targets[0], ast.Name) and node.targets[0].id in sizes else node
+
+    def visit_Dict(self, node: ast.Dict) -> ast.Dict:
+        for i, key in enumerate(node.keys):
+            if isinstance(key, ast.Constant) and key.value in SHRUNK:
+                node.values[i] = ast.Constant(0)
+        self.generic_visit(node)
+        return node
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Modules of the sample that differ by sizes alone: the interpreter, which is slow, runs one module's kernels."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    first: dict[str, str] = {}
+    kept, left_out = [], []
+    for item in items:
+        module = getattr(item, "callspec", None) and item.callspec.params.get("module")
+        if item.path.name == "test_equivalence.py" and item.name.startswith("test_kernels_") and module:
+            if module.__file__ not in first:
+                code = ast.dump(_Kernels().visit(ast.parse(Path(module.__file__).read_text(encoding="utf-8"))))
+                first[module.__file__] = first.setdefault(code, module.__file__)
+            if first[module.__file__] != module.__file__:
+                left_out.append(item)
+                continue
+        kept.append(item)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = kept
+
+
 @pytest.fixture(scope="session", autouse=True)
-def _black_once_a_header() -> Iterator[None]:
-    """The part of a file with its header is formatted once, too.
+def _black_once_a_text(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Every text is formatted once, by whichever worker comes first, and the part of a file with its header too.
 
     That names the command and differs from spec to spec, but is a comment, of which black leaves the text alone.
     """
-    real, known = black.format_str, dict[tuple[str, str], str]()
+    real, known = black.format_str, dict[str, str]()
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent  # of all workers
+    shared /= "black"
+    shared.mkdir(exist_ok=True)
 
     def format_str(source: str, *, mode: black.Mode) -> str:
         lines = source.splitlines(keepends=True)
         count = next((i for i, line in enumerate(lines) if not line.startswith("# ")), 0)
-        if not count:
-            return real(source, mode=mode)
         stand_in = "# .\n" * count
         body = "".join([stand_in, *lines[count:]])
-        key = (body, mode.get_cache_key())
+        key = hashlib.sha256(f"{mode.get_cache_key()}\n{body}".encode()).hexdigest()
         if key not in known:
-            known[key] = real(body, mode=mode)
-            assert known[key].startswith(stand_in)
+            path = shared / key
+            if not path.exists():
+                formatted = real(body, mode=mode)
+                assert formatted.startswith(stand_in)
+                own = path.with_name(f"{key}.{os.getpid()}")
+                own.write_text(formatted, encoding="utf-8")
+                own.replace(path)
+            known[key] = path.read_text(encoding="utf-8")
         return "".join(lines[:count]) + known[key].removeprefix(stand_in)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import json
 import re
-import subprocess
+import runpy
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +21,18 @@ ROOT = Path(__file__).parents[1]
 
 
 def tool(name: str, *arguments: object) -> str:
-    command = [sys.executable, ROOT / "tools" / f"{name}.py", *map(str, arguments)]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    """What a tool prints; in this process, which has imported torch."""
+    path = str(ROOT / "tools" / f"{name}.py")
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()) as printed,
+    ):
+        patch.setattr(sys, "argv", [path, *map(str, arguments)])
+        patch.syspath_prepend(str(ROOT / "tools"))
+        warnings.simplefilter("default")  # what others warn of is printed, as in a process of its own
+        runpy.run_path(path, run_name="__main__")
+    return printed.getvalue()
 
 
 def imported(name: str) -> Any:

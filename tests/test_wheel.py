@@ -97,8 +97,8 @@ def test_metadata(wheel: Path) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        ("--arch", "llama-13b", "--rank", "8", "--target-modules", "q_proj"),
-        ("--arch", "gpt2", "--rank", "4", "--train", "b", "--no-kernels"),
+        ("--arch", "llama-9m", "--rank", "4", "--target-modules", "q_proj", "--launch", "graph", "--tokens", "65536"),
+        ("--arch", "gpt2", "--rank", "4", "--target-modules", "c_attn", "--train", "b", "--no-kernels"),
     ],
     ids=["with kernels", "without"],
 )
@@ -106,11 +106,13 @@ def test_generates_what_the_checkout_generates(
     unpacked: Path, run, tree: Callable, tmp_path: Path, options: tuple[str, ...]
 ) -> None:
     (tmp_path / "empty").mkdir()
-    done = from_wheel(unpacked, *options, "-o", "out", cwd=tmp_path / "empty")
+    done = from_wheel(unpacked, *options, "--line-length", "120", "-o", "out", cwd=tmp_path / "empty")
     assert (done.returncode, done.stderr) == (0, "")
-    run(*options, "-o", tmp_path / "checkout").ok()
+    run(*options, "--line-length", "120", "-o", tmp_path / "checkout").ok()
     made = tree(tmp_path / "empty" / "out")
     assert made == tree(tmp_path / "checkout") and len(made) >= 6
+    (module,) = (text for name, text in made.items() if "/linear_" in name)
+    assert (b"triton.jit" in module) == ("--no-kernels" not in options)
 
 
 def test_the_other_commands_work(unpacked: Path, run, tmp_path: Path) -> None:

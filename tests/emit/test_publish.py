@@ -309,6 +309,7 @@ class TestFailure:
         """A real process that may write 8 KiB a file: the modules and the manifest do not fit."""
         code = (
             "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192));"
+            "from runlora_gen.emit.style import Style; Style.format = lambda self, source: source;"  # no matter here
             "from runlora_gen.cli import run; run()"
         )
         out = fresh if exists else fresh / "new" / "out"

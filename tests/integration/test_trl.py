@@ -15,7 +15,7 @@ import transformers
 from .models import RANK, VOCABULARY, llama, with_lora
 
 for name in ("trl", "datasets"):
-    pytest.importorskip(name, reason="needs trl and datasets (the test extra)")
+    pytest.importorskip(name, reason="needs trl and datasets")
 
 import datasets  # noqa: E402
 import trl  # noqa: E402

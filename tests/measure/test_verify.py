@@ -77,9 +77,9 @@ def test_a_mutated_module_fails(fresh: Path, mutation: str) -> None:
 
 @pytest.fixture(scope="module")
 def kernels(run, small: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder whose one module has kernels."""
+    """A folder whose one module has one program, with a kernel: the interpreter takes seconds for each more."""
     out = tmp_path_factory.mktemp("kernels")
-    run(*small, "--launch", "graph", "--tokens", "65536", "-o", out).ok()
+    run(*small, "--launch", "graph", "--tokens", "65536", "--train", "b", "--no-input-grad", "-o", out).ok()
     return out / "llama_9m_r4"
 
 
