@@ -6,9 +6,12 @@ torch is imported by what takes a live model, and by nothing else.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib
 import importlib.util
+import json
+import operator
 import os
 import re
 import sys
@@ -20,16 +23,16 @@ from typing import TYPE_CHECKING, Any
 
 from .spec.architecture import Architecture, architecture_of, load_architecture
 from .spec.errors import SpecError, shorten
-from .spec.workload import Workload, make_workload, parse_name, parse_targets
+from .spec.workload import DTYPE_ALIASES, Workload, make_workload, parse_name, parse_targets
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from .spec.live import LiveModel
+
 #: Token counts that modules are chosen for where nobody says more: short and long batches.
 TOKENS = (2048, 16384)
-#: What ``generate`` chooses by where nobody says more, on a machine without a GPU that has a profile.
-_CPU = "cpu"
 
 
 def generate(
@@ -66,6 +69,8 @@ def generate(
         by_rank = {r: architecture.restricted(target_modules) for r, architecture in by_rank.items()}
         first = next(iter(by_rank.values()))
         request = replace(request, target_modules=tuple(dict.fromkeys(p.name for p in first.projections)))
+    for line in next(iter(by_rank.values())).left_out_lines():
+        print(line, file=sys.stderr)
     return _published(Path(output), by_rank, request, force=force)
 
 
@@ -97,23 +102,18 @@ def accelerate(
     live = read_model(model)
     if not live.adapted:
         raise SpecError("model: no LoRA layer of PEFT on a linear: wrap it first, with peft.get_peft_model")
-    packages = _packages(model, live.adapted, output, workload)
+    packages = _packages(model, live, live.adapted, output, workload)
     layers = packages[0].with_peft.lora_layers(model)
-    # Another one would say of a layer that its rank is not there.
-    home = {name: packages[_of_rank(layer, packages)] for name, layer in layers.items()}
-    verdicts = {name: home[name].with_peft.why_left(layer) for name, layer in layers.items()}
-    left = {name: reason for name, reason in verdicts.items() if reason is not None}
-    lines = packages[0].shapes.reasons(left.items())
-    if left and strict:
-        raise ValueError("; ".join(lines))
+    # Each layer to the package of its rank: another one would say that this rank is not there.
+    groups: list[dict[str, Any]] = [{} for _ in packages]
     for name, layer in layers.items():
-        home[name].with_peft.swap(layer)
-    if left:
-        warnings.warn("PEFT's own code runs in: " + "; ".join(lines), stacklevel=2)
-    done = tuple(name for name in layers if name not in left)
-    used = {(home[name].shapes.RANK, layers[name].in_features, layers[name].out_features) for name in done}
-    folders = tuple(package.shapes.FOLDER for package in packages)
-    return packages[0].Report(done, left, folders, len(used))
+        groups[_of_rank(layer, packages)][name] = layer
+    shares = list(zip(packages, groups, strict=True))
+    report = functools.reduce(operator.add, (package.with_peft.judged(group) for package, group in shares))
+    packages[0].with_peft.say(report, layers, strict=strict, stacklevel=3)
+    for package, group in shares:
+        package.with_peft.swap(group)
+    return report
 
 
 def inject_lora(
@@ -156,7 +156,7 @@ def inject_lora(
     architecture = live.architecture.restricted(wanted) if wanted else live.architecture
     if adapter_dtype is not None:
         workload = {"adapter_dtype": _dtype_name(adapter_dtype), **workload}
-    (package,) = _packages(model, {r: architecture}, output, workload)
+    (package,) = _packages(model, live, {r: architecture}, output, workload)
     report = package.inject_lora(
         model, r, lora_alpha, target_modules, adapter_dtype=adapter_dtype, use_rslora=use_rslora
     )
@@ -182,8 +182,6 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], **options:
         peft_model.load_adapter(str(directory), adapter_name, is_trainable=True, **options)
         return
     if package is None:
-        import json
-
         from .spec.live import read_model
 
         config = json.loads((Path(directory) / "adapter_config.json").read_text(encoding="utf-8"))
@@ -191,7 +189,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], **options:
         if not isinstance(rank, int):
             raise SpecError(f"adapter_config.json: r = {shorten(rank)} is not allowed; give a whole number")
         output = options.pop("output", None)
-        (package,) = _packages(model, {rank: read_model(model).architecture}, output, options)
+        live = read_model(model)
+        (package,) = _packages(model, live, {rank: live.architecture}, output, options)
         options = {}
     package.load_adapter(model, directory, **options)
 
@@ -251,6 +250,10 @@ def _by_rank(
     model: Any, rank: int | Sequence[int] | None, name: str | None, model_type: str | None
 ) -> tuple[dict[int, Architecture], dict[str, Any]]:
     """The architecture of each rank, and what else the model says of the workload."""
+
+    def named(architecture: Architecture) -> Architecture:
+        return architecture if name is None else replace(architecture, package=parse_name("name", name))
+
     ranks = () if rank is None else (rank,) if isinstance(rank, int) else tuple(rank)
     if isinstance(model, str | os.PathLike):
         architecture = load_architecture(os.fspath(model), model_type=model_type)
@@ -258,10 +261,10 @@ def _by_rank(
     elif hasattr(model, "named_modules"):
         from .spec.live import read_model
 
-        live = read_model(model, name=name)
-        options = _of_model(model)
+        live = read_model(model)
+        options, _ = _of_model(model, live)
         if not ranks and live.adapted:
-            return dict(live.adapted), options
+            return {r: named(adapted) for r, adapted in live.adapted.items()}, options
         architecture = live.architecture
     elif hasattr(model, "to_dict") and hasattr(model, "model_type"):
         architecture, options = architecture_of(model.to_dict()), {}
@@ -273,31 +276,22 @@ def _by_rank(
     for value in ranks:
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise SpecError(f"rank: {shorten(value)} is not allowed; give whole numbers from 1")
-    if name is not None:
-        architecture = replace(architecture, package=parse_name("name", name))
-    return dict.fromkeys(ranks, architecture), options
+    return dict.fromkeys(ranks, named(architecture)), options
 
 
-def _of_model(model: Any) -> dict[str, Any]:
-    """What a live model says of its workload: dtypes of base and adapters, and the profile of its device."""
-    from .spec.live import read_model
-
-    live = read_model(model)
+def _of_model(model: Any, live: LiveModel) -> tuple[dict[str, Any], str]:
+    """What a live model says of its workload (dtypes, device), and what is to be said of its device's profile."""
     base = _dtype_name(live.dtype)
     adapters = {_dtype_name(group.dtype) for group in live.adapters}
     adapter = adapters.pop() if len(adapters) == 1 else "fp32"
-    device, _ = profile_of(model)
-    return {
-        "tokens": TOKENS,
-        "dtype": base,
-        "adapter_dtype": adapter if adapter == base else "fp32",
-        "device": device,
-    }
+    device, note = profile_of(model)
+    adapter = adapter if adapter == base else "fp32"
+    return {"tokens": TOKENS, "dtype": base, "adapter_dtype": adapter, "device": device}, note
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
     """As the workload calls it; what it has no name for is priced as fp32."""
-    return {"torch.bfloat16": "bf16", "torch.float16": "fp16"}.get(str(dtype), "fp32")
+    return DTYPE_ALIASES.get(str(dtype).removeprefix("torch."), "fp32")
 
 
 def profile_of(model: Any) -> tuple[str, str]:
@@ -309,7 +303,7 @@ def profile_of(model: Any) -> tuple[str, str]:
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     if device.type != "cuda" or not torch.cuda.is_available():
         known = device.type in ("cpu", "meta")
-        return _CPU, "" if known else f"priced as on a CPU: there is no profile for {device.type} devices"
+        return "cpu", "" if known else f"priced as on a CPU: there is no profile for {device.type} devices"
     return nearest_profile(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
 
 
@@ -328,13 +322,14 @@ def _is_target(name: str, target_modules: str | Sequence[str]) -> bool:
 
 def _packages(
     model: Any,
+    live: LiveModel,
     by_rank: Mapping[int, Architecture],
     output: str | os.PathLike[str] | None,
     workload: Mapping[str, Any],
 ) -> list[Any]:
     """The packages for a model, generated where they are not there or stale, and imported."""
-    request = make_workload(**{**_of_model(model), **workload})
-    _, note = profile_of(model)
+    options, note = _of_model(model, live)
+    request = make_workload(**{**options, **workload})
     if note and "device" not in workload:
         warnings.warn(note, stacklevel=3)
     if output is not None:

@@ -45,12 +45,6 @@ PLAIN_WIDTH, REPORT_WIDTH = 80, 180
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-def _device_names() -> tuple[str, ...]:
-    from .cost.device import device_names
-
-    return device_names()
-
-
 _DTYPES = f"[{'|'.join(DTYPE_NAMES)}]"
 _SPEC_OPTIONS = (
     click.option(
@@ -157,17 +151,9 @@ def _read_spec(options: dict[str, Any]) -> tuple[Architecture, tuple[int, ...], 
 
     check_request(architecture, ranks, workload)
     if not options.get("quiet"):
-        _say_left_out(architecture)
+        for line in architecture.left_out_lines():
+            click.echo(line, err=True)
     return architecture, ranks, workload
-
-
-def _say_left_out(architecture: Architecture) -> None:
-    """One line a reason on stderr."""
-    names: dict[str, list[str]] = {}
-    for name, why in architecture.left_out.items():
-        names.setdefault(why, []).append(name)
-    for why, modules in names.items():
-        click.echo(one_line(f"left out: {', '.join(modules)}: {why}"), err=True)
 
 
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})

@@ -609,6 +609,15 @@ def test_what_kernels_do_not_take_goes_through_torch(
         torch.testing.assert_close(result, expected, rtol=1e-2, atol=1e-2)
 
 
+def test_dtensors_go_through_torch(kernels: ModuleType) -> None:
+    """Their strides are those of the whole, and their memory that of a part."""
+    matrix = torch.zeros(8, 8, dtype=torch.float16, device="cuda" if GPU else "cpu")
+    assert kernels._kernels_serve(matrix)
+    part = matrix.clone()
+    part.device_mesh = None
+    assert not kernels._kernels_serve(matrix, part)
+
+
 def test_offsets_beyond_32_bits_go_through_torch(kernels: ModuleType) -> None:
     def matrix(*shape: int, strides: tuple[int, int]) -> Tensor:
         return torch.empty(1, dtype=torch.float16, device="meta").as_strided(shape, strides)

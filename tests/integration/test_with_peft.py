@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -296,6 +297,27 @@ def test_conv1d(tmp_path: Any) -> None:
     report = api.accelerate(model, tmp_path, strict=True, kernels=False, tokens=64)
     assert len(report.accelerated) == 4
     torch.testing.assert_close(model(tokens).logits, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_what_was_generated_frozen_is_not_trained_on_it(tmp_path: Any, tokens: Tensor) -> None:
+    from runlora_gen import api
+
+    model = with_lora(target_modules=["q_proj"])
+    with pytest.warns(UserWarning, match="2 left: lora_A is trained, and llama_r4 was generated with it frozen"):
+        api.accelerate(model, tmp_path, kernels=False, tokens=64, train="b")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_B" in name)
+    assert len(api.accelerate(model, tmp_path, strict=True, kernels=False, tokens=64, train="b").accelerated) == 2
+    assert len(gradients(model, tokens)) == 2
+
+
+def test_kernels_that_are_missing_are_named(package: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_gpu = SimpleNamespace(weight=SimpleNamespace(is_cuda=True))
+    assert package.shapes.without_kernels(on_gpu) is None, "it was generated without"
+    monkeypatch.setattr(package.shapes, "_MODULES", (SimpleNamespace(triton=None),))
+    assert package.shapes.without_kernels(SimpleNamespace(weight=SimpleNamespace(is_cuda=False))) is None
+    said = package.shapes.without_kernels(on_gpu)
+    assert said is not None and said.startswith("Triton is not installed")
 
 
 def test_generated_for_each_rank(tmp_path: Any, tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:

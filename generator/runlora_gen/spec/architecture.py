@@ -30,7 +30,7 @@ import tomllib
 
 from runlora_gen.spec.cache import cached_config, is_model_name
 from runlora_gen.spec.decoder import Decoder
-from runlora_gen.spec.errors import SpecError, shorten
+from runlora_gen.spec.errors import SpecError, one_line, shorten
 from runlora_gen.spec.files import read_text
 
 MAX_FEATURES = 1_048_576
@@ -79,6 +79,13 @@ class Architecture:
     def slug(self) -> str:
         """The name of its package, a valid one in Python."""
         return slug(self.package or self.name)
+
+    def left_out_lines(self) -> list[str]:
+        """What is left out, a line for each reason."""
+        names: dict[str, list[str]] = {}
+        for name, why in self.left_out.items():
+            names.setdefault(why, []).append(name)
+        return [one_line(f"left out: {', '.join(modules)}: {why}") for why, modules in names.items()]
 
     def restricted(self, target_modules: Sequence[str]) -> Architecture:
         """Return the same architecture with only these projections, in their own order."""
