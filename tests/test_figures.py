@@ -238,3 +238,11 @@ def test_peft_s_own_tests() -> None:
     text = (ROOT / "docs" / "with-peft.md").read_text(encoding="utf-8")
     for group in ("passed_on_ours", "passed_without_a_call", "fails_without_ours", "tests"):
         assert re.search(rf"\b{data[group]}\b", text), group
+
+
+def test_the_model_under_measured_rates() -> None:
+    large, small = (row["results"]["ours"] for row in results("model_h100_rates.json")["rows"])
+    ratios, said = large["eager"]["over_frozen"], " ".join(README.split())
+    assert f'"ours" took {ratios["median"]:.2f} (least {ratios["min"]:.2f}) of the frozen step of the 13B shape' in said
+    eager, checkpointing = (f"{small[mode]['over_frozen']['median']:.2f}" for mode in ("eager", "checkpointing"))
+    assert f"and {eager} and with checkpointing {checkpointing} of the 8B one's" in said
