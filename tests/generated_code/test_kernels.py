@@ -129,7 +129,11 @@ class Launches(list[tuple[str, dict[str, Any]]]):
 
 
 class Spy:
-    """A kernel that notes its launches."""
+    """A kernel that notes its launches.
+
+    In the interpreter, which compiles nothing, it gives something to launch again as a compiler would: it runs on what
+    Triton would have compiled it for, and on nothing else.
+    """
 
     runs = True
 
@@ -139,15 +143,67 @@ class Spy:
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
         def launch(*args: Any, **constants: Any) -> Any:
             self.launches.append((self.name, constants))
-            return self.kernel[grid](*args, **constants) if self.runs else None
+            if not self.runs:
+                return None
+            compiled = self.kernel[grid](*args, **constants)
+            return Compiled(self, compiled, args, constants)
 
         return launch
+
+
+class Compiled:
+    """What Triton compiled for some arguments, launched again."""
+
+    def __init__(self, spy: Spy, compiled: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> None:
+        self.spy, self.compiled, self.constants = spy, compiled, constants
+        self.kinds = [*self.kinds_of(args), *(v for k, v in constants.items() if not k.startswith("num_"))]
+
+    def kinds_of(self, args: tuple[Any, ...]) -> list[Any]:
+        """What Triton looks at, of what it may specialise on."""
+        names = getattr(self.spy.kernel, "arg_names", [])
+        free = getattr(self.spy.kernel, "do_not_specialize", None) or ()
+        return [
+            kind_of(arg, specialised=name not in free)
+            for name, arg in zip([*names, *[""] * len(args)][: len(args)], args, strict=True)
+        ]
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        assert len(grid) == 3
+
+        def launch(*args: Any) -> None:
+            self.spy.launches.append((self.spy.name, self.constants))
+            constants = [v for k, v in self.constants.items() if not k.startswith("num_")]
+            operands, given = args[: len(args) - len(constants)], list(args[len(args) - len(constants) :])
+            assert [*self.kinds_of(operands), *given] == self.kinds
+            (self.spy.kernel if self.compiled is None else self.compiled)[grid](*args)
+
+        return launch
+
+
+def kind_of(argument: Any, *, specialised: bool) -> Any:
+    """By what Triton tells arguments apart; of a descriptor, by what its address was encoded for."""
+    match argument:
+        case Tensor():
+            return argument.dtype, argument.data_ptr() % 16, argument.device
+        case bool() | None:
+            return argument
+        case int():
+            wide = argument >= 2**31
+            return ("int", wide, argument == 1, argument % 16 == 0) if specialised else ("int", wide)
+        case float():
+            return "float"
+        case _:
+            base = argument.base
+            assert list(argument.shape) == list(base.shape) and list(argument.strides) == list(base.stride())
+            assert base.data_ptr() % 16 == 0
+            return base.dtype, tuple(argument.shape), tuple(argument.strides), tuple(argument.block_shape)
 
 
 @pytest.fixture
 def launches(kernels: ModuleType, stochastic: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Launches:
     noted = Launches()
     for module in (kernels, stochastic):
+        monkeypatch.setattr(module, "_PLANS", {})
         for name, value in list(vars(module).items()):
             if name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, Spy(name[1:].removesuffix("_kernel"), value, noted))
@@ -157,7 +213,12 @@ def launches(kernels: ModuleType, stochastic: ModuleType, monkeypatch: pytest.Mo
 @pytest.fixture
 def resize(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Set the number of multiprocessors that the launches divide their work for."""
-    return lambda count: monkeypatch.setattr(kernels, "_multiprocessors", lambda device: count)
+
+    def set_to(count: int) -> None:
+        monkeypatch.setattr(kernels, "_multiprocessors", lambda device: count)
+        kernels._PLANS.clear()
+
+    return set_to
 
 
 # Below, at and above the sides of tiles. A GEMM writes multiples of 8 through a tensor descriptor.
@@ -613,9 +674,15 @@ def test_dtensors_go_through_torch(kernels: ModuleType) -> None:
     """Their strides are those of the whole, and their memory that of a part."""
     matrix = torch.zeros(8, 8, dtype=torch.float16, device="cuda" if GPU else "cpu")
     assert kernels._kernels_serve(matrix)
-    part = matrix.clone()
-    part.device_mesh = None
+
+    class Part(Tensor):
+        device_mesh = None
+
+    part = matrix.as_subclass(Part)
     assert not kernels._kernels_serve(matrix, part)
+    with pytest.MonkeyPatch.context() as patch:  # the compiler shows its own tensors as plain ones
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert not kernels._kernels_serve(matrix, part) and kernels._kernels_serve(matrix)
 
 
 def test_offsets_beyond_32_bits_go_through_torch(kernels: ModuleType) -> None:
