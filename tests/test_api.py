@@ -97,8 +97,8 @@ def test_a_config(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"rank": None}, "rank: missing"),
-        ({"rank": 0}, "rank: 0 is not allowed"),
-        ({"rank": True}, "rank: True is not allowed"),
+        ({"rank": 0}, "rank: '0' is not allowed"),
+        ({"rank": True}, "rank: 'True' is not allowed"),
         ({"rank": 9}, r"--rank: 9 is above min\(in, out\)"),
         ({"name": "1"}, "name: '1' is not allowed"),
         ({"tokens": 0}, "tokens: '0' is not allowed"),

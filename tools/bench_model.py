@@ -42,7 +42,7 @@ from typing import Any
 
 import torch
 from contenders import CONTENDERS, FROZEN, Contender, Setup, Unavailable, adapters, causal, fill_adapters, from_folder
-from runlora_gen.api import profile_of
+from runlora_gen.generation import profile_of
 from runlora_gen.measure.clock import Run, captured, interleaved, repeated, seconds
 from runlora_gen.measure.machine import machine_name
 from runlora_gen.measure.memory import peak_bytes

@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from bench_model import measured_before, ratios
 from contenders import CONTENDERS, Setup, fill_adapters
-from runlora_gen.api import profile_of
+from runlora_gen.generation import profile_of
 from runlora_gen.measure.clock import Run, interleaved, repeated
 from runlora_gen.measure.machine import machine_name
 from runlora_gen.measure.memory import peak_bytes

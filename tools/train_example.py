@@ -31,7 +31,7 @@ import torch
 from contenders import Setup, accelerated, peft_model
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from runlora_gen.api import profile_of
+from runlora_gen.generation import profile_of
 from runlora_gen.measure.machine import machine_name
 from runlora_gen.measure.memory import peak_bytes
 from torch import Tensor, nn

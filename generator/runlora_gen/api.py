@@ -16,23 +16,20 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .spec.architecture import Architecture, architecture_of, load_architecture
+from .generation import Request, dtype_name, generated, of_model, read_request
 from .spec.errors import SpecError, shorten
-from .spec.workload import DTYPE_ALIASES, Workload, make_workload, parse_name, parse_targets
+from .spec.workload import make_workload
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from .spec.architecture import Architecture
     from .spec.live import LiveModel
-
-#: Token counts that modules are chosen for where nobody says more: short and long batches.
-TOKENS = (2048, 16384)
 
 
 def generate(
@@ -62,16 +59,10 @@ def generate(
     Raises:
         SpecError: a value that is not allowed, named in one line; nothing is written then.
     """
-    target_modules = _targets(workload.pop("target_modules", ()))
-    by_rank, options = _by_rank(model, rank, name, workload.get("model_type"))
-    request = make_workload(**{**options, **workload})
-    if target_modules:
-        by_rank = {r: architecture.restricted(target_modules) for r, architecture in by_rank.items()}
-        first = next(iter(by_rank.values()))
-        request = replace(request, target_modules=tuple(dict.fromkeys(p.name for p in first.projections)))
-    for line in next(iter(by_rank.values())).left_out_lines():
+    request = read_request(model, rank=rank, name=name, **workload)
+    for line in request.architecture.left_out_lines():
         print(line, file=sys.stderr)
-    return _published(Path(output), by_rank, request, force=force)
+    return generated(request, Path(output), force=force)
 
 
 def accelerate(
@@ -155,7 +146,7 @@ def inject_lora(
     wanted = [name for name in names if name in known]
     architecture = live.architecture.restricted(wanted) if wanted else live.architecture
     if adapter_dtype is not None:
-        workload = {"adapter_dtype": _dtype_name(adapter_dtype), **workload}
+        workload = {"adapter_dtype": dtype_name(adapter_dtype), **workload}
     (package,) = _packages(model, live, {r: architecture}, output, workload)
     report = package.inject_lora(
         model, r, lora_alpha, target_modules, adapter_dtype=adapter_dtype, use_rslora=use_rslora
@@ -243,74 +234,6 @@ def restore(model: nn.Module) -> tuple[str, ...]:
     return names
 
 
-# What to generate for
-
-
-def _by_rank(
-    model: Any, rank: int | Sequence[int] | None, name: str | None, model_type: str | None
-) -> tuple[dict[int, Architecture], dict[str, Any]]:
-    """The architecture of each rank, and what else the model says of the workload."""
-
-    def named(architecture: Architecture) -> Architecture:
-        return architecture if name is None else replace(architecture, package=parse_name("name", name))
-
-    ranks = () if rank is None else (rank,) if isinstance(rank, int) else tuple(rank)
-    if isinstance(model, str | os.PathLike):
-        architecture = load_architecture(os.fspath(model), model_type=model_type)
-        options: dict[str, Any] = {}
-    elif hasattr(model, "named_modules"):
-        from .spec.live import read_model
-
-        live = read_model(model)
-        options, _ = _of_model(model, live)
-        if not ranks and live.adapted:
-            return {r: named(adapted) for r, adapted in live.adapted.items()}, options
-        architecture = live.architecture
-    elif hasattr(model, "to_dict") and hasattr(model, "model_type"):
-        architecture, options = architecture_of(model.to_dict()), {}
-    else:
-        kind = type(model).__name__
-        raise SpecError(f"model: {shorten(kind)} is not allowed; give a torch module, a config, a name or a path")
-    if not ranks:
-        raise SpecError("rank: missing; give a whole number such as 8")
-    for value in ranks:
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise SpecError(f"rank: {shorten(value)} is not allowed; give whole numbers from 1")
-    return dict.fromkeys(ranks, named(architecture)), options
-
-
-def _of_model(model: Any, live: LiveModel) -> tuple[dict[str, Any], str]:
-    """What a live model says of its workload (dtypes, device), and what is to be said of its device's profile."""
-    base = _dtype_name(live.dtype)
-    adapters = {_dtype_name(group.dtype) for group in live.adapters}
-    adapter = adapters.pop() if len(adapters) == 1 else "fp32"
-    device, note = profile_of(model)
-    adapter = adapter if adapter == base else "fp32"
-    return {"tokens": TOKENS, "dtype": base, "adapter_dtype": adapter, "device": device}, note
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    """As the workload calls it; what it has no name for is priced as fp32."""
-    return DTYPE_ALIASES.get(str(dtype).removeprefix("torch."), "fp32")
-
-
-def profile_of(model: Any) -> tuple[str, str]:
-    """The device profile that stands for a model's device, and what is to be said if it is another machine's."""
-    import torch
-
-    from .cost.device import nearest_profile
-
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    if device.type != "cuda" or not torch.cuda.is_available():
-        known = device.type in ("cpu", "meta")
-        return "cpu", "" if known else f"priced as on a CPU: there is no profile for {device.type} devices"
-    return nearest_profile(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
-
-
-def _targets(target_modules: str | Sequence[str]) -> tuple[str, ...]:
-    return parse_targets([target_modules] if isinstance(target_modules, str) else target_modules)
-
-
 def _is_target(name: str, target_modules: str | Sequence[str]) -> bool:
     if isinstance(target_modules, str):
         return target_modules == "all-linear" or re.fullmatch(target_modules, name) is not None
@@ -328,61 +251,25 @@ def _packages(
     workload: Mapping[str, Any],
 ) -> list[Any]:
     """The packages for a model, generated where they are not there or stale, and imported."""
-    options, note = _of_model(model, live)
-    request = make_workload(**{**options, **workload})
+    options, note = of_model(model, live)
+    request = Request(by_rank, make_workload(**{**options, **workload})).checked()
     if note and "device" not in workload:
         warnings.warn(note, stacklevel=3)
     if output is not None:
-        return [_imported(folder) for folder in _published(Path(output), by_rank, request)]
+        return [_imported(folder) for folder in generated(request, Path(output))]
     from .emit.package import package_digest
 
     folders: list[Path] = []
     for rank, architecture in by_rank.items():
         # A folder for each request: models that are trained in turns don't overwrite each other's.
-        key = package_digest(architecture, rank, request).removeprefix("sha256:")[:12]
-        folders += _published(_cache() / key, {rank: architecture}, request)
+        key = package_digest(architecture, rank, request.workload).removeprefix("sha256:")[:12]
+        folders += generated(Request({rank: architecture}, request.workload), _cache() / key)
     return [_imported(folder) for folder in folders]
 
 
 def _cache() -> Path:
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "runlora_gen"
-
-
-def _published(
-    out: Path, by_rank: Mapping[int, Architecture], workload: Workload, *, force: bool = False
-) -> tuple[Path, ...]:
-    from .choose import check_request
-    from .emit.package import build_package, folder_name, is_current
-    from .emit.publish import publish
-
-    for rank, architecture in by_rank.items():
-        check_request(architecture, (rank,), workload)
-    folders = []
-    with _alone():
-        for rank, architecture in by_rank.items():
-            folder = out / folder_name(architecture, rank)
-            folders.append(folder)
-            if not force and is_current(folder, architecture, rank, workload):
-                continue
-            print(f"runlora-gen: generating LoRA linears of rank {rank} into {folder}", file=sys.stderr)
-            publish(out, [build_package(architecture, rank, workload, out=out)], force=force)
-    return tuple(folders)
-
-
-@contextlib.contextmanager
-def _alone() -> Iterator[None]:
-    """Of a user's processes on a machine one generates; the others wait, and find it done."""
-    try:
-        from filelock import FileLock  # torch needs it, too
-    except ImportError:
-        yield
-        return
-    import tempfile
-
-    owner = os.getuid() if hasattr(os, "getuid") else 0
-    with FileLock(Path(tempfile.gettempdir()) / f"runlora-gen-{owner}.lock"):
-        yield
 
 
 def _imported(folder: Path) -> Any:

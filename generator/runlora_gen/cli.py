@@ -7,7 +7,7 @@ import json
 import sys
 import textwrap
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,20 +15,17 @@ import click
 from click.core import ParameterSource
 
 from . import __version__
-from .spec.architecture import Architecture, architecture_names, load_architecture
+from .generation import MAX_RANK, Request, built, read_request
+from .spec.architecture import architecture_names, load_architecture
 from .spec.errors import SpecError, one_line, reason, shorten
 from .spec.layers import layers
 from .spec.workload import (
     CHOICES,
     DTYPE_NAMES,
     MAX_TOKENS,
-    Workload,
-    make_workload,
     parse_counts,
     parse_dtype,
-    parse_name,
     parse_shapes,
-    parse_targets,
 )
 
 if TYPE_CHECKING:
@@ -38,7 +35,6 @@ if TYPE_CHECKING:
 
 EXIT_STALE = 1
 EXIT_BAD_INPUT = 2
-MAX_RANK = 2**20
 # Columns where no terminal says how many there are: of text for people, and of the tables of variants.
 PLAIN_WIDTH, REPORT_WIDTH = 80, 180
 
@@ -125,35 +121,24 @@ _AS_GIVEN = (
 )
 
 
-def _read_spec(options: dict[str, Any]) -> tuple[Architecture, tuple[int, ...], Workload]:
+def _read_spec(options: dict[str, Any]) -> Request:
     if options["arch"] is None:
         raise SpecError("--arch: missing; give a name (`runlora-gen archs` lists them) or the path of a config.json")
-    if not options["rank"]:
-        raise SpecError("--rank: missing; give a whole number such as 8")
-    architecture = load_architecture(options["arch"], model_type=options["model_type"])
-    if options.get("name") is not None:
-        architecture = replace(architecture, package=parse_name("--name", options["name"]))
-    targets = parse_targets(options["target_modules"])
-    if targets:
-        architecture = architecture.restricted(targets)
-        # The architecture's order, each name once: the same modules are the same command and digest.
-        targets = tuple(dict.fromkeys(projection.name for projection in architecture.projections))
-    ranks = parse_counts("--rank", options["rank"], maximum=MAX_RANK)
-    workload = make_workload(
+    request = read_request(
+        options["arch"],
+        rank=options["rank"],
+        name=options.get("name"),
+        target_modules=options["target_modules"],
         prefix="--",
         tokens=options["tokens"] or None,
-        target_modules=targets,
         input_grad=not options["no_input_grad"],
         kernels=not options["no_kernels"],
         **{name: options[name] for name in _AS_GIVEN},
     )
-    from .choose import check_request
-
-    check_request(architecture, ranks, workload)
     if not options.get("quiet"):
-        for line in architecture.left_out_lines():
+        for line in request.architecture.left_out_lines():
             click.echo(line, err=True)
-    return architecture, ranks, workload
+    return request
 
 
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
@@ -188,27 +173,19 @@ def main(context: click.Context, /, **options: Any) -> None:
     if not given:
         click.echo(context.get_help())
         return
-    from .emit.package import build_package
     from .emit.publish import plan_changes, publish
     from .emit.style import MAX_LINE_LENGTH
 
-    architecture, ranks, workload = _read_spec(options)
+    request = _read_spec(options)
     out = Path(options["output"])
     length = options["line_length"]
-    packages = [
-        build_package(
-            architecture,
-            r,
-            workload,
-            out=out,
-            line_length=(
-                None if length is None else parse_counts("--line-length", (length,), maximum=MAX_LINE_LENGTH)[0]
-            ),
-            all_variants=options["all_variants"],
-            reuse=not options["check"],  # a check trusts nothing that it can make anew
-        )
-        for r in ranks
-    ]
+    packages = built(
+        request,
+        out,
+        line_length=None if length is None else parse_counts("--line-length", (length,), maximum=MAX_LINE_LENGTH)[0],
+        all_variants=options["all_variants"],
+        reuse=not options["check"],  # a check trusts nothing that it can make anew
+    )
     quiet, verbose = options["quiet"], options["verbose"]
     if verbose:
         for package in packages:
@@ -275,10 +252,11 @@ def explain(variants: bool, show_all: bool, as_json: bool, **options: Any) -> No
     from .gain import gain
     from .ranges import decide_step, rest_of_step
 
-    architecture, ranks, workload = _read_spec(options)
-    if len(ranks) > 1 or len(workload.tokens) > 1:
+    request = _read_spec(options)
+    architecture, workload = request.architecture, request.workload
+    if len(request.ranks) > 1 or len(workload.tokens) > 1:
         raise SpecError("explain: several values of --rank or --tokens; give one of each")
-    rank, tokens = ranks[0], workload.tokens[0]
+    rank, tokens = request.ranks[0], workload.tokens[0]
     sites = layers(architecture)
     decisions = decide_step(workload, sites, rank, tokens)
     found = gain(architecture, sites, decisions, rest_of_step(workload, sites, rank, tokens))
@@ -362,17 +340,18 @@ def estimate(batch: str | None, sequence: str | None, checkpointing: bool, as_js
         raise SpecError("estimate: several values of --batch or --sequence; give one of each")
     if size * length > MAX_TOKENS:
         raise SpecError(f"--batch: {size} sequences of {length} tokens are above {MAX_TOKENS} tokens a step")
-    architecture, ranks, workload = _read_spec({**options, "tokens": (str(size * length),)})
-    if len(ranks) > 1:
+    request = _read_spec({**options, "tokens": (str(size * length),)})
+    if len(request.ranks) > 1:
         raise SpecError("estimate: several values of --rank; give one")
+    architecture, rank, workload = request.architecture, request.ranks[0], request.workload
     check_modelled(architecture)
     step = Batch(size, length, checkpointing)
-    found = predict(architecture, ranks[0], workload, step)
+    found = predict(architecture, rank, workload, step)
     if as_json:
-        click.echo(json.dumps(estimate_data(architecture, ranks[0], workload, step, found), indent=1))
+        click.echo(json.dumps(estimate_data(architecture, rank, workload, step, found), indent=1))
         return
     console = _console(PLAIN_WIDTH)
-    for line in estimate_lines(architecture, ranks[0], workload, step, found):
+    for line in estimate_lines(architecture, rank, workload, step, found):
         console.print(line, markup=False)
 
 

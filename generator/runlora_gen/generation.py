@@ -1,0 +1,212 @@
+"""From what a user asks for to packages on disk: the one way of the command line and of Python.
+
+torch is imported by what takes a live model, and by nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .spec.architecture import Architecture, architecture_of, load_architecture
+from .spec.errors import SpecError, shorten
+from .spec.workload import DTYPE_ALIASES, Workload, make_workload, parse_counts, parse_name, parse_targets
+
+if TYPE_CHECKING:
+    import torch
+
+    from .emit.package import Package
+    from .spec.live import LiveModel
+
+MAX_RANK = 2**20
+#: Token counts that modules of a live model are chosen for where nobody says more: short and long batches.
+TOKENS = (2048, 16384)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to generate: a package for each rank.
+
+    Attributes:
+        by_rank: the linears of each rank: adapters of a live model may differ in them.
+        workload: what they are chosen for.
+    """
+
+    by_rank: Mapping[int, Architecture]
+    workload: Workload
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """In the order of the packages."""
+        return tuple(self.by_rank)
+
+    @property
+    def architecture(self) -> Architecture:
+        """That of the first rank: of all of them, where they were given."""
+        return next(iter(self.by_rank.values()))
+
+    def checked(self) -> Request:
+        """Itself.
+
+        Raises:
+            SpecError: it can't be generated, with the reason in one line.
+        """
+        from .choose import check_request
+
+        groups: dict[Architecture, list[int]] = {}  # what is said of several ranks is of all that share their linears
+        for rank, architecture in self.by_rank.items():
+            groups.setdefault(architecture, []).append(rank)
+        for architecture, ranks in groups.items():
+            check_request(architecture, ranks, self.workload)
+        return self
+
+
+def read_request(
+    model: Any,
+    *,
+    rank: Any = None,
+    name: str | None = None,
+    target_modules: Any = (),
+    prefix: str = "",
+    **fields: Any,
+) -> Request:
+    """What is asked for, from values as Python has them or from texts of options.
+
+    Args:
+        model: a ``torch.nn.Module`` (also on the meta device; a PeftModel also gives its ranks), a config of
+            Transformers, or what ``--arch`` takes: a name, a config.json or its folder.
+        rank: of the adapters, one or several; None for those of a PeftModel.
+        name: of the packages; None for that of the model.
+        target_modules: names of projections; none or "all-linear" for all.
+        prefix: what errors put before a name: ``--`` for options.
+        fields: of ``Workload``; a live model gives its own dtypes and device.
+
+    Raises:
+        SpecError: a value that is not allowed, or that does not fit the others, named in one line.
+    """
+    targets = parse_targets([target_modules] if isinstance(target_modules, str) else target_modules)
+    options: dict[str, Any] = {}
+    adapted: Mapping[int, Architecture] = {}
+    if isinstance(model, str | os.PathLike):
+        architecture = load_architecture(os.fspath(model), model_type=fields.get("model_type"))
+    elif hasattr(model, "named_modules"):
+        from .spec.live import read_model
+
+        live = read_model(model)
+        options, _ = of_model(model, live)
+        architecture, adapted = live.architecture, live.adapted
+    elif hasattr(model, "to_dict") and hasattr(model, "model_type"):
+        architecture = architecture_of(model.to_dict())
+    else:
+        kind = type(model).__name__
+        raise SpecError(f"model: {shorten(kind)} is not allowed; give a torch module, a config, a name or a path")
+    ranks = () if rank is None else (rank,) if isinstance(rank, int | str) else tuple(rank)
+    if ranks or not adapted:
+        if not ranks:
+            raise SpecError(f"{prefix}rank: missing; give a whole number such as 8")
+        adapted = dict.fromkeys(parse_counts(f"{prefix}rank", map(str, ranks), maximum=MAX_RANK), architecture)
+
+    def narrowed(architecture: Architecture) -> Architecture:
+        if name is not None:
+            architecture = replace(architecture, package=parse_name(f"{prefix}name", name))
+        return architecture.restricted(targets) if targets else architecture
+
+    by_rank = {rank: narrowed(architecture) for rank, architecture in adapted.items()}
+    # The architecture's order, each name once: the same modules are the same command and digest.
+    names = dict.fromkeys(p.name for a in by_rank.values() for p in a.projections) if targets else ()
+    workload = make_workload(prefix=prefix, target_modules=tuple(names), **{**options, **fields})
+    return Request(by_rank, workload).checked()
+
+
+def of_model(model: Any, live: LiveModel) -> tuple[dict[str, Any], str]:
+    """What a live model says of its workload (dtypes, device), and what is to be said of its device's profile."""
+    base = dtype_name(live.dtype)
+    adapters = {dtype_name(group.dtype) for group in live.adapters}
+    adapter = adapters.pop() if len(adapters) == 1 else "fp32"
+    device, note = profile_of(model)
+    adapter = adapter if adapter == base else "fp32"
+    return {"tokens": TOKENS, "dtype": base, "adapter_dtype": adapter, "device": device}, note
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As the workload calls it; what it has no name for is priced as fp32."""
+    return DTYPE_ALIASES.get(str(dtype).removeprefix("torch."), "fp32")
+
+
+def profile_of(model: Any) -> tuple[str, str]:
+    """The device profile that stands for a model's device, and what is to be said if it is another machine's."""
+    import torch
+
+    from .cost.device import nearest_profile
+
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    if device.type != "cuda" or not torch.cuda.is_available():
+        known = device.type in ("cpu", "meta")
+        return "cpu", "" if known else f"priced as on a CPU: there is no profile for {device.type} devices"
+    return nearest_profile(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
+
+
+def built(
+    request: Request,
+    out: Path,
+    *,
+    line_length: int | None = None,
+    all_variants: bool = False,
+    reuse: bool = True,
+) -> list[Package]:
+    """The packages, chosen and rendered; nothing is written. See ``build_package``."""
+    from .emit.package import build_package
+
+    return [
+        build_package(
+            architecture,
+            rank,
+            request.workload,
+            out=out,
+            line_length=line_length,
+            all_variants=all_variants,
+            reuse=reuse,
+        )
+        for rank, architecture in request.by_rank.items()
+    ]
+
+
+def generated(request: Request, out: Path, *, force: bool = False) -> tuple[Path, ...]:
+    """Folders of the packages, written where they are not there or are not what would be generated now.
+
+    Raises:
+        SpecError: the folder can't be written, or holds something foreign.
+    """
+    from .emit.package import folder_name, is_current
+    from .emit.publish import publish
+
+    folders = []
+    with _alone():
+        for rank, architecture in request.by_rank.items():
+            folder = out / folder_name(architecture, rank)
+            folders.append(folder)
+            if not force and is_current(folder, architecture, rank, request.workload):
+                continue
+            print(f"runlora-gen: generating LoRA linears of rank {rank} into {folder}", file=sys.stderr)
+            publish(out, built(Request({rank: architecture}, request.workload), out), force=force)
+    return tuple(folders)
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Of a user's processes on a machine one generates; the others wait, and find it done."""
+    try:
+        from filelock import FileLock  # torch needs it, too
+    except ImportError:
+        yield
+        return
+    import tempfile
+
+    owner = os.getuid() if hasattr(os, "getuid") else 0
+    with FileLock(Path(tempfile.gettempdir()) / f"runlora-gen-{owner}.lock"):
+        yield
