@@ -90,9 +90,11 @@ def accelerate(
     """
     from .spec.live import read_model
 
-    live = read_model(model)
-    if not live.adapted:
-        raise SpecError("model: no LoRA layer of PEFT on a linear: wrap it first, with peft.get_peft_model")
+    live = None
+    with contextlib.suppress(SpecError):  # it has no linear at all; perhaps quantized ones
+        live = read_model(model)
+    if live is None or not live.adapted:
+        return _left_to_peft(model, strict=strict)
     packages = _packages(model, live, live.adapted, output, workload)
     layers = packages[0].with_peft.lora_layers(model)
     # Each layer to the package of its rank: another one would say that this rank is not there.
@@ -299,6 +301,37 @@ def _package_of(model: nn.Module) -> Any:
         if hasattr(kind, "replaces") or (hasattr(kind, "from_linear") and hasattr(module, "lora_A")):
             return importlib.import_module(kind.__module__.rpartition(".")[0])
     return None
+
+
+def _left_to_peft(model: nn.Module, *, strict: bool) -> Any:
+    """The report of a model none of whose LoRA layers is covered, such as a quantized one; warned of.
+
+    Raises:
+        SpecError: it has none; or ``strict``.
+    """
+    kinds = importlib.import_module("peft.tuners.lora") if "peft" in sys.modules else None
+    layers = {n: m for n, m in model.named_modules() if kinds is not None and isinstance(m, kinds.LoraLayer)}
+    if not layers:
+        raise SpecError("model: no LoRA layer of PEFT on a linear: wrap it first, with peft.get_peft_model")
+    from .emit.render import Header, render
+
+    said: dict[str, Any] = {"__name__": __name__}  # dataclasses look a class's module up
+    exec(render("report.py.jinja", {"header": Header("", "")}), said)  # the packages' own
+    left = {}
+    for name, layer in layers.items():
+        kind = type(layer)
+        plain = kind is kinds.Linear  # type: ignore[union-attr]
+        what = (
+            f"base of {type(layer.base_layer).__name__}"
+            if plain
+            else f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}"
+        )
+        left[name] = f"a {what} is not covered"
+    line = said["left_to_peft"](left)
+    if strict:
+        raise SpecError(line)
+    warnings.warn(line, stacklevel=3)
+    return said["Report"]((), left, (), 0)
 
 
 def _needed(model: nn.Module) -> Any:
