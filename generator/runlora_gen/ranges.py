@@ -29,7 +29,7 @@ _RESOLUTION = 0.01
 #: What a step does beside its linears (attention, norms, activations, sums), on the device and on the host, in units of
 #: what the frozen linears take there: medians over three of Llama's sizes as Transformers runs them eagerly
 #: (tools/results/step_h100.json).
-REST_DEVICE, REST_HOST = 0.70, 2.20
+REST_DEVICE, REST_HOST = 0.78, 1.84
 #: The same where one linear is the whole step: what its autograd function, its module and the engine need of the host.
 #: The least of what modules with and without kernels took at 2048 tokens, as what else a machine does only adds to it
 #: (tools/results/linear_h100_bf16_r16.json and linear_h100_bf16_ranks.json).
