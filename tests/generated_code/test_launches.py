@@ -130,11 +130,11 @@ class TestPlans:
     @pytest.mark.parametrize(
         "other",
         [
-            lambda x: x[:, 1:17],  # off 16 bytes
+            lambda x: x[:8, 1:17],  # off 16 bytes
             lambda x: x[1:2, :16],
             lambda x: x.t()[:16],
             lambda x: x[:8, :16].contiguous(),
-            lambda x: x[:8, :16].to(torch.float16),
+            lambda x: x.to(torch.float16)[:8, :16],
             lambda x: None,
         ],
         ids=["alignment", "a size of 1", "strides", "contiguous", "dtype", "none"],
@@ -185,8 +185,17 @@ def test_many_threads(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> No
     assert not wrong
 
 
-def test_an_integer_scaling_is_a_number_like_another(module: ModuleType) -> None:
+def test_an_integer_scaling_is_a_number_like_another(
+    module: ModuleType, kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Triton would compile for an integer of 1, and then be given 0.5."""
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_PLANS", {})
+        patch.setattr(module, "_x_at_kernel", kernel)
+        for scaling in (1, 0.5):
+            module._launch_x_at(torch.ones(4, 16, device=DEVICE), torch.ones(2, 16, device=DEVICE), scaling, "S")
+        arguments = [kernel.compiled[0][1][3], kernel.launched[0][1][3]]
+        assert arguments == [1.0, 0.5] and all(isinstance(argument, float) for argument in arguments)
     X, A = torch.ones(4, 16, device=DEVICE).half(), torch.ones(2, 16, device=DEVICE).half()
     for scaling in (1, 0.5, 2, 0.25):
         assert torch.equal(module._launch_x_at(X, A, scaling, "S"), torch.full((4, 2), 16 * scaling).half().to(DEVICE))
