@@ -10,6 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from runlora_gen import choose
+from runlora_gen.algebra.linear import LINEAR
 from runlora_gen.choose import (
     CRITERIA,
     PARETO,
@@ -179,7 +180,7 @@ def test_order_of_the_candidates_is_of_no_matter(workload: Workload, size: tuple
 def test_tie_break_is_pinned() -> None:
     assert TIE_BREAK == ("time", "device", "host", "saved", "memory", "flops", "error", "bytes", "launches")
     assert PARETO == ("time", "saved", "memory", "flops", "error")
-    programs = choose.enumerate_programs(("dX", "dA", "dB"))
+    programs = choose.enumerate_programs(LINEAR, ("dX", "dA", "dB"))
 
     def priced(
         program,

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from .algebra.derivation import Derivation, Way
 from .algebra.enumerate import Phase, Program, enumerate_backwards, enumerate_forwards, enumerate_programs, pair
 from .algebra.operations import Fused, Symbol
-from .algebra.table import STOCHASTIC_MERGE, Way, rows
 from .cost.device import load_device, on_16_bytes
 from .cost.lower import (
     available,
@@ -170,9 +170,11 @@ def setting_for(workload: Workload, in_features: int, out_features: int, rank: i
 
 def enumerated(workload: Workload, setting: Setting) -> tuple[Program, ...]:
     """Every program that can serve, its single products computed by torch."""
-    programs = enumerate_programs(goals(workload), table=_table(workload, setting), casts=setting.casts)
+    programs = enumerate_programs(
+        setting.derivation, goals(workload), table=_table(workload, setting), casts=setting.casts
+    )
     if workload.merge_rounding == "stochastic":
-        programs = tuple(with_kernels(p, tuple(STOCHASTIC_MERGE.values()), replacing=True) for p in programs)
+        programs = tuple(with_kernels(p, _replaced(workload, setting), replacing=True) for p in programs)
     return programs
 
 
@@ -185,12 +187,17 @@ def _table(workload: Workload, setting: Setting) -> tuple[Way, ...]:
     than torch.
     """
     dtype = setting.dtype
-    return rows(
+    return setting.derivation.rows(
         kernels=_kernels(workload, setting),
         dtype=dtype.name,
         rank=setting.rank,
         known=lambda operation: is_priced(operation, dtype, setting.device),
     )
+
+
+def _replaced(workload: Workload, setting: Setting) -> tuple[Fused, ...]:
+    """What takes the place of merges that round to the nearest."""
+    return tuple(setting.derivation.stochastic.values()) if workload.merge_rounding == "stochastic" else ()
 
 
 def _kernels(workload: Workload, setting: Setting) -> bool:
@@ -251,7 +258,7 @@ def fastest(workload: Workload, setting: Setting, host_share: float = DEVICE_BOU
     twins = available(setting) if _kernels(workload, setting) else ()
     pairs = [
         (timed(forwards, kernels), timed(backwards, kernels))
-        for forwards, backwards in _by_kept(workload, _table(workload, setting), setting.casts)
+        for forwards, backwards in _by_kept(workload, setting, _table(workload, setting))
         for kernels in subsets(twins)
     ]
     pairs = [(forwards, backwards) for forwards, backwards in pairs if forwards and backwards]
@@ -271,23 +278,25 @@ def fastest(workload: Workload, setting: Setting, host_share: float = DEVICE_BOU
 
 
 def _by_kept(
-    workload: Workload, table: tuple[Way, ...], casts: bool
+    workload: Workload, setting: Setting, table: tuple[Way, ...]
 ) -> Iterable[tuple[tuple[Phase, ...], tuple[Phase, ...]]]:
     """The forwards and the backwards of all programs, by what is kept: every pair of both is a program."""
-    replaced = tuple(STOCHASTIC_MERGE.values()) if workload.merge_rounding == "stochastic" else ()
-    return _paired(goals(workload), table, casts, replaced)
+    return _paired(setting.derivation, goals(workload), table, setting.casts, _replaced(workload, setting))
 
 
 @lru_cache
 def _paired(
-    goals: tuple[str, ...], table: tuple[Way, ...], casts: bool, replaced: tuple[Fused, ...]
+    derivation: Derivation, goals: tuple[str, ...], table: tuple[Way, ...], casts: bool, replaced: tuple[Fused, ...]
 ) -> tuple[tuple[tuple[Phase, ...], tuple[Phase, ...]], ...]:
     backwards: dict[tuple[Symbol, ...], list[Phase]] = {}
-    for phase in enumerate_backwards(goals, table=table, casts=casts):
+    for phase in enumerate_backwards(derivation, goals, table=table, casts=casts):
         backwards.setdefault(phase.saved, []).append(phase_with_kernels(phase, replaced))
     return tuple(
         (
-            tuple(phase_with_kernels(f, replaced) for f in enumerate_forwards(table=table, casts=casts, keeps=kept)),
+            tuple(
+                phase_with_kernels(forward, replaced)
+                for forward in enumerate_forwards(derivation, table=table, casts=casts, keeps=kept)
+            ),
             tuple(phases),
         )
         for kept, phases in backwards.items()
@@ -309,11 +318,11 @@ def decide_forward(workload: Workload, setting: Setting, host_share: float = DEV
 
     def key(phase: Phase) -> tuple[float | str, ...]:
         cost = price_phase(phase, setting)
-        return cost.weighted_s(host_share), cost.device_s, cost.workspace_bytes, cost.launches, phase.name()
+        return cost.weighted_s(host_share), cost.device_s, cost.workspace_bytes, cost.launches, phase.name
 
-    phases = enumerate_forwards(table=_table(workload, setting), casts=setting.casts)
+    phases = enumerate_forwards(setting.derivation, table=_table(workload, setting), casts=setting.casts)
     if workload.merge_rounding == "stochastic":
-        phases = tuple(phase_with_kernels(phase, tuple(STOCHASTIC_MERGE.values())) for phase in phases)
+        phases = tuple(phase_with_kernels(phase, _replaced(workload, setting)) for phase in phases)
     if _kernels(workload, setting):
         phases = tuple(lowered_phase(phase, setting, host_share) for phase in phases)
     lossless = [phase for phase in phases if not phase.lossy_in_16_bit]

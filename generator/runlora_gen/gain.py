@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from .algebra.operations import SYMBOLS
 from .choose import Decision
 from .cost.passes import Times
 from .cost.peft import price_peft
@@ -68,9 +67,9 @@ class Gain:
 def keeps(decision: Decision) -> Keeps:
     """What a generated module keeps."""
     setting = decision.setting
-    saved = saved_activations(decision.chosen.program, setting.gradients)
-    own = sum(setting.bytes_of(symbol) for symbol in saved if symbol != SYMBOLS["X"])
-    return Keeps(SYMBOLS["X"] in saved, own)
+    saved = frozenset(saved_activations(decision.chosen.program, setting.gradients))
+    inputs = setting.derivation.activations
+    return Keeps(bool(saved & inputs), sum(map(setting.bytes_of, saved - inputs)))
 
 
 def gain(architecture: Architecture, sites: Sequence[Layer], decisions: Sequence[Decision], rest: Times) -> Gain:

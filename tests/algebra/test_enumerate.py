@@ -14,12 +14,12 @@ from runlora_gen.algebra.enumerate import (
     enumerate_programs,
     pair,
 )
-from runlora_gen.algebra.operations import SYMBOLS, Cast, Fused, Matmul, parse
-from runlora_gen.algebra.table import TABLE, inputs, rows, way
+from runlora_gen.algebra.linear import LINEAR
+from runlora_gen.algebra.operations import Cast, Fused, Matmul
 
 ALL = ("dX", "dA", "dB")
-TORCH = rows(kernels=False, rank=8)
-CASTS = {SYMBOLS["A"], SYMBOLS["B"]}
+TORCH = LINEAR.rows(kernels=False, rank=8)
+CASTS = {LINEAR["A"], LINEAR["B"]}
 PAPER = [f"forward{i}/backward{j}" for i in range(1, 5) for j in range(1, 9)]
 
 
@@ -42,10 +42,10 @@ PAPER = [f"forward{i}/backward{j}" for i in range(1, 5) for j in range(1, 9)]
 )
 def test_exact_counts(goals: tuple[str, ...], count: int, with_casts: int) -> None:
     for casts, expected in ((False, count), (True, with_casts)):
-        programs = enumerate_programs(goals, table=TORCH, casts=casts)
+        programs = enumerate_programs(LINEAR, goals, table=TORCH, casts=casts)
         assert len(programs) == expected
         assert len({program.id for program in programs}) == expected
-    assert with_casts == sum(2 ** len(CASTS & p.backward.reads) for p in enumerate_programs(goals, table=TORCH))
+    assert with_casts == sum(2 ** len(CASTS & p.backward.reads) for p in enumerate_programs(LINEAR, goals, table=TORCH))
 
 
 @pytest.mark.parametrize(
@@ -59,15 +59,15 @@ def test_exact_counts(goals: tuple[str, ...], count: int, with_casts: int) -> No
 )
 def test_exact_counts_with_kernels(rank: int, count: int, with_casts: int) -> None:
     for casts, expected in ((False, count), (True, with_casts)):
-        programs = enumerate_programs(ALL, table=rows(kernels=True, rank=rank), casts=casts)
+        programs = enumerate_programs(LINEAR, ALL, table=LINEAR.rows(kernels=True, rank=rank), casts=casts)
         assert len(programs) == expected
         assert len({program.id for program in programs}) == expected
 
 
 def test_casts_are_made_by_the_forward_and_kept_or_made_again() -> None:
-    assert [str(symbol) for symbol in inputs(casts=True)] == ["X", "W", "lora_A", "lora_B"]
-    assert [str(symbol) for symbol in inputs(casts=False)] == ["X", "W", "A", "B"]
-    for program in enumerate_programs(ALL, casts=True):
+    assert [str(symbol) for symbol in LINEAR.inputs(casts=True)] == ["X", "W", "lora_A", "lora_B"]
+    assert [str(symbol) for symbol in LINEAR.inputs(casts=False)] == ["X", "W", "A", "B"]
+    for program in enumerate_programs(LINEAR, ALL, casts=True):
         assert set(program.forward.held) == CASTS and program.backward.held == ()
         again = {op.out for op in program.backward.operations if isinstance(op, Cast)}
         kept = CASTS & set(program.kept)
@@ -75,67 +75,67 @@ def test_casts_are_made_by_the_forward_and_kept_or_made_again() -> None:
         # What is not kept as a cast, the backward casts from the parameter.
         assert {f"lora_{symbol}" for symbol in again} <= {str(symbol) for symbol in program.saved_inputs}
         assert not CASTS & set(program.saved_inputs)
-    for program in enumerate_programs(ALL):
+    for program in enumerate_programs(LINEAR, ALL):
         assert not any(isinstance(operation, Cast) for operation in program.operations)
         assert program.forward.held == () and not CASTS & set(program.kept)
 
 
 @pytest.mark.parametrize("casts", [False, True])
 def test_the_paper_s_pairs_are_all_found_once(casts: bool) -> None:
-    labels = [label for program in enumerate_programs(ALL, casts=casts) for label in program.paper]
+    labels = [label for program in enumerate_programs(LINEAR, ALL, casts=casts) for label in program.paper]
     assert sorted(labels) == sorted(PAPER)
 
 
 @pytest.mark.parametrize("casts", [False, True])
 def test_a_program_is_one_object(casts: bool) -> None:
     """Programs and phases are compared by identity: whoever puts a pair together gets the enumerated one."""
-    programs = set(enumerate_programs(ALL, casts=casts))
-    backwards = enumerate_backwards(ALL, casts=casts)
-    assert {pair(f, b) for b in backwards for f in enumerate_forwards(casts=casts, keeps=b.saved)} == programs
+    programs = set(enumerate_programs(LINEAR, ALL, casts=casts))
+    backwards = enumerate_backwards(LINEAR, ALL, casts=casts)
+    assert {pair(f, b) for b in backwards for f in enumerate_forwards(LINEAR, casts=casts, keeps=b.saved)} == programs
     # However the table is spelled, and whatever else it holds.
-    assert set(enumerate_programs(ALL, table=TABLE, casts=casts)) == programs
-    assert set(enumerate_programs(ALL, table=TORCH, casts=casts)) < programs
-    alone = enumerate_forwards(casts=casts)
-    assert alone == enumerate_forwards(casts=casts, keeps=()) and set(alone) < {p.forward for p in programs}
+    assert set(enumerate_programs(LINEAR, ALL, table=LINEAR.table, casts=casts)) == programs
+    assert set(enumerate_programs(LINEAR, ALL, table=TORCH, casts=casts)) < programs
+    alone = enumerate_forwards(LINEAR, casts=casts)
+    assert alone == enumerate_forwards(LINEAR, casts=casts, keeps=()) and set(alone) < {p.forward for p in programs}
 
 
 @pytest.mark.parametrize("casts", [False, True])
 def test_what_a_phase_says_of_itself(casts: bool) -> None:
-    for program in enumerate_programs(ALL, casts=casts):
+    for program in enumerate_programs(LINEAR, ALL, casts=casts):
         for phase in (program.forward, program.backward):
             operations = phase.operations
             assert phase.kernels == {op.kernel for op in operations if isinstance(op, Fused)} and not phase.seeded
             assert phase.made == {out for op in operations for out in op.outputs} | set(phase.saved)
-            assert phase.lossy_in_16_bit == (SYMBOLS["M"] in phase.made)
+            assert phase.lossy_in_16_bit == (LINEAR["M"] in phase.made)
         assert program.lossy_in_16_bit == any(p.lossy_in_16_bit for p in (program.forward, program.backward))
         assert program.kernels == program.forward.kernels | program.backward.kernels
 
 
 @pytest.mark.parametrize("casts", [False, True])
 def test_nothing_kept_goes_unused_and_x_is_dropped_when_a_is_frozen(casts: bool) -> None:
-    for program in enumerate_programs(ALL, casts=casts):
+    for program in enumerate_programs(LINEAR, ALL, casts=casts):
         assert set(program.kept) <= program.backward.reads
-        assert SYMBOLS["X"] in program.saved_inputs
-    frozen_a = enumerate_programs(("dX", "dB"), casts=casts)
-    without_x = [program for program in frozen_a if SYMBOLS["X"] not in program.saved_inputs]
-    assert without_x and all(SYMBOLS["S"] in program.kept for program in without_x)
+        assert LINEAR["X"] in program.saved_inputs
+    frozen_a = enumerate_programs(LINEAR, ("dX", "dB"), casts=casts)
+    without_x = [program for program in frozen_a if LINEAR["X"] not in program.saved_inputs]
+    assert without_x and all(LINEAR["S"] in program.kept for program in without_x)
 
 
 def test_a_row_with_several_targets_is_taken_only_where_all_are_wanted() -> None:
-    fused = way("P dB", "fused", "P = s * dY @ B", "dB = dY.T @ S")
-    table = (*TABLE, fused)
-    with_both = enumerate_programs(ALL, table=table)
+    fused = LINEAR.way("P dB", "fused", "P = s * dY @ B", "dB = dY.T @ S")
+    table = (*LINEAR.table, fused)
+    with_both = enumerate_programs(LINEAR, ALL, table=table)
     used = [program for program in with_both if fused in program.backward.ways]
-    assert len(with_both) > len(enumerate_programs(ALL)) and used
+    assert len(with_both) > len(enumerate_programs(LINEAR, ALL)) and used
     # P is wanted by every split dX, so that only those graphs which need neither P may not use the row.
-    assert all(program.backward.way_of(SYMBOLS["dB"]) is fused for program in used)
-    assert not any(fused in program.backward.ways for program in enumerate_programs(("dB",), table=table))
+    assert all(program.backward.way_of(LINEAR["dB"]) is fused for program in used)
+    assert not any(fused in program.backward.ways for program in enumerate_programs(LINEAR, ("dB",), table=table))
 
 
 def test_cyclic_choices_are_discarded() -> None:
-    table = (*TABLE, way("P", "from_dx", "P = s * dY @ B", "P += dX @ A.T"))
-    for program in enumerate_programs(ALL, table=table):
-        if program.backward.way_of(SYMBOLS["dX"]).name in ("base_first", "lowrank_first"):
+    table = (*LINEAR.table, LINEAR.way("P", "from_dx", "P = s * dY @ B", "P += dX @ A.T"))
+    for program in enumerate_programs(LINEAR, ALL, table=table):
+        if program.backward.way_of(LINEAR["dX"]).name in ("base_first", "lowrank_first"):
             assert all(chosen.name != "from_dx" for chosen in program.backward.ways)
 
 
@@ -154,7 +154,7 @@ def test_cyclic_choices_are_discarded() -> None:
 )
 def test_the_grammar_refuses_what_does_not_fit(formula: str) -> None:
     with pytest.raises(ValueError, match=r"formula|inner|shape|grammar|symbol|products only"):
-        parse(formula)
+        LINEAR.parse(formula)
 
 
 # An independent brute force. It knows the four results as sums of words over the inputs, and finds every way to bracket
@@ -287,7 +287,7 @@ def _structure(program: Program) -> tuple:
                 pending.remove(operation)
         return trees
 
-    given = {symbol.name: symbol.name for symbol in inputs(casts=bool(program.forward.held))}
+    given = {symbol.name: symbol.name for symbol in LINEAR.inputs(casts=bool(program.forward.held))}
     forward = expand(program.forward, given)
     for symbol in program.kept:
         kept[symbol.name] = forward[symbol.name]
@@ -295,15 +295,17 @@ def _structure(program: Program) -> tuple:
     return (
         _canonical(forward["Y"]),
         tuple(_canonical(backward[name]) for name in ALL),
-        tuple(sorted(_canonical(tree) for name, tree in kept.items() if SYMBOLS[name] not in CASTS)),
+        tuple(sorted(_canonical(tree) for name, tree in kept.items() if LINEAR[name] not in CASTS)),
     )
 
 
 @pytest.mark.parametrize("casts", [False, True])
 def test_complete_against_brute_force(casts: bool) -> None:
     expected = _brute_force()
-    for table in (TORCH, TABLE):  # the fused rows compute the same trees in fewer passes
-        assert {_structure(program) for program in enumerate_programs(ALL, table=table, casts=casts)} == expected
+    for table in (TORCH, LINEAR.table):  # the fused rows compute the same trees in fewer passes
+        assert {
+            _structure(program) for program in enumerate_programs(LINEAR, ALL, table=table, casts=casts)
+        } == expected
     # The table also knows two orders of the split sum, in Y and in dX, which are one tree here.
     assert len(expected) == 3 * (2 * 3 * 5)
 
@@ -311,11 +313,11 @@ def test_complete_against_brute_force(casts: bool) -> None:
 def test_of_what_is_cast_every_part_is_kept() -> None:
     """Each program without casts stands for one with every set of the casts that its backward reads."""
     found = {}
-    for program in enumerate_programs(ALL, casts=True):
+    for program in enumerate_programs(LINEAR, ALL, casts=True):
         plain = program.id.removesuffix("-b").removesuffix("-a")
         plain = f"{plain}-nothing" if plain.endswith("/keep") else plain
         found.setdefault(plain, set()).add(frozenset(CASTS & set(program.kept)))
-    for program in enumerate_programs(ALL):
+    for program in enumerate_programs(LINEAR, ALL):
         read = sorted(CASTS & program.backward.reads)
         sets = {frozenset(kept) for size in range(len(read) + 1) for kept in itertools.combinations(read, size)}
         assert found.pop(program.id) == sets

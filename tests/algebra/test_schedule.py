@@ -10,12 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from runlora_gen.algebra import schedule as module
 from runlora_gen.algebra.enumerate import Phase, enumerate_programs
-from runlora_gen.algebra.operations import SYMBOLS, Cast, Operation, Symbol
+from runlora_gen.algebra.linear import LINEAR
+from runlora_gen.algebra.operations import Cast, Operation, Symbol
 from runlora_gen.algebra.schedule import dependents, schedule, workspace
 
-PROGRAMS = enumerate_programs(("dX", "dA", "dB"))
-WITH_CASTS = enumerate_programs(("dX", "dA", "dB"), casts=True)
-WITH_BIAS = enumerate_programs(("dX", "dA", "dB", "db"), casts=True)
+PROGRAMS = enumerate_programs(LINEAR, ("dX", "dA", "dB"))
+WITH_CASTS = enumerate_programs(LINEAR, ("dX", "dA", "dB"), casts=True)
+WITH_BIAS = enumerate_programs(LINEAR, ("dX", "dA", "dB", "db"), casts=True)
 
 
 def _phases(programs) -> list[Phase]:
@@ -69,7 +70,7 @@ def _live(phase: Phase) -> tuple[frozenset[frozenset[Symbol]], ...]:
     But what a forward casts, which lives from its beginning to its end.
     """
     returned = {*phase.goals, *phase.keeps}
-    held = {op.out for op in phase.operations if isinstance(op, Cast)} if SYMBOLS["Y"] in phase.goals else set()
+    held = {op.out for op in phase.operations if isinstance(op, Cast)} if LINEAR["Y"] in phase.goals else set()
     reads = {op: {*op.reads, *op.outputs} for op in phase.operations}
     found = []
     for order in _valid_orders(phase):
@@ -172,7 +173,7 @@ def test_dependents_name_the_gradients_that_need_a_symbol() -> None:
     recompute = next(p for p in PROGRAMS if p.id == "lowrank_first/lowrank_first-pt_x-dyt_s/keep-nothing")
     needed = {str(s): {str(g) for g in goals} for s, goals in dependents(recompute.backward).items()}
     assert needed["X"] == {"dA", "dB"} and needed["A"] == {"dX", "dB"}
-    assert SYMBOLS["dY"] in dependents(recompute.backward)
+    assert LINEAR["dY"] in dependents(recompute.backward)
 
 
 def test_a_cast_is_needed_for_what_reads_it() -> None:

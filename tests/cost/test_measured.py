@@ -8,16 +8,17 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from runlora_gen.algebra.operations import parse, signature
+from runlora_gen.algebra.linear import LINEAR
+from runlora_gen.algebra.operations import signature
 from runlora_gen.choose import enumerated, setting_for
 from runlora_gen.cost.device import DeviceProfile, load_device
 from runlora_gen.cost.price import DTYPES, Setting, price_operation, roofline, setting_at
 from runlora_gen.spec.errors import SpecError
 from runlora_gen.spec.workload import Workload
 
-PRODUCT = parse("Y = X @ W.T + b")
-LOW_RANK = parse("S = s * X @ A.T")
-FUSED = parse("fused_gemm: Y = S @ B.T + b; Y += X @ W.T")
+PRODUCT = LINEAR.parse("Y = X @ W.T + b")
+LOW_RANK = LINEAR.parse("S = s * X @ A.T")
+FUSED = LINEAR.parse("fused_gemm: Y = S @ B.T + b; Y += X @ W.T")
 BASE = """\
 title = "A machine"
 source = "a test"
@@ -101,7 +102,7 @@ def test_a_product_that_was_not_measured_is_as_efficient_as_others_of_its_dimens
 
     def over_roofline(formula: str, tokens: int) -> float:
         case = setting(measured, tokens)
-        operation = parse(formula)
+        operation = LINEAR.parse(formula)
         return price_operation(operation, case).device_s / roofline(operation, case).device_s
 
     for tokens in (1024, 2000, 4096):
@@ -118,16 +119,16 @@ def test_a_product_that_was_not_measured_is_as_efficient_as_others_of_its_dimens
 def test_a_product_that_was_measured_takes_no_other_s_ratio(tmp_path: Path) -> None:
     device = profile(tmp_path, BASE + TIMES.replace('"S = s X', '"dX = dY W" = [[1024, 512, 512, 7]]\n"S = s X'))
     case = setting(device, 1024)
-    assert price_operation(parse("dX = dY @ W"), case).device_s == pytest.approx(7e-6)
+    assert price_operation(LINEAR.parse("dX = dY @ W"), case).device_s == pytest.approx(7e-6)
     assert price_operation(PRODUCT, case).device_s == pytest.approx(30e-6)
     # Those that have no row stand between both.
-    assert 7e-6 < price_operation(parse("G = dY.T @ X"), case).device_s < 30e-6
+    assert 7e-6 < price_operation(LINEAR.parse("G = dY.T @ X"), case).device_s < 30e-6
 
 
 def test_a_kernel_says_nothing_of_torch(tmp_path: Path) -> None:
     kernel = '"x_at: S = s X Aᵀ" = [[1024, 512, 8, 500]]\n'
     device = profile(tmp_path, BASE + TIMES.replace("[tiles", kernel + "[tiles"))
-    case, operation = setting(device, 1024), parse("dA = P.T @ X")
+    case, operation = setting(device, 1024), LINEAR.parse("dA = P.T @ X")
     ratio = price_operation(LOW_RANK, case).device_s / roofline(LOW_RANK, case).device_s
     assert price_operation(operation, case).device_s == pytest.approx(ratio * roofline(operation, case).device_s)
 
@@ -145,7 +146,7 @@ def test_a_kernel_says_nothing_of_torch(tmp_path: Path) -> None:
     ],
 )
 def test_what_nothing_is_known_of_has_the_roofline(measured: DeviceProfile, formula: str) -> None:
-    other = parse(formula)
+    other = LINEAR.parse(formula)
     case = setting(measured, 1024)
     assert price_operation(other, case) == roofline(other, case)
 
@@ -157,9 +158,9 @@ def test_16_bit_dtypes_stand_for_each_other_and_fp32_does_not(measured: DevicePr
 
 
 def test_the_merged_weight_is_as_fast_as_the_weight(measured: DeviceProfile) -> None:
-    assert price_operation(parse("Y = X @ M.T + b"), setting(measured, 1024)).device_s == pytest.approx(30e-6)
-    assert signature(parse("Y += X @ D.T")) == signature(parse("Y += X @ W.T"))
-    assert signature(parse("D = s * B @ A")) != signature(parse("M = W + s * B @ A"))
+    assert price_operation(LINEAR.parse("Y = X @ M.T + b"), setting(measured, 1024)).device_s == pytest.approx(30e-6)
+    assert signature(LINEAR.parse("Y += X @ D.T")) == signature(LINEAR.parse("Y += X @ W.T"))
+    assert signature(LINEAR.parse("D = s * B @ A")) != signature(LINEAR.parse("M = W + s * B @ A"))
 
 
 def test_another_machine_s_ratios_stand_in() -> None:
@@ -255,7 +256,7 @@ def test_a_kernel_that_was_not_measured_is_no_candidate_beside_torch_that_was(tm
 
 def test_stochastic_rounding_takes_the_merge_s_time() -> None:
     case = replace(setting(load_device("h200"), 1024), in_features=5120, out_features=5120)
-    plain, stochastic = (parse(f"{kernel}: M = W + s * B @ A") for kernel in ("merge", "merge_stochastic"))
+    plain, stochastic = (LINEAR.parse(f"{kernel}: M = W + s * B @ A") for kernel in ("merge", "merge_stochastic"))
     assert price_operation(stochastic, case).device_s == price_operation(plain, case).device_s
 
 

@@ -7,7 +7,8 @@ from dataclasses import fields, replace
 
 import pytest
 from runlora_gen.algebra.enumerate import Program
-from runlora_gen.algebra.operations import SYMBOLS, Cast, parse
+from runlora_gen.algebra.linear import LINEAR
+from runlora_gen.algebra.operations import Cast
 from runlora_gen.choose import enumerated, setting_for
 from runlora_gen.cost.device import load_device
 from runlora_gen.cost.price import (
@@ -52,7 +53,7 @@ class TestCasts:
     def test_a_cast_reads_four_bytes_and_writes_two(self) -> None:
         a100 = load_device("a100")
         for formula, numel in (("A = cast(lora_A)", R * I), ("B = cast(lora_B)", O * R)):
-            cost = price_operation(parse(formula), setting())
+            cost = price_operation(LINEAR.parse(formula), setting())
             assert (cost.flops, cost.bytes_moved, cost.launches) == (0, 6 * numel, 1)
             assert cost.host_s == a100.host_s
             assert cost.device_s == pytest.approx(6 * numel / a100.bytes_per_s + a100.launch_s)
@@ -63,7 +64,7 @@ class TestCasts:
         )
         once = price(program("base_first/base_first-pt_x-dyt_s/keep-s-a-b"), setting())
         again = price(program("base_first/base_first-pt_x-dyt_s/keep-s"), setting())
-        a, b = (price_operation(parse(f"{name} = cast(lora_{name})"), setting()) for name in "AB")
+        a, b = (price_operation(LINEAR.parse(f"{name} = cast(lora_{name})"), setting()) for name in "AB")
         assert once.launches == plain.launches + 2 and again.launches == plain.launches + 4
         assert once.bytes_moved == plain.bytes_moved + a.bytes_moved + b.bytes_moved
         assert again.backward.bytes_moved == once.backward.bytes_moved + a.bytes_moved + b.bytes_moved
@@ -94,8 +95,8 @@ class TestSaved:
         for candidate in enumerated(workload, case):
             symbols = saved_symbols(candidate, case.gradients)
             activations = saved_activations(candidate, case.gradients)
-            assert set(symbols) - set(activations) <= {SYMBOLS[name] for name in ("W", "lora_A", "lora_B", "A", "B")}
-            made = {SYMBOLS["X"], *candidate.kept}
+            assert set(symbols) - set(activations) <= {LINEAR[name] for name in ("W", "lora_A", "lora_B", "A", "B")}
+            made = {LINEAR["X"], *candidate.kept}
             assert set(activations) == made & set(symbols)
             sizes = {"X": T * I, "S": T * R, "M": O * I, "D": O * I, "A": R * I, "B": O * R}
             expected = sum(sizes[str(symbol)] for symbol in activations) * case.dtype.bytes
@@ -113,7 +114,7 @@ class TestSaved:
 class TestOperations:
     def test_a_merge_is_one_launch_that_reads_the_weight_once(self) -> None:
         """As the GPU's counters say of addmm."""
-        cost = roofline(parse("M = W + s * B @ A"), setting())
+        cost = roofline(LINEAR.parse("M = W + s * B @ A"), setting())
         assert cost.launches == 1
         assert cost.bytes_moved == 2 * (2 * O * I + O * R + R * I)
         assert cost.flops == 2 * O * I * R
@@ -122,22 +123,22 @@ class TestOperations:
         a100 = load_device("a100")
         for dtype in ("bf16", "fp32"):
             large = replace(setting(replace(WIDE, dtype=dtype)), tokens=4096, in_features=4096, out_features=4096)
-            cost = roofline(parse("dX = dY @ W"), large)
+            cost = roofline(LINEAR.parse("dX = dY @ W"), large)
             assert cost.flops == 2 * 4096**3
             assert cost.device_s == pytest.approx(cost.flops / a100.flops_per_s[dtype] + a100.launch_s)
 
     def test_the_flops_of_a_kernel_are_those_of_all_its_parts(self) -> None:
         case = setting(replace(WIDE, kernels=True))
-        assert roofline(parse("fused_gemm: dX = P @ A; dX += dY @ W"), case).flops == 2 * T * I * (R + O)
+        assert roofline(LINEAR.parse("fused_gemm: dX = P @ A; dX += dY @ W"), case).flops == 2 * T * I * (R + O)
 
     def test_an_accumulation_reads_its_target(self) -> None:
-        plain, added = (roofline(parse(f), setting()) for f in ("Y = X @ W.T + b", "Y += X @ W.T"))
+        plain, added = (roofline(LINEAR.parse(f), setting()) for f in ("Y = X @ W.T + b", "Y += X @ W.T"))
         assert plain.bytes_moved == 2 * (T * I + O * I + T * O)
         assert added.bytes_moved == plain.bytes_moved + 2 * T * O and added.launches == plain.launches == 1
 
     def test_gradients_are_written_in_the_adapter_s_dtype(self) -> None:
         for workload, width in ((WIDE, 4), (replace(WIDE, adapter_dtype="bf16"), 2)):
-            cost = roofline(parse("dA = P.T @ X"), setting(workload))
+            cost = roofline(LINEAR.parse("dA = P.T @ X"), setting(workload))
             assert (cost.bytes_moved, cost.launches) == (2 * (T * R + T * I) + width * R * I, 1)
 
     def test_one_that_is_scaled_apart_takes_a_launch_of_its_own(self) -> None:
@@ -147,11 +148,11 @@ class TestOperations:
             (replace(WIDE, adapter_dtype="bf16"), 1, 2 * (O * R + O * I) + 2 * R * I),
             (replace(WIDE, dtype="fp32"), 1, 4 * (O * R + O * I + R * I)),
         ):
-            cost = roofline(parse("dA = s * B.T @ G"), setting(workload))
+            cost = roofline(LINEAR.parse("dA = s * B.T @ G"), setting(workload))
             assert (cost.launches, cost.bytes_moved) == (launches, bytes_moved)
 
     def test_a_bias_is_read(self) -> None:
-        with_bias, without = (roofline(parse("Y = X @ W.T + b"), setting(bias=bias)) for bias in (True, False))
+        with_bias, without = (roofline(LINEAR.parse("Y = X @ W.T + b"), setting(bias=bias)) for bias in (True, False))
         assert with_bias.bytes_moved == without.bytes_moved + 2 * O
 
     def test_operations_are_measured_in_one_dtype(self) -> None:
@@ -187,7 +188,7 @@ class TestTime:
 
     def test_the_frozen_linear_is_one_product_a_phase(self) -> None:
         case = setting(bias=True)
-        products = [price_operation(parse(f), case) for f in ("Y = X @ W.T + b", "dX = dY @ W")]
+        products = [price_operation(LINEAR.parse(f), case) for f in ("Y = X @ W.T + b", "dX = dY @ W")]
         first = replace(case, gradients=frozenset({"dA"}))
         for share, kind in ((DEVICE_BOUND, "device_s"), (HOST_BOUND, "host_s")):
             seconds = [getattr(cost, kind) for cost in products]

@@ -14,7 +14,7 @@ from pathlib import Path
 import black
 import pytest
 from black.files import find_project_root, infer_target_version, parse_pyproject_toml
-from runlora_gen.algebra.table import KERNELS
+from runlora_gen.algebra.kernels import KERNELS
 from runlora_gen.emit import style
 from runlora_gen.emit.nodes import module_node
 from runlora_gen.emit.package import OF_MODELS

@@ -19,8 +19,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from runlora_gen.algebra.enumerate import Phase, Program, enumerate_programs, pair
-from runlora_gen.algebra.operations import SYMBOLS, Cast, signature
-from runlora_gen.algebra.table import OPERATIONS, rows
+from runlora_gen.algebra.linear import LINEAR
+from runlora_gen.algebra.operations import Cast, signature
 from runlora_gen.cost.device import load_device
 from runlora_gen.cost.price import (
     DTYPES,
@@ -69,7 +69,7 @@ def every_phase(programs: Sequence[Program]) -> Iterator[Program]:
 
 
 def enumerated(casts: bool) -> tuple[Program, ...]:
-    return enumerate_programs(("dX", "dA", "dB", "db"), table=rows(kernels=False), casts=casts)
+    return enumerate_programs(LINEAR, ("dX", "dA", "dB", "db"), table=LINEAR.rows(kernels=False), casts=casts)
 
 
 #: Whether the adapter has a dtype of its own, and a program: that multiplies programs by four and changes none of them.
@@ -236,7 +236,7 @@ def test_a_gpu_counts_the_launches_and_the_bytes_that_are_priced() -> None:
     """
     (path,) = (Path(__file__).parents[2] / "tools" / "results").glob("traffic_*.json")
     data = json.loads(path.read_text(encoding="utf-8"))
-    operations = {signature(operation): operation for operation in OPERATIONS if not isinstance(operation, Cast)}
+    operations = {signature(operation): operation for operation in LINEAR.operations if not isinstance(operation, Cast)}
     assert operations.keys() - {row["operation"] for row in data["rows"]} == {"merge_stochastic: M = W + s B A"}
     setting = setting_at(data["at"], DTYPES[data["dtype"]], load_device("h100"))
     for row in data["rows"]:
@@ -278,7 +278,7 @@ def test_workspace_bounds_the_measured_peak(
         setting, cost, tensors = case.setting, price(program, case.setting), case.tensors()
 
         def size(names: Any) -> int:
-            return sum(setting.bytes_of(SYMBOLS[name]) for name in names)
+            return sum(setting.bytes_of(LINEAR[name]) for name in names)
 
         def forward() -> torch.Tensor:
             output: torch.Tensor = module.lora_linear(**tensors, scaling=0.5, variant=program.id)

@@ -1,6 +1,6 @@
 """The generic enumerator: choose one way for every symbol that the choice needs, share what is shared.
 
-Nothing here knows of LoRA: the table says what exists, the goals say what is wanted.
+Nothing here knows of LoRA: the derivation says what exists, the goals say what is wanted.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 
-from .operations import SYMBOLS, Cast, Fused, Operation, Symbol
-from .table import KERNELS, LOSSY_IN_16_BIT, PAPER_BACKWARDS, TABLE, Way, inputs
+from .derivation import Derivation, Way
+from .operations import Cast, Fused, Operation, Symbol
 
 
 @dataclass(frozen=True, eq=False)  # made once by ``phase_of``: identity is equality, and cheap to hash
@@ -18,14 +18,21 @@ class Phase:
     """One computation graph: a forward or a backward; made by :func:`phase_of`.
 
     Attributes:
-        goals: what must be there at its end (Y, or the wanted gradients).
+        derivation: of the site that it computes.
+        goals: what must be there at its end (the output, or the wanted gradients).
         keeps: forward only: intermediates that it saves for the backward.
         ways: the chosen way of every symbol, in the order of the table.
     """
 
+    derivation: Derivation
     goals: tuple[Symbol, ...]
     keeps: tuple[Symbol, ...]
     ways: tuple[Way, ...]
+
+    @property
+    def is_forward(self) -> bool:
+        """Whether it computes the output."""
+        return self.derivation.output in self.goals
 
     @cached_property
     def operations(self) -> tuple[Operation, ...]:
@@ -35,8 +42,7 @@ class Phase:
     @cached_property
     def held(self) -> tuple[Symbol, ...]:
         """Forward only: casts of the adapter, which live from its beginning to its end."""
-        forward = SYMBOLS["Y"] in self.goals
-        return tuple(operation.out for operation in self.operations if forward and isinstance(operation, Cast))
+        return tuple(operation.out for operation in self.operations if self.is_forward and isinstance(operation, Cast))
 
     @cached_property
     def reads(self) -> frozenset[Symbol]:
@@ -52,7 +58,7 @@ class Phase:
     @cached_property
     def seeded(self) -> bool:
         """Whether it draws random numbers."""
-        return any(KERNELS[kernel].seeded for kernel in self.kernels)
+        return any(map(self.derivation.seeded, self.operations))
 
     @cached_property
     def made(self) -> frozenset[Symbol]:
@@ -62,7 +68,7 @@ class Phase:
     @cached_property
     def lossy_in_16_bit(self) -> bool:
         """Whether it rounds a merged weight, which in 16 bits drops small updates."""
-        return bool(self.made & LOSSY_IN_16_BIT)
+        return bool(self.made & self.derivation.lossy)
 
     @cached_property
     def saved(self) -> tuple[Symbol, ...]:
@@ -73,12 +79,12 @@ class Phase:
         """The chosen way of a symbol."""
         return next(way for way in self.ways if symbol in way.targets)
 
-    @lru_cache(maxsize=65536)  # noqa: B019  # phases live as long as the cached enumeration
-    def name(self, table: tuple[Way, ...] = TABLE) -> str:
-        """The ways of the goals, and of every other symbol where the table leaves a choice beside saving it."""
-        names = [self.way_of(goal).name for goal in self.goals if goal.name != "db"]
+    @cached_property
+    def name(self) -> str:
+        """The ways of all symbols where the table leaves a choice beside saving them, those of the goals first."""
+        names = [self.way_of(goal).name for goal in self.goals if goal in self.derivation.chosen]
         for chosen in self.ways:
-            rivals = [way for way in table if way.targets == chosen.targets and not way.saved]
+            rivals = [way for way in self.derivation.table if way.targets == chosen.targets and not way.saved]
             if not chosen.saved and len(rivals) > 1 and not set(chosen.targets) & set(self.goals):
                 names.append(chosen.name)
         return "-".join(names)
@@ -95,6 +101,11 @@ class Program:
     backward: Phase
     by_kernel: tuple[Symbol, ...] = ()
 
+    @property
+    def derivation(self) -> Derivation:
+        """Of the site that it computes."""
+        return self.forward.derivation
+
     @cached_property
     def operations(self) -> tuple[Operation, ...]:
         """The operations of both phases."""
@@ -109,7 +120,8 @@ class Program:
     def saved_inputs(self) -> tuple[Symbol, ...]:
         """Inputs of the forward that the backward reads."""
         taken = self.backward.reads.difference(self.kept)
-        return tuple(dict.fromkeys(s for casts in (True, False) for s in inputs(casts=casts) if s in taken))
+        inputs = (s for casts in (True, False) for s in self.derivation.inputs(casts=casts))
+        return tuple(dict.fromkeys(s for s in inputs if s in taken))
 
     @cached_property
     def id(self) -> str:
@@ -121,7 +133,7 @@ class Program:
     def plain_id(self) -> str:
         """The id with torch's products in place of kernels for single ones."""
         kept = "-".join(str(symbol).lower() for symbol in self.kept) or "nothing"
-        return f"{self.forward.name()}/{self.backward.name()}/keep-{kept}"
+        return f"{self.forward.name}/{self.backward.name}/keep-{kept}"
 
     @cached_property
     def kernels(self) -> frozenset[str]:
@@ -144,16 +156,21 @@ class Program:
 
         The paper keeps no intermediate, but its adapters need no cast: with them goes what casts once.
         """
-        goals = {goal.name: self.backward.way_of(goal).name for goal in self.backward.goals}
-        backward = PAPER_BACKWARDS.get((goals.get("dX", ""), goals.get("dA", ""), goals.get("dB", "")))
+        site = self.derivation
+        goals = {goal: self.backward.way_of(goal).name for goal in self.backward.goals}
+        backward = site.paper_backwards.get(tuple(goals.get(goal, "") for goal in site.paper_goals))
         casts_again = any(isinstance(operation, Cast) for operation in self.backward.operations)
-        if backward is None or casts_again or not set(self.kept) <= {SYMBOLS["A"], SYMBOLS["B"]}:
+        if backward is None or casts_again or not set(self.kept) <= site.casts.keys():
             return ()
-        return tuple(f"{forward}/{backward}" for forward in self.forward.way_of(SYMBOLS["Y"]).paper)
+        return tuple(f"{forward}/{backward}" for forward in self.forward.way_of(site.output).paper)
 
 
 def enumerate_phases(
-    goals: Sequence[Symbol], given: Iterable[Symbol], table: Sequence[Way], keeps: Sequence[Symbol] = ()
+    derivation: Derivation,
+    goals: Sequence[Symbol],
+    given: Iterable[Symbol],
+    table: Sequence[Way],
+    keeps: Sequence[Symbol] = (),
 ) -> Iterator[Phase]:
     """Every way to reach the goals (and the keeps) from what is given.
 
@@ -178,7 +195,8 @@ def enumerate_phases(
     for chosen in expand(wanted, {}):
         used = set(wanted).union(*(way.reads for way in chosen.values()))
         if used >= chosen.keys() and _acyclic(chosen):
-            yield phase_of(tuple(goals), tuple(keeps), tuple(way for way in table if way in chosen.values()))
+            ways = tuple(way for way in table if way in chosen.values())
+            yield phase_of(derivation, tuple(goals), tuple(keeps), ways)
 
 
 def _acyclic(chosen: dict[Symbol, Way]) -> bool:
@@ -193,13 +211,14 @@ def _acyclic(chosen: dict[Symbol, Way]) -> bool:
 
 @lru_cache
 def enumerate_programs(
-    goals: tuple[str, ...], *, table: tuple[Way, ...] = TABLE, casts: bool = False
+    derivation: Derivation, goals: tuple[str, ...], *, table: tuple[Way, ...] | None = None, casts: bool = False
 ) -> tuple[Program, ...]:
     """Every forward paired with every backward that gives the wanted gradients.
 
     Args:
-        goals: wanted gradients, of ``dX``, ``dA``, ``dB``, ``db``.
-        table: rows to choose from.
+        derivation: of the site.
+        goals: names of the wanted gradients.
+        table: rows to choose from; None for all of the derivation's.
         casts: the adapter has another dtype than the activations.
 
     Returns:
@@ -208,15 +227,17 @@ def enumerate_programs(
     """
     return tuple(
         pair(forward, backward)
-        for backward in enumerate_backwards(goals, table=table, casts=casts)
-        for forward in enumerate_forwards(table=table, casts=casts, keeps=backward.saved)
+        for backward in enumerate_backwards(derivation, goals, table=table, casts=casts)
+        for forward in enumerate_forwards(derivation, table=table, casts=casts, keeps=backward.saved)
     )
 
 
 @cache
-def phase_of(goals: tuple[Symbol, ...], keeps: tuple[Symbol, ...], ways: tuple[Way, ...]) -> Phase:
+def phase_of(
+    derivation: Derivation, goals: tuple[Symbol, ...], keeps: tuple[Symbol, ...], ways: tuple[Way, ...]
+) -> Phase:
     """The phase of these ways: always the same object, from whichever table they were taken."""
-    return Phase(goals, keeps, ways)
+    return Phase(derivation, goals, keeps, ways)
 
 
 def pair(forward: Phase, backward: Phase, by_kernel: tuple[Symbol, ...] = ()) -> Program:
@@ -231,17 +252,23 @@ def _pair(forward: Phase, backward: Phase, by_kernel: tuple[Symbol, ...]) -> Pro
 
 @lru_cache
 def enumerate_backwards(
-    goals: tuple[str, ...], *, table: tuple[Way, ...] = TABLE, casts: bool = False
+    derivation: Derivation, goals: tuple[str, ...], *, table: tuple[Way, ...] | None = None, casts: bool = False
 ) -> tuple[Phase, ...]:
     """Every way to compute the wanted gradients, also from what a forward can keep."""
-    given = (*inputs(casts=casts), SYMBOLS["dY"])
-    return tuple(enumerate_phases(tuple(SYMBOLS[goal] for goal in goals), given, table))
+    given = (*derivation.inputs(casts=casts), derivation.output_gradient)
+    wanted = tuple(derivation[goal] for goal in goals)
+    return tuple(enumerate_phases(derivation, wanted, given, derivation.table if table is None else table))
 
 
 @lru_cache
 def enumerate_forwards(
-    *, table: tuple[Way, ...] = TABLE, casts: bool = False, keeps: tuple[Symbol, ...] = ()
+    derivation: Derivation,
+    *,
+    table: tuple[Way, ...] | None = None,
+    casts: bool = False,
+    keeps: tuple[Symbol, ...] = (),
 ) -> tuple[Phase, ...]:
-    """Every way to compute Y and what is to be kept beside it."""
-    computing = [way for way in table if not way.saved]
-    return tuple(enumerate_phases((SYMBOLS["Y"],), inputs(casts=casts), computing, keeps=keeps))
+    """Every way to compute the output and what is to be kept beside it."""
+    computing = [way for way in (derivation.table if table is None else table) if not way.saved]
+    inputs = derivation.inputs(casts=casts)
+    return tuple(enumerate_phases(derivation, (derivation.output,), inputs, computing, keeps=keeps))

@@ -59,33 +59,6 @@ class Symbol(_Hashed):
         return self.name if self.index is None else f"{self.name}{self.index}"
 
 
-#: Every symbol that a formula may name. The scaling s is folded into S, P, D and M once, so no other product is scaled
-#: but those of the full-gradient ways.
-SYMBOLS: Mapping[str, Symbol] = {
-    symbol.name: symbol
-    for symbol in (
-        Symbol("X", ("T", "I")),  # input
-        Symbol("W", ("O", "I")),  # frozen base weight
-        Symbol("b", ("O",)),  # frozen bias
-        Symbol("lora_A", ("R", "I"), store="adapter"),
-        Symbol("lora_B", ("O", "R"), store="adapter"),
-        Symbol("A", ("R", "I")),  # lora_A as the products read it: in the activations' dtype
-        Symbol("B", ("O", "R")),  # lora_B likewise
-        Symbol("Y", ("T", "O")),  # output
-        Symbol("S", ("T", "R")),  # s X Aᵀ
-        Symbol("M", ("O", "I")),  # W + s B A
-        Symbol("D", ("O", "I")),  # s B A
-        Symbol("dY", ("T", "O")),
-        Symbol("P", ("T", "R")),  # s dY B
-        Symbol("G", ("O", "I")),  # dYᵀ X
-        Symbol("dX", ("T", "I")),
-        Symbol("dA", ("R", "I"), store="adapter"),
-        Symbol("dB", ("O", "R"), store="adapter"),
-        Symbol("db", ("O",)),
-    )
-}
-
-
 @dataclass(frozen=True)
 class Operand(_Hashed):
     """A symbol as an operation reads it, possibly transposed (a view: it costs nothing)."""
@@ -286,36 +259,36 @@ _FUSED = re.compile(r"(?P<kernel>\w+): (?P<parts>.+)")
 _UNARY = re.compile(r"(?P<out>\w+) = (?P<kind>sum|cast)\((?P<operand>\w+)\)")
 
 
-def parse(formula: str) -> Operation:
-    """Read one formula of the grammar in the module's docstring.
+def parse(formula: str, symbols: Mapping[str, Symbol]) -> Operation:
+    """Read one formula of the grammar in the module's docstring; ``symbols``: what it may name.
 
     Raises:
         ValueError: the text is not of that grammar, names an unknown symbol, or its shapes do not fit.
     """
     if match := _FUSED.fullmatch(formula):
-        parts = tuple(parse(part) for part in match["parts"].split("; "))
+        parts = tuple(parse(part, symbols) for part in match["parts"].split("; "))
         if not all(isinstance(part, Matmul) for part in parts):
             raise ValueError(f"a fused kernel computes products only: {formula!r}")
         return Fused(match["kernel"], tuple(part for part in parts if isinstance(part, Matmul)))
+
+    def symbol(name: str) -> Symbol:
+        try:
+            return symbols[name]
+        except KeyError:
+            raise ValueError(f"unknown symbol {name!r} in {formula!r}") from None
+
     if match := _UNARY.fullmatch(formula):
         kind = SumTokens if match["kind"] == "sum" else Cast
-        return kind(_symbol(match["out"], formula), _symbol(match["operand"], formula))
+        return kind(symbol(match["out"]), symbol(match["operand"]))
     match = _PRODUCT.fullmatch(formula)
     if match is None:
         raise ValueError(f"not a formula of the table's grammar: {formula!r}")
     return Matmul(
-        out=_symbol(match["out"], formula),
-        left=Operand(_symbol(match["left"], formula), match["lt"] is not None),
-        right=Operand(_symbol(match["right"], formula), match["rt"] is not None),
+        out=symbol(match["out"]),
+        left=Operand(symbol(match["left"]), match["lt"] is not None),
+        right=Operand(symbol(match["right"]), match["rt"] is not None),
         scaled=match["scaled"] is not None,
         accumulate=match["assign"] == "+=",
-        addend=None if match["addend"] is None else _symbol(match["addend"], formula),
-        bias=None if match["bias"] is None else SYMBOLS["b"],
+        addend=None if match["addend"] is None else symbol(match["addend"]),
+        bias=None if match["bias"] is None else symbol(match["bias"]),
     )
-
-
-def _symbol(name: str, formula: str) -> Symbol:
-    try:
-        return SYMBOLS[name]
-    except KeyError:
-        raise ValueError(f"unknown symbol {name!r} in {formula!r}") from None

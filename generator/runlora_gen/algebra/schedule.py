@@ -9,7 +9,7 @@ from functools import cached_property, lru_cache
 from types import MappingProxyType
 
 from .enumerate import Phase
-from .operations import SYMBOLS, Dims, Operation, Symbol, products
+from .operations import Dims, Operation, Symbol, products
 
 
 @dataclass(frozen=True)
@@ -193,10 +193,6 @@ def _needed_frees(
         if peak_with(fewer) <= peak:
             frees = fewer
     return frees
-
-
-#: The gradients, in the order in which the emitted code returns them.
-GRADIENTS = tuple(SYMBOLS[name] for name in ("dX", "dA", "dB", "db"))
 
 
 @lru_cache(maxsize=65536)

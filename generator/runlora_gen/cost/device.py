@@ -22,8 +22,9 @@ from typing import Any
 
 import tomllib
 
+from ..algebra.kernels import KERNELS
 from ..algebra.operations import dimensions, signature
-from ..algebra.table import KERNELS, OPERATIONS
+from ..algebra.sites import OPERATIONS
 from ..spec.errors import SpecError, nearest, shorten
 from ..spec.files import read_if_there
 from ..spec.workload import DTYPE_NAMES

@@ -8,16 +8,16 @@ from dataclasses import replace
 from functools import lru_cache
 
 from ..algebra.enumerate import Phase, Program, pair, phase_of
+from ..algebra.kernels import runs
 from ..algebra.operations import Fused, Operation
-from ..algebra.table import TWINS, runs
 from .price import DEVICE_BOUND, Setting, is_priced, price_operation, rounded, wanted_operations, weighted
 
 
 def available(setting: Setting) -> tuple[Fused, ...]:
-    """The kernels of ``TWINS`` that may take torch's place in a setting."""
+    """The twins of its derivation that may take torch's place in a setting."""
     return tuple(
         twin
-        for twin in TWINS.values()
+        for twin in setting.derivation.twins.values()
         if runs(twin.kernel, dtype=setting.dtype.name, rank=setting.rank)
         and is_priced(twin, setting.dtype, setting.device)
     )
@@ -104,4 +104,4 @@ def phase_with_kernels(phase: Phase, kernels: tuple[Fused, ...]) -> Phase:
     """The phase with kernels in place of the products that they compute."""
     twins: Mapping[Operation, Operation] = {kernel.parts[0]: kernel for kernel in kernels}
     ways = tuple(replace(way, operations=tuple(twins.get(op, op) for op in way.operations)) for way in phase.ways)
-    return phase if ways == phase.ways else phase_of(phase.goals, phase.keeps, ways)
+    return phase if ways == phase.ways else phase_of(phase.derivation, phase.goals, phase.keeps, ways)

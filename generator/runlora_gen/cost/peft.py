@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ..algebra.operations import parse
 from .passes import CAST, Times, price_passes
 from .price import Setting, price_operation
 
@@ -79,6 +78,6 @@ def price_peft(setting: Setting) -> PeftCost:
 def _phase(formulas: list[str], passes: list[int], casts: list[int], setting: Setting) -> Times:
     # Products are of one dtype, and their casts are passes.
     narrow = replace(setting, adapter_dtype=setting.dtype)
-    costs = [price_operation(parse(formula), narrow) for formula in formulas]
+    costs = [price_operation(setting.derivation.parse(formula), narrow) for formula in formulas]
     products = Times(sum(cost.device_s for cost in costs), sum(cost.host_s for cost in costs))
     return products + price_passes(passes, setting.device) + price_passes(casts, setting.device, reach=CAST)

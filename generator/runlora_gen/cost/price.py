@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import assert_never
 
+from ..algebra.derivation import Derivation
 from ..algebra.enumerate import Phase, Program
+from ..algebra.kernels import KERNELS
+from ..algebra.linear import LINEAR
 from ..algebra.operations import (
-    SYMBOLS,
     Cast,
     Dims,
     Fused,
@@ -20,12 +22,11 @@ from ..algebra.operations import (
     SumTokens,
     Symbol,
     dimensions,
-    parse,
     products,
     signature,
 )
 from ..algebra.schedule import dependents, workspace
-from ..algebra.table import KERNELS, OPERATIONS
+from ..algebra.sites import OPERATIONS
 from .device import DeviceProfile, distance, on_16_bytes
 from .rounding import merge_error, rounding_error, update_std
 
@@ -58,6 +59,7 @@ class Setting:
         bias: whether the linear has a bias (it is read, not trained).
         gradients: names of the gradients that training needs, of dX, dA, dB, db.
         device: the profile that gives the time.
+        derivation: of the site that is computed.
     """
 
     tokens: int
@@ -69,6 +71,7 @@ class Setting:
     bias: bool
     gradients: frozenset[str]
     device: DeviceProfile
+    derivation: Derivation = field(default=LINEAR, repr=False)
 
     @cached_property
     def dims(self) -> Dims:
@@ -369,13 +372,13 @@ def price(program: Program, setting: Setting, host_share: float = DEVICE_BOUND) 
 def price_frozen(setting: Setting, host_share: float = DEVICE_BOUND) -> float:
     """Seconds of the frozen linear (Y = X Wᵀ + b and dX = dY W): the floor that a LoRA linear is held against."""
     formulas = ["Y = X @ W.T + b"] + (["dX = dY @ W"] if "dX" in setting.gradients else [])
-    costs = [price_operation(parse(formula), setting) for formula in formulas]
+    costs = [price_operation(setting.derivation.parse(formula), setting) for formula in formulas]
     return weighted(sum(cost.device_s for cost in costs), sum(cost.host_s for cost in costs), host_share)
 
 
 def price_frozen_forward(setting: Setting) -> tuple[float, float]:
     """Seconds of device and host of its forward alone."""
-    cost = price_operation(parse("Y = X @ W.T + b"), setting)
+    cost = price_operation(setting.derivation.parse("Y = X @ W.T + b"), setting)
     return cost.device_s, cost.host_s
 
 
@@ -385,7 +388,7 @@ def wanted_operations(phase: Phase, gradients: frozenset[str]) -> tuple[Operatio
 
     Of a fused operation with an unwanted result the wanted products run alone.
     """
-    if SYMBOLS["Y"] in phase.goals:
+    if phase.is_forward:
         return phase.operations
     needed_by = dependents(phase)
 
@@ -411,15 +414,15 @@ def saved_symbols(program: Program, gradients: Collection[str]) -> tuple[Symbol,
 @lru_cache(maxsize=65536)
 def saved_activations(program: Program, gradients: frozenset[str]) -> tuple[Symbol, ...]:
     """Those of the saved symbols that are no parameters, which live anyway."""
-    parameters = set(program.saved_inputs) - {SYMBOLS["X"]}
+    parameters = set(program.saved_inputs) - program.derivation.activations
     return tuple(symbol for symbol in saved_symbols(program, gradients) if symbol not in parameters)
 
 
 def _update_error(program: Program, setting: Setting) -> float:
     made = program.forward.made | program.backward.made
     delta_std, bits = update_std(setting.in_features, setting.rank), setting.dtype.mantissa_bits
-    if SYMBOLS["M"] in made:
+    if made & program.derivation.lossy:
         return merge_error(delta_std, bits, stochastic=program.seeded)
-    if SYMBOLS["D"] in made:
+    if made & program.derivation.deltas:
         return rounding_error(delta_std, bits)
     return 0.0

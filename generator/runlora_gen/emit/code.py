@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import assert_never
 
-from ..algebra.operations import SYMBOLS, Cast, Fused, Matmul, Operand, Operation, SumTokens, products
-from ..algebra.table import KERNELS
+from ..algebra.kernels import KERNELS
+from ..algebra.operations import Cast, Fused, Matmul, Operand, Operation, SumTokens, Symbol, products
 
-#: Gradients of parameters that may have another dtype than the activations, and the variable that holds it.
-DTYPE_OF = {SYMBOLS["dA"]: "A_dtype", SYMBOLS["dB"]: "B_dtype"}
+
+def dtype_of(gradient: Symbol) -> str | None:
+    """The variable with the dtype of a gradient of a parameter that may have another one than the activations."""
+    return f"{gradient.name.removeprefix('d')}_dtype" if gradient.store == "adapter" else None
 
 
 def uses_scaling(operation: Operation) -> bool:
@@ -25,7 +27,7 @@ def helpers_of(operation: Operation) -> frozenset[str]:
 def _helpers(product: Matmul | SumTokens | Cast) -> frozenset[str]:
     if not isinstance(product, Matmul):
         return frozenset()
-    if product.out in DTYPE_OF:
+    if dtype_of(product.out):
         return frozenset({"mm_as", "scaled_mm"})
     if product.accumulate:
         return frozenset({"accumulate"})
@@ -51,8 +53,8 @@ def line(operation: Operation) -> str:
 
 def _product(product: Matmul) -> str:
     left, right = _operand(product.left), _operand(product.right)
-    if product.out in DTYPE_OF:
-        return f"_mm_as({left}, {right}, {DTYPE_OF[product.out]}{', scaling' if product.scaled else ''})"
+    if dtype := dtype_of(product.out):
+        return f"_mm_as({left}, {right}, {dtype}{', scaling' if product.scaled else ''})"
     if product.accumulate:
         return f"_accumulate({product.out}, {left}, {right})"
     if product.addend is not None:
@@ -73,7 +75,7 @@ def _call(operation: Fused) -> str:
     """The call of a kernel's wrapper, with the operands of its parts where the kernel wants them."""
     values = {
         "bias": "None" if operation.bias is None else str(operation.bias),
-        "dtypes": ", ".join(DTYPE_OF[out] for out in operation.outputs if out in DTYPE_OF),
+        "dtypes": ", ".join(dtype for out in operation.outputs if (dtype := dtype_of(out))),
     }
     for number, part in enumerate(operation.parts):
         for side, operand in (("left", part.left), ("right", part.right)):

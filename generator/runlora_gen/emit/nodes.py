@@ -6,10 +6,11 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from ..algebra.derivation import Argument, Derivation
 from ..algebra.enumerate import Phase, Program
-from ..algebra.operations import SYMBOLS, Cast, Fused, Operation, Symbol, dimensions, products, signature
-from ..algebra.schedule import GRADIENTS, dependents, schedule
-from ..algebra.table import KERNELS
+from ..algebra.kernels import KERNELS
+from ..algebra.operations import Cast, Fused, Operation, Symbol, dimensions, products, signature
+from ..algebra.schedule import dependents, schedule
 from ..choose import Decision, ForwardDecision, Priced, goals, show_bound, show_bytes, show_count, show_time
 from ..cost.price import (
     DEVICE_BOUND,
@@ -26,13 +27,10 @@ from ..cost.price import (
 from ..ranges import LayerChoice
 from ..spec.layers import Layer
 from ..spec.workload import Workload
-from .code import DTYPE_OF, helpers_of, line, results_of, uses_scaling
+from .code import dtype_of, helpers_of, line, results_of, uses_scaling
 
 #: What a line of a comment on a constant begins with.
 _COMMENT = "#: "
-#: Inputs of the emitted autograd functions, and the gradient that each may want.
-_INPUTS = ("X", "W", "lora_A", "lora_B", "b", "A", "B", "scaling")
-_INPUT_GRADIENTS = ("dX", None, "dA", "dB", "db", None, None, None)
 
 
 @dataclass(frozen=True)
@@ -104,6 +102,8 @@ class ModuleNode:
     out_features: int
     rank: int
     bias: bool
+    arguments: tuple[Argument, ...]  # of the autograd functions
+    witnesses: tuple[str, ...]  # those on which gradients depend
     functions: tuple[FunctionNode, ...]
     forwards: tuple[ForwardNode, ...]
     ranges: tuple[RangeNode, ...]  # ids of variants
@@ -183,6 +183,8 @@ def module_node(
         out_features=layer.out_features,
         rank=rank,
         bias=layer.bias,
+        arguments=setting.derivation.arguments,
+        witnesses=_witnesses(setting.derivation),
         functions=functions,
         forwards=tuple(forwards.values()),
         ranges=tuple(parts),
@@ -274,8 +276,8 @@ def _forwards(
             if program.forward.ways == phase.ways:
                 return f"{class_name}.forward"
         if phase not in made:
-            taken = sum(node.name.startswith(f"_forward_{phase.name()}") for node in made.values())
-            name = f"_forward_{phase.name()}{f'_{taken + 1}' if taken else ''}"
+            taken = sum(node.name.startswith(f"_forward_{phase.name}") for node in made.values())
+            name = f"_forward_{phase.name}{f'_{taken + 1}' if taken else ''}"
             made[phase] = ForwardNode(
                 name,
                 tuple(_forward_derivation(phase, decision, workload, width)),
@@ -304,47 +306,53 @@ def _function(
     setting = decision.setting
     needed_by = dependents(program.backward)
     backward = _backward_blocks(program.backward, setting, needed_by)
-    saves = tuple((str(symbol), _guard(needed_by[symbol])) for symbol in (*program.saved_inputs, *program.kept))
+    saves = tuple(
+        (str(symbol), _guard(needed_by[symbol], program.derivation))
+        for symbol in (*program.saved_inputs, *program.kept)
+    )
     made = [str(symbol) for symbol in program.kept if symbol not in program.forward.held]
-    merged = SYMBOLS["M"]
-    if program.seeded and merged in needed_by and merged not in program.kept:  # it is merged again, to the same bits
-        saves += (("seed", _guard(needed_by[merged])),)
+    site = program.derivation
+    for operation in filter(site.seeded, program.backward.operations):  # it is drawn again, to the same bits
+        saves += (("seed", _guard(needed_by[operation.outputs[0]], site)),)
         made.append("seed")
-    gradients = tuple(str(gradient) for gradient in GRADIENTS if gradient in program.backward.goals)
+    gradients = tuple(str(gradient) for gradient in site.gradients if gradient in program.backward.goals)
     keeps_scaling = any(map(uses_scaling, program.backward.operations))
-    # X and the adapter are what second derivatives would depend on.
-    used = {"X", "lora_A", "lora_B", *(symbol for symbol, _ in saves), *(["scaling"] if keeps_scaling else [])}
+    used = {*_witnesses(site), *(symbol for symbol, _ in saves), *(["scaling"] if keeps_scaling else [])}
     return FunctionNode(
         class_name=class_name,
         id=program.id,
         doc=tuple(_derivation(candidate, decision, workload, reason, width)),
         forward=_forward_lines(program.forward, setting),
         outputs=("Y", *made),
-        inputs=", ".join(name if name in used else "_" for name in _INPUTS),
-        needs=_unpack_needs({name for name in gradients if any(f"need_{name}" in guard for _, guard in saves)}),
+        inputs=", ".join(a.name if a.name in used else "_" for a in site.arguments),
+        needs=_unpack_needs(site, {name for name in gradients if any(f"need_{name}" in guard for _, guard in saves)}),
         saves=saves,
-        backward_needs=_unpack_needs(set(gradients)),
+        backward_needs=_unpack_needs(site, set(gradients)),
         backward=backward,
         gradients=gradients,
-        returns=tuple(name if name in gradients else "None" for name in _INPUT_GRADIENTS),
+        returns=tuple(a.gradient if a.gradient in gradients else "None" for a in site.arguments),
         keeps_scaling=keeps_scaling,
-        dtypes=tuple(
-            DTYPE_OF[gradient] for gradient in GRADIENTS if gradient in DTYPE_OF and str(gradient) in gradients
-        ),
+        dtypes=tuple(name for g in site.gradients if str(g) in gradients and (name := dtype_of(g))),
         seeded=program.seeded,
     )
 
 
-def _unpack_needs(names: set[str]) -> str:
+def _witnesses(site: Derivation) -> tuple[str, ...]:
+    """The arguments on which the gradients of others depend: what second derivatives would be of."""
+    read = {symbol.name for operation in site.operations for symbol in operation.reads}
+    return tuple(a.name for a in site.arguments if a.gradient is not None and a.name in read)
+
+
+def _unpack_needs(site: Derivation, names: set[str]) -> str:
     """The left side that takes these from ``needs_input_grad``."""
-    parts = [f"need_{name}" if name in names else "_" for name in _INPUT_GRADIENTS]
+    parts = [f"need_{a.gradient}" if a.gradient in names else "_" for a in site.arguments]
     while parts[-1] == "_":
         parts.pop()
     return ", ".join([*parts, "*_"])
 
 
-def _guard(gradients: Iterable[Symbol]) -> str:
-    return " or ".join(f"need_{gradient}" for gradient in GRADIENTS if gradient in gradients)
+def _guard(wanted: Iterable[Symbol], site: Derivation) -> str:
+    return " or ".join(f"need_{gradient}" for gradient in site.gradients if gradient in wanted)
 
 
 def _forward_lines(phase: Phase, setting: Setting) -> tuple[str, ...]:
@@ -369,7 +377,7 @@ def _backward_blocks(
             blocks.append(Block(guard, (text,)))
 
     for step in schedule(phase, setting.dims).steps:
-        guards = {symbol: _guard(needed_by[symbol]) for symbol in step.operation.outputs}
+        guards = {symbol: _guard(needed_by[symbol], phase.derivation) for symbol in step.operation.outputs}
         if len(set(guards.values())) == 1:
             add(guards[step.operation.outputs[0]], line(step.operation))
         else:
@@ -383,7 +391,7 @@ def _backward_blocks(
             for product in products(step.operation):
                 blocks.append(Block(guards[product.outputs[0]], (line(product),), "elif"))
         for symbol in step.frees:
-            add(_guard(needed_by[symbol]), f"del {symbol}")
+            add(_guard(needed_by[symbol], phase.derivation), f"del {symbol}")
     return tuple(blocks)
 
 

@@ -28,8 +28,8 @@ def variant_data(candidate: Priced, decision: Decision) -> dict[str, Any]:
     program = candidate.program
     return {
         "id": program.id,
-        "forward": program.forward.name(),
-        "backward": program.backward.name(),
+        "forward": program.forward.name,
+        "backward": program.backward.name,
         "keeps": [str(symbol) for symbol in program.kept],
         "by_kernel": [str(symbol) for symbol in program.by_kernel],
         "paper": program.paper[0] if program.paper else None,
@@ -51,8 +51,8 @@ def choice_data(choice: LayerChoice) -> dict[str, Any]:
             {
                 "last_tokens": part.last_tokens,
                 "tokens": part.decision.setting.tokens,
-                "chosen": part.decision.chosen.name(),
-                "on_16_bit_weights": part.decision.fallback.name(),
+                "chosen": part.decision.chosen.name,
+                "on_16_bit_weights": part.decision.fallback.name,
             }
             for part in choice.forwards
         ],
@@ -213,7 +213,7 @@ def gain_table(sites: Sequence[Layer], decisions: Sequence[Decision]) -> Rendera
         table.add_row(
             str(site.count),
             site.name,
-            f"{program.forward.name()}/{program.backward.name()}",
+            f"{program.forward.name}/{program.backward.name}",
             f"{decision.chosen.cost.time_s / price_frozen(decision.setting, decision.host_share):.2f}",
             shared_stem(site.projections),
         )

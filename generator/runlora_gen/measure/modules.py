@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
-from ..algebra.table import TWINS
 from ..choose import Decision, Priced, decide, decide_forward
 from ..cost.lower import with_kernels
 from ..emit.nodes import module_name, module_node
@@ -55,7 +54,7 @@ def module_of_everything(workload: Workload, path: Path) -> ModuleType:
     setting = point.setting(workload)
     decision = decide(workload, setting)
     if workload.kernels and setting.device.kernels:
-        twins = tuple(TWINS.values())
+        twins = tuple(setting.derivation.twins.values())
         programs = [Priced(with_kernels(c.program, twins), c.cost) for c in decision.candidates]
         decision = replace(decision, candidates=(*decision.candidates, *programs))
     return render_module(one_choice(point.layer, workload, decision), point.rank, workload, path, all_variants=True)

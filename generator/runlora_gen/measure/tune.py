@@ -39,8 +39,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..algebra.enumerate import Program, enumerate_programs
-from ..algebra.operations import SYMBOLS, Cast, Fused, Operation, Symbol, dimensions, signature
-from ..algebra.table import KERNELS, OPERATIONS, rows, runs
+from ..algebra.kernels import KERNELS, runs
+from ..algebra.linear import LINEAR
+from ..algebra.operations import Cast, Fused, Operation, Symbol, dimensions, signature
 from ..choose import goals
 from ..cost.device import MAX_PROFILE_BYTES, check_title, parse_profile, parse_toml
 from ..cost.price import wanted_operations
@@ -222,7 +223,7 @@ class _Workbench:
         # Everything in one dtype: then there is nothing to cast.
         self.workload = Workload(adapter_dtype="bf16", device=device_name, launch="graph", kernels=self.kernels)
         self.module = module_of_everything(self.workload, Path(self._folder.name) / f"everything_{os.getpid()}")
-        unseeded = [op for op in OPERATIONS if not (isinstance(op, Fused) and KERNELS[op.kernel].seeded)]
+        unseeded = [op for op in LINEAR.operations if not (isinstance(op, Fused) and KERNELS[op.kernel].seeded)]
         drawn = [op for op in unseeded if not isinstance(op, Cast)]
         # One for all that do the same work.
         self._operations = tuple({signature(op): op for op in reversed(drawn)}.values())
@@ -317,7 +318,7 @@ class _Workbench:
     def sets(self, point: Point, trials: Sequence[Trial], dtype: torch.dtype) -> list[dict[Symbol, torch.Tensor]]:
         """As many sets of random operands as fill the cache several times over."""
         symbols = sorted({s for trial in trials for s in (*trial.operation.reads, *trial.operation.outputs)})
-        activations = sum(SYMBOLS[name].numel(point.dims) for name in ("X", "W", "dY")) * dtype.itemsize
+        activations = sum(LINEAR[name].numel(point.dims) for name in ("X", "W", "dY")) * dtype.itemsize
         cache = torch.cuda.get_device_properties(self.device).L2_cache_size if self.on_gpu else _CPU_CACHE
         count = max(1, min(MOST_SETS, math.ceil(4 * cache / activations)))
         return [
@@ -516,7 +517,9 @@ def _host_seconds(bench: _Workbench) -> tuple[float, float | None]:
 
         return _basic(bench, f"{steps} steps of {variant}", run, torch.device("cpu")) / steps
 
-    programs = {p.id: p for p in enumerate_programs(goals(bench.workload), table=rows(kernels=bench.kernels))}
+    programs = {
+        p.id: p for p in enumerate_programs(LINEAR, goals(bench.workload), table=LINEAR.rows(kernels=bench.kernels))
+    }
     plain = programs[_HOST_VARIANTS[0]]
     wanted = frozenset({"dX", "dA", "dB"})
 

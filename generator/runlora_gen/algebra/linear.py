@@ -1,0 +1,102 @@
+"""THE TABLE of the lone linear: for each symbol of a LoRA linear, all the ways to compute it.
+
+A new idea is a new row. The enumerator, the prices, the documentation and the emitted code all follow from it.
+Y = X Wᵀ + s X Aᵀ Bᵀ + b, with S = s X Aᵀ, P = s dY B, D = s B A, M = W + D, G = dYᵀ X.
+
+The paper is "Run LoRA Run" (arXiv 2312.03415); it writes W as I×O, U for Aᵀ and V for Bᵀ.
+"""
+
+from __future__ import annotations
+
+from .derivation import SAVED, Argument, derive, row
+from .operations import Symbol
+
+LINEAR = derive(
+    "linear",
+    # The scaling s is folded into S, P, D and M once: no other product is scaled but those of the full-gradient ways.
+    symbols=(
+        Symbol("X", ("T", "I")),  # input
+        Symbol("W", ("O", "I")),  # frozen base weight
+        Symbol("b", ("O",)),  # frozen bias
+        Symbol("lora_A", ("R", "I"), store="adapter"),
+        Symbol("lora_B", ("O", "R"), store="adapter"),
+        Symbol("A", ("R", "I")),  # lora_A as the products read it: in the activations' dtype
+        Symbol("B", ("O", "R")),  # lora_B likewise
+        Symbol("Y", ("T", "O")),  # output
+        Symbol("S", ("T", "R")),  # s X Aᵀ
+        Symbol("M", ("O", "I")),  # W + s B A
+        Symbol("D", ("O", "I")),  # s B A
+        Symbol("dY", ("T", "O")),
+        Symbol("P", ("T", "R")),  # s dY B
+        Symbol("G", ("O", "I")),  # dYᵀ X
+        Symbol("dX", ("T", "I")),
+        Symbol("dA", ("R", "I"), store="adapter"),
+        Symbol("dB", ("O", "R"), store="adapter"),
+        Symbol("db", ("O",)),
+    ),
+    arguments=(
+        Argument("X", gradient="dX", activation=True),
+        Argument("W"),
+        Argument("lora_A", gradient="dA"),
+        Argument("lora_B", gradient="dB"),
+        Argument("b", "Tensor | None", gradient="db"),
+        Argument("A"),
+        Argument("B"),
+        Argument("scaling", "float"),
+    ),
+    output="Y",
+    output_gradient="dY",
+    table=(
+        row("S", "x_at", "S = s * X @ A.T"),
+        row("S", SAVED),
+        row("M", "merge", "M = W + s * B @ A"),
+        row("M", SAVED),
+        row("D", "b_a", "D = s * B @ A"),
+        row("D", SAVED),
+        # Where the adapter has another dtype than the activations; else A and B are lora_A and lora_B themselves.
+        row("A", "cast", "A = cast(lora_A)"),
+        row("A", SAVED),
+        row("B", "cast", "B = cast(lora_B)"),
+        row("B", SAVED),
+        # The forward.
+        row("Y", "base_first", "Y = X @ W.T + b", "Y += S @ B.T", paper=("forward1",)),
+        row("Y", "lowrank_first", "Y = S @ B.T + b", "Y += X @ W.T", paper=("forward3",)),
+        # forward4 is forward2 with another reshaping of X: the same products.
+        row("Y", "merged", "Y = X @ M.T + b", paper=("forward2", "forward4")),
+        row("Y", "fused", "fused_gemm: Y = S @ B.T + b; Y += X @ W.T"),
+        row("Y", "delta", "Y = X @ W.T + b", "Y += X @ D.T"),  # left out by the paper
+        # The backward.
+        row("P", "dy_b", "P = s * dY @ B"),
+        row("G", "dyt_x", "G = dY.T @ X"),
+        row("dX", "base_first", "dX = dY @ W", "dX += P @ A"),
+        row("dX", "lowrank_first", "dX = P @ A", "dX += dY @ W"),
+        row("dX", "merged", "dX = dY @ M"),
+        # One persistent kernel for the large product, with the low-rank product as the tail of its inner loop.
+        row("dX", "fused", "fused_gemm: dX = P @ A; dX += dY @ W"),
+        row("dX", "delta", "dX = dY @ W", "dX += dY @ D"),  # left out by the paper
+        row("dA", "pt_x", "dA = P.T @ X"),
+        row("dA", "bt_g", "dA = s * B.T @ G"),
+        row("dB", "dyt_s", "dB = dY.T @ S"),
+        row("dB", "g_at", "dB = s * G @ A.T"),
+        # One pass over dY yields both.
+        row("P dB", "one_pass", "p_db: P = s * dY @ B; dB = dY.T @ S"),
+        row("db", "sum", "db = sum(dY)"),
+    ),
+    twins=("x_at: S = s * X @ A.T", "pt_x: dA = P.T @ X", "merge: M = W + s * B @ A"),
+    # torch has no such rounding.
+    stochastic=("merge_stochastic: M = W + s * B @ A",),
+    lossy=("M",),
+    deltas=("D",),
+    # It recomputes S and M, and never saves them.
+    paper_goals=("dX", "dA", "dB"),
+    paper_backwards={
+        ("base_first", "pt_x", "dyt_s"): "backward1",
+        ("base_first", "pt_x", "g_at"): "backward2",
+        ("base_first", "bt_g", "g_at"): "backward3",
+        ("merged", "bt_g", "g_at"): "backward4",
+        ("merged", "pt_x", "dyt_s"): "backward5",
+        ("base_first", "bt_g", "dyt_s"): "backward6",
+        ("merged", "bt_g", "dyt_s"): "backward7",
+        ("merged", "pt_x", "g_at"): "backward8",
+    },
+)
