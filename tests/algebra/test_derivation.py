@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from runlora_gen.algebra.derivation import SAVED, Argument, Derivation, derive, row
 from runlora_gen.algebra.enumerate import enumerate_forwards, enumerate_programs
 from runlora_gen.algebra.linear import LINEAR
-from runlora_gen.algebra.operations import Cast, Symbol
+from runlora_gen.algebra.operations import Cast, Fused, Matmul, Operand, Symbol, parse
 from runlora_gen.algebra.schedule import schedule
 from runlora_gen.algebra.sites import DERIVATIONS, OPERATIONS
 
@@ -94,6 +96,36 @@ def test_a_wrong_formula_is_refused(chain: Derivation, formula: str, message: st
             output_gradient="dZ",
             table=[row("H", "x", formula)],
         )
+
+
+@pytest.mark.parametrize("derivation", DERIVATIONS, ids=lambda derivation: derivation.site)
+def test_what_is_printed_parses_back(derivation: Derivation) -> None:
+    for operation in derivation.operations:
+        assert derivation.parse(str(operation)) == operation
+    for way in derivation.table:
+        again = derivation.way(" ".join(map(str, way.targets)), way.name, *map(str, way.operations))
+        assert (again.targets, again.operations) == (way.targets, way.operations)
+
+
+def test_every_product_parses_back(chain: Derivation) -> None:
+    """All that fit, with all that a product may have."""
+    count = 0
+    bias = Symbol("b", ("O",))
+    symbols = {**chain.symbols, "b": bias}
+    choices = itertools.product(symbols.values(), (False, True), symbols.values(), (False, True), symbols.values())
+    for left, turned, right, turned_too, out in choices:
+        for scaled, accumulate, addend, added in itertools.product(
+            (False, True), (False, True), (None, out), (None, bias)
+        ):
+            try:
+                product = Matmul(
+                    out, Operand(left, turned), Operand(right, turned_too), scaled, accumulate, addend, added
+                )
+            except (ValueError, IndexError):
+                continue
+            assert parse(str(product), symbols) == product and parse(f"k: {product}", symbols) == Fused("k", (product,))
+            count += 1
+    assert count > 100
 
 
 def test_the_linear_site() -> None:

@@ -9,6 +9,7 @@ An operation is written as the formula that it computes, in a small fixed gramma
     KERNEL: FORMULA; FORMULA; …                             several products in one pass of a fused kernel
 
 FLOPs, bytes, launches, lifetimes, the formula in a docstring and the line of code are all derived from this one object.
+``str`` of an operation is its formula in this grammar, which parses back to it.
 """
 
 from __future__ import annotations
@@ -74,6 +75,11 @@ class Operand(_Hashed):
     __hash__ = _Hashed.__hash__
 
     def __str__(self) -> str:
+        return f"{self.symbol}{'.T' if self.transposed else ''}"
+
+    @property
+    def formula(self) -> str:
+        """As docstrings and documentation print it."""
         return f"{self.symbol}{'ᵀ' if self.transposed else ''}"
 
 
@@ -112,9 +118,14 @@ class Matmul(_Hashed):
     @property
     def formula(self) -> str:
         """The formula as docstrings and documentation print it."""
-        product = f"{self.left} {self.right}"
+        return self._text(f"{self.left.formula} {self.right.formula}", "s")
+
+    def __str__(self) -> str:
+        return self._text(f"{self.left} @ {self.right}", "s *")
+
+    def _text(self, product: str, scaling: str) -> str:
         if self.scaled:
-            product = f"s {product}"
+            product = f"{scaling} {product}"
         if self.addend is not None:
             product = f"{self.addend} + {product}"
         if self.bias is not None:
@@ -155,6 +166,9 @@ class SumTokens(_Hashed):
         """The formula as docstrings and documentation print it."""
         return f"{self.out} = Σₜ {self.operand}"
 
+    def __str__(self) -> str:
+        return f"{self.out} = sum({self.operand})"
+
 
 @dataclass(frozen=True)
 class Cast(_Hashed):
@@ -184,6 +198,9 @@ class Cast(_Hashed):
     def formula(self) -> str:
         """The formula as docstrings and documentation print it."""
         return f"{self.out} = cast({self.operand})"
+
+    def __str__(self) -> str:
+        return self.formula
 
 
 @dataclass(frozen=True)
@@ -226,6 +243,9 @@ class Fused(_Hashed):
             product = part.formula.split("= ", 1)[1]
             texts[part.out] = f"{texts[part.out]} + {product}" if part.accumulate else f"{part.out} = {product}"
         return ", ".join(texts.values())
+
+    def __str__(self) -> str:
+        return f"{self.kernel}: {'; '.join(map(str, self.parts))}"
 
 
 Operation = Matmul | SumTokens | Cast | Fused
