@@ -16,16 +16,16 @@ LINEAR = derive(
     # The scaling s is folded into S, P, D and M once: no other product is scaled but those of the full-gradient ways.
     symbols=(
         Symbol("X", ("T", "I")),  # input
-        Symbol("W", ("O", "I")),  # frozen base weight
-        Symbol("b", ("O",)),  # frozen bias
+        Symbol("W", ("O", "I"), store="weight"),  # frozen base weight
+        Symbol("b", ("O",), store="weight"),  # frozen bias
         Symbol("lora_A", ("R", "I"), store="adapter"),
         Symbol("lora_B", ("O", "R"), store="adapter"),
         Symbol("A", ("R", "I")),  # lora_A as the products read it: in the activations' dtype
         Symbol("B", ("O", "R")),  # lora_B likewise
         Symbol("Y", ("T", "O")),  # output
         Symbol("S", ("T", "R")),  # s X Aᵀ
-        Symbol("M", ("O", "I")),  # W + s B A
-        Symbol("D", ("O", "I")),  # s B A
+        Symbol("M", ("O", "I"), store="weight"),  # W + s B A
+        Symbol("D", ("O", "I"), store="weight"),  # s B A
         Symbol("dY", ("T", "O")),
         Symbol("P", ("T", "R")),  # s dY B
         Symbol("G", ("O", "I")),  # dYᵀ X

@@ -18,9 +18,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
+from typing import Literal
 
 #: Dimensions of one linear: T tokens, I in_features, O out_features, R rank.
 Dims = Mapping[str, int]
+#: What elements are stored as: activations, what has the base weight's dtype, and the trained adapter. A setting gives
+#: each its dtype.
+Store = Literal["act", "weight", "adapter"]
 
 
 class _Hashed:
@@ -36,16 +40,11 @@ class _Hashed:
 
 @dataclass(frozen=True, order=True)
 class Symbol(_Hashed):
-    """A tensor of the derivation: its name, its shape in named dimensions, and which linear of a site it belongs to.
-
-    ``index`` is None for a lone linear and for what a group shares (X, dX); groups number their linears.
-    ``store`` says what its elements are stored as: ``act``, the activations' dtype, or ``adapter``, the adapter's.
-    """
+    """A tensor of the derivation: its name, its shape in named dimensions, and what its elements are stored as."""
 
     name: str
     shape: tuple[str, ...]
-    index: int | None = None
-    store: str = "act"
+    store: Store = "act"
 
     def numel(self, dims: Dims) -> int:
         """Number of elements for concrete dimensions."""
@@ -57,7 +56,7 @@ class Symbol(_Hashed):
     __hash__ = _Hashed.__hash__
 
     def __str__(self) -> str:
-        return self.name if self.index is None else f"{self.name}{self.index}"
+        return self.name
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from ..algebra.operations import (
     Fused,
     Matmul,
     Operation,
+    Store,
     SumTokens,
     Symbol,
     dimensions,
@@ -85,8 +86,17 @@ class Setting:
 
     def bytes_of(self, symbol: Symbol) -> int:
         """Bytes of a tensor as it is stored."""
-        dtype = self.adapter_dtype if symbol.store == "adapter" else self.dtype
-        return symbol.numel(self.dims) * dtype.bytes
+        return symbol.numel(self.dims) * self.dtype_of(symbol.store).bytes
+
+    def dtype_of(self, store: Store) -> DType:
+        """What elements of a kind are stored as."""
+        match store:
+            case "act" | "weight":
+                return self.dtype
+            case "adapter":
+                return self.adapter_dtype
+            case _:
+                assert_never(store)
 
 
 #: How much of a program's time is the host's: 0 where the whole step of the model waits for the device, 1 where it
