@@ -15,6 +15,7 @@ import operator
 import os
 import re
 import sys
+import types
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -309,29 +310,27 @@ def _left_to_peft(model: nn.Module, *, strict: bool) -> Any:
     Raises:
         SpecError: it has none; or ``strict``.
     """
-    kinds = importlib.import_module("peft.tuners.lora") if "peft" in sys.modules else None
-    layers = {n: m for n, m in model.named_modules() if kinds is not None and isinstance(m, kinds.LoraLayer)}
+    here, report = (_of_template(name) for name in ("peft_layers", "report"))
+    layers = here.lora_layers(model)
     if not layers:
         raise SpecError("model: no LoRA layer of PEFT on a linear: wrap it first, with peft.get_peft_model")
-    from .emit.render import Header, render
-
-    said: dict[str, Any] = {"__name__": __name__}  # dataclasses look a class's module up
-    exec(render("report.py.jinja", {"header": Header("", "")}), said)  # the packages' own
-    left = {}
-    for name, layer in layers.items():
-        kind = type(layer)
-        plain = kind is kinds.Linear  # type: ignore[union-attr]
-        what = (
-            f"base of {type(layer.base_layer).__name__}"
-            if plain
-            else f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}"
-        )
-        left[name] = f"a {what} is not covered"
-    line = said["left_to_peft"](left)
+    left = {name: here.unfit(layer) or "no adapter is active" for name, layer in layers.items()}
+    line = report.left_to_peft(left)
     if strict:
         raise SpecError(line)
     warnings.warn(line, stacklevel=3)
-    return said["Report"]((), left, (), 0)
+    return report.Report((), left, (), 0)
+
+
+@functools.cache
+def _of_template(name: str) -> Any:
+    """What every package says of a model: a file of it that depends on no linear, without a package."""
+    from .emit.render import Header, render
+
+    module = types.ModuleType(f"{__package__}._{name}")
+    sys.modules[module.__name__] = module  # dataclasses look a class's module up
+    exec(render(f"{name}.py.jinja", {"header": Header("", "")}), vars(module))
+    return module
 
 
 def _needed(model: nn.Module) -> Any:

@@ -29,7 +29,7 @@ from .spec.workload import Workload
 STRIDED, FLASH_FORWARD, FLASH_BACKWARD = 0.58, 0.68, 0.56
 #: What the host needs for an operator of the plain model, over what it needs for one within a module's autograd
 #: function: from the frozen model of the benchmark that waits for the host.
-PLAIN_HOST = 0.7
+PLAIN_HOST = 0.75
 #: Products of a flash attention's forward and backward, which makes the scores again.
 _PRODUCTS_FORWARD, _PRODUCTS_BACKWARD = 2, 5
 

@@ -76,3 +76,12 @@ def test_peft_layers_on_embeddings_alone(tmp_path: Path) -> None:
     model = peft.get_peft_model(llama(), peft.LoraConfig(r=RANK, target_modules=["embed_tokens"]))
     with pytest.warns(UserWarning, match="1 left: a layer.Embedding is not covered"):
         assert not runlora_gen.accelerate(model, tmp_path).accelerated
+
+
+def test_no_adapter_is_left(tmp_path: Path) -> None:
+    model = with_lora()
+    model.base_model.set_adapter([])
+    with pytest.warns(UserWarning, match="14 left: no adapter is active"):
+        assert not runlora_gen.accelerate(model, tmp_path).accelerated
+    with pytest.raises(ValueError, match="no LoRA layer of PEFT on a linear"):
+        runlora_gen.accelerate(llama(), tmp_path)

@@ -75,7 +75,7 @@ class Argument:
 
 @dataclass(frozen=True, eq=False)  # made once a site: identity is equality
 class Derivation:
-    """What can be computed of a site, as a value: nothing that enumerates, prices or emits knows a site's symbols.
+    """What can be computed of a site, as a value: what enumerates and orders it knows no symbol.
 
     Attributes:
         site: what it is of.
@@ -83,6 +83,7 @@ class Derivation:
         arguments: of the function, in their order.
         output: what the function returns.
         output_gradient: what its backward starts from.
+        base: what the site computes without adapters, forward and backward.
         table: all ways of all symbols.
         twins: kernels for single products of the table, beside torch's own: they make no other programs, the price
             decides which of the two computes the product.
@@ -98,6 +99,7 @@ class Derivation:
     arguments: tuple[Argument, ...]
     output: Symbol
     output_gradient: Symbol
+    base: tuple[Operation, ...]
     table: tuple[Way, ...]
     twins: Mapping[Operation, Fused]
     stochastic: Mapping[Operation, Fused]
@@ -144,7 +146,7 @@ class Derivation:
         return tuple(dict.fromkeys((*rows, *self.twins.values(), *self.stochastic.values())))
 
     @cached_property
-    def chosen(self) -> frozenset[Symbol]:
+    def undecided(self) -> frozenset[Symbol]:
         """Symbols that the table has several ways to compute."""
         ways = [way for way in self.table if not way.saved]
         return frozenset(s for s in self.symbols.values() if sum(s in way.targets for way in ways) > 1)
@@ -187,6 +189,7 @@ def derive(
     arguments: Iterable[Argument],
     output: str,
     output_gradient: str,
+    base: Iterable[str] = (),
     table: Iterable[Row],
     twins: Iterable[str] = (),
     stochastic: Iterable[str] = (),
@@ -212,6 +215,7 @@ def derive(
         arguments=tuple(arguments),
         output=known[output],
         output_gradient=known[output_gradient],
+        base=tuple(parse(formula, known) for formula in base),
         table=tuple(_way(each, known) for each in table),
         twins=by_product(twins),
         stochastic=by_product(stochastic),

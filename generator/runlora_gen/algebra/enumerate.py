@@ -82,7 +82,7 @@ class Phase:
     @cached_property
     def name(self) -> str:
         """The ways of all symbols where the table leaves a choice beside saving them, those of the goals first."""
-        names = [self.way_of(goal).name for goal in self.goals if goal in self.derivation.chosen]
+        names = [self.way_of(goal).name for goal in self.goals if goal in self.derivation.undecided]
         for chosen in self.ways:
             rivals = [way for way in self.derivation.table if way.targets == chosen.targets and not way.saved]
             if not chosen.saved and len(rivals) > 1 and not set(chosen.targets) & set(self.goals):

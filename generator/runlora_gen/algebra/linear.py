@@ -46,6 +46,7 @@ LINEAR = derive(
     ),
     output="Y",
     output_gradient="dY",
+    base=("Y = X @ W.T + b", "dX = dY @ W"),
     table=(
         row("S", "x_at", "S = s * X @ A.T"),
         row("S", SAVED),

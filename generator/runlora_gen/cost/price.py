@@ -381,15 +381,19 @@ def price(program: Program, setting: Setting, host_share: float = DEVICE_BOUND) 
 
 def price_frozen(setting: Setting, host_share: float = DEVICE_BOUND) -> float:
     """Seconds of the frozen linear (Y = X Wᵀ + b and dX = dY W): the floor that a LoRA linear is held against."""
-    formulas = ["Y = X @ W.T + b"] + (["dX = dY @ W"] if "dX" in setting.gradients else [])
-    costs = [price_operation(setting.derivation.parse(formula), setting) for formula in formulas]
-    return weighted(sum(cost.device_s for cost in costs), sum(cost.host_s for cost in costs), host_share)
+    device_s, host_s = _base_times(setting, {setting.derivation.output.name, *setting.gradients})
+    return weighted(device_s, host_s, host_share)
 
 
 def price_frozen_forward(setting: Setting) -> tuple[float, float]:
     """Seconds of device and host of its forward alone."""
-    cost = price_operation(setting.derivation.parse("Y = X @ W.T + b"), setting)
-    return cost.device_s, cost.host_s
+    return _base_times(setting, {setting.derivation.output.name})
+
+
+def _base_times(setting: Setting, wanted: Collection[str]) -> tuple[float, float]:
+    """Seconds of device and host of what is wanted of a site without adapters."""
+    costs = [price_operation(op, setting) for op in setting.derivation.base if op.outputs[0].name in wanted]
+    return sum(cost.device_s for cost in costs), sum(cost.host_s for cost in costs)
 
 
 @lru_cache(maxsize=65536)

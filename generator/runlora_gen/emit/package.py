@@ -25,7 +25,7 @@ from .style import Style, style_of
 
 MANIFEST = "manifest.json"
 #: The files of a package that put its modules into a model.
-OF_MODELS = ("__init__", "adapters", "inject", "report", "shapes", "with_peft")
+OF_MODELS = ("__init__", "adapters", "inject", "peft_layers", "report", "shapes", "with_peft")
 #: Where the manifest's JSON Schema is published, beside this file.
 MANIFEST_SCHEMA = "manifest.schema.json"
 #: What does not go into a generated file as a name.

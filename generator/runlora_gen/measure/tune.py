@@ -223,7 +223,7 @@ class _Workbench:
         # Everything in one dtype: then there is nothing to cast.
         self.workload = Workload(adapter_dtype="bf16", device=device_name, launch="graph", kernels=self.kernels)
         self.module = module_of_everything(self.workload, Path(self._folder.name) / f"everything_{os.getpid()}")
-        unseeded = [op for op in LINEAR.operations if not (isinstance(op, Fused) and KERNELS[op.kernel].seeded)]
+        unseeded = [op for op in LINEAR.operations if not LINEAR.seeded(op)]
         drawn = [op for op in unseeded if not isinstance(op, Cast)]
         # One for all that do the same work.
         self._operations = tuple({signature(op): op for op in reversed(drawn)}.values())
