@@ -13,11 +13,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from runlora_gen.ranges import decide_model
-from runlora_gen.choose import Decision, Priced
-from runlora_gen.spec.architecture import architecture_names, load_architecture
-from runlora_gen.spec.layers import layers
-from runlora_gen.spec.workload import CHOICES, Workload
+from runlora_gen.request.architecture import architecture_names, load_architecture
+from runlora_gen.request.layers import layers
+from runlora_gen.request.workload import CHOICES, Workload
+from runlora_gen.search.choose import Decision, Priced
+from runlora_gen.search.ranges import decide_model
 
 TABLE = Path(__file__).with_name("record.json")
 

@@ -12,7 +12,7 @@ import pytest
 import runlora_gen
 import torch
 from runlora_gen import api
-from runlora_gen.spec.errors import SpecError
+from runlora_gen.request.errors import SpecError
 from torch import nn
 
 #: Few programs to choose from.

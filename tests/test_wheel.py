@@ -74,7 +74,7 @@ def test_holds_every_file(wheel: Path) -> None:
     }
     assert len(templates) >= 4
     assert package == {**expected, **templates}
-    for name in ("emit/manifest.schema.json", "emit/explain.schema.json", "spec/architectures/llama-13b.toml"):
+    for name in ("emit/manifest.schema.json", "emit/explain.schema.json", "request/architectures/llama-13b.toml"):
         assert f"runlora_gen/{name}" in package
 
 

@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from runlora_gen.choose import Priced, decide, enumerated
 from runlora_gen.cost.price import price
 from runlora_gen.measure.clock import captured, interleaved
 from runlora_gen.measure.machine import machine_name
 from runlora_gen.measure.memory import peak_bytes, saved_bytes
 from runlora_gen.measure.modules import one_choice, render_module
 from runlora_gen.measure.problem import TORCH_DTYPES, Point, Problem
-from runlora_gen.spec.workload import Workload
+from runlora_gen.request.workload import Workload
+from runlora_gen.search.choose import Priced, decide, enumerated
 
 FROZEN = "frozen linear"
 #: What is compared: how people call it, and the program.

@@ -29,16 +29,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from runlora_gen.choose import Decision
 from runlora_gen.measure.clock import Run, captured, interleaved, repeated
 from runlora_gen.measure.machine import machine_name
 from runlora_gen.measure.memory import peak_bytes, saved_bytes
 from runlora_gen.measure.modules import import_file, one_choice, render_module
 from runlora_gen.measure.problem import TORCH_DTYPES, Point
-from runlora_gen.ranges import LayerChoice, decide_model
-from runlora_gen.spec.architecture import load_architecture
-from runlora_gen.spec.layers import Layer, layers
-from runlora_gen.spec.workload import Workload
+from runlora_gen.request.architecture import load_architecture
+from runlora_gen.request.layers import Layer, layers
+from runlora_gen.request.workload import Workload
+from runlora_gen.search.choose import Decision
+from runlora_gen.search.ranges import LayerChoice, decide_model
 from torch import Tensor, nn
 
 REFERENCE = "peft"

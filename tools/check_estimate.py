@@ -15,10 +15,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from runlora_gen.estimate import Batch, Estimate, estimate
-from runlora_gen.spec.architecture import Architecture, family_projections
-from runlora_gen.spec.decoder import Decoder
-from runlora_gen.spec.workload import Workload
+from runlora_gen.forecast.estimate import Batch, Estimate, estimate
+from runlora_gen.request.architecture import Architecture, family_projections
+from runlora_gen.request.decoder import Decoder
+from runlora_gen.request.workload import Workload
 
 RESULTS = Path(__file__).parent / "results" / "model_h100.json"
 #: Contenders of the benchmark: how the estimate calls them, and their adapters' dtype.

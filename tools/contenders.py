@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from runlora_gen.emit.style import Style
 from runlora_gen.measure.modules import import_file, render_module
-from runlora_gen.ranges import decide_model
-from runlora_gen.spec.layers import Layer
-from runlora_gen.spec.workload import Workload
+from runlora_gen.request.layers import Layer
+from runlora_gen.request.workload import Workload
+from runlora_gen.search.ranges import decide_model
 from torch import Tensor, nn
 
 FROZEN = "frozen"

@@ -32,7 +32,6 @@ from typing import Any
 import torch
 from runlora_gen.algebra.enumerate import Program
 from runlora_gen.algebra.operations import Fused
-from runlora_gen.choose import Priced, decide, enumerated, programs_for
 from runlora_gen.cost.lower import choices, with_kernels
 from runlora_gen.cost.price import Setting, price
 from runlora_gen.emit.code import results_of
@@ -41,7 +40,8 @@ from runlora_gen.measure.clock import captured, interleaved, seconds
 from runlora_gen.measure.machine import machine_name
 from runlora_gen.measure.modules import one_choice, render_module
 from runlora_gen.measure.problem import TORCH_DTYPES, Point, Problem
-from runlora_gen.spec.workload import Workload
+from runlora_gen.request.workload import Workload
+from runlora_gen.search.choose import Priced, decide, enumerated, programs_for
 
 FROZEN = "frozen"
 LEAST_S = 2e-4

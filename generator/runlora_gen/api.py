@@ -22,15 +22,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .generation import Request, dtype_name, generated, of_model, read_request
-from .spec.errors import SpecError, shorten
-from .spec.workload import make_workload
+from .request.errors import SpecError, shorten
+from .request.workload import make_workload
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from .spec.architecture import Architecture
-    from .spec.live import LiveModel
+    from .from_model.live import LiveModel
+    from .request.architecture import Architecture
 
 
 def generate(
@@ -89,7 +89,7 @@ def accelerate(
     Raises:
         ValueError: the model has no LoRA layer; a value that is not allowed; or ``strict``, and a layer is not covered.
     """
-    from .spec.live import read_model
+    from .from_model.live import read_model
 
     live = None
     with contextlib.suppress(SpecError):  # it has no linear at all; perhaps quantized ones
@@ -141,7 +141,7 @@ def inject_lora(
             model is as it was then.
         TypeError: a linear is quantized.
     """
-    from .spec.live import read_model
+    from .from_model.live import read_model
 
     live = read_model(model)
     names = dict.fromkeys(n.rpartition(".")[2] for n, _ in model.named_modules() if _is_target(n, target_modules))
@@ -176,7 +176,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], **options:
         peft_model.load_adapter(str(directory), adapter_name, is_trainable=True, **options)
         return
     if package is None:
-        from .spec.live import read_model
+        from .from_model.live import read_model
 
         config = json.loads((Path(directory) / "adapter_config.json").read_text(encoding="utf-8"))
         rank = config.get("r")

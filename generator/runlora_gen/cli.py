@@ -16,10 +16,10 @@ from click.core import ParameterSource
 
 from . import __version__
 from .generation import MAX_RANK, Request, built, read_request
-from .spec.architecture import architecture_names, load_architecture
-from .spec.errors import SpecError, one_line, reason, shorten
-from .spec.layers import layers
-from .spec.workload import (
+from .request.architecture import architecture_names, load_architecture
+from .request.errors import SpecError, one_line, reason, shorten
+from .request.layers import layers
+from .request.workload import (
     CHOICES,
     DTYPE_NAMES,
     MAX_TOKENS,
@@ -249,8 +249,8 @@ def explain(variants: bool, show_all: bool, as_json: bool, **options: Any) -> No
     Then a line for each shape: what was chosen, and its time over that of the frozen linear.
     """
     from .emit.report import SCHEMA_VERSION, explain_table, gain_data, gain_lines, gain_table, layer_data
-    from .gain import gain
-    from .ranges import decide_step, rest_of_step
+    from .forecast.gain import gain
+    from .search.ranges import decide_step, rest_of_step
 
     request = _read_spec(options)
     architecture, workload = request.architecture, request.workload
@@ -326,8 +326,8 @@ def estimate(batch: str | None, sequence: str | None, checkpointing: bool, as_js
     optimizer's step.
     """  # noqa: D301
     from .emit.report import estimate_data, estimate_lines
-    from .estimate import Batch, check_modelled
-    from .estimate import estimate as predict
+    from .forecast.estimate import Batch, check_modelled
+    from .forecast.estimate import estimate as predict
 
     if sequence is None:
         raise SpecError("--sequence: missing; give the tokens of a sequence, such as 2048")

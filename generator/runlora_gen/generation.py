@@ -13,15 +13,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .spec.architecture import Architecture, architecture_of, load_architecture
-from .spec.errors import SpecError, shorten
-from .spec.workload import DTYPE_ALIASES, Workload, make_workload, parse_counts, parse_name, parse_targets
+from .request.architecture import Architecture, architecture_of, load_architecture
+from .request.errors import SpecError, shorten
+from .request.workload import DTYPE_ALIASES, Workload, make_workload, parse_counts, parse_name, parse_targets
 
 if TYPE_CHECKING:
     import torch
 
     from .emit.package import Package
-    from .spec.live import LiveModel
+    from .from_model.live import LiveModel
 
 MAX_RANK = 2**20
 #: Token counts that modules of a live model are chosen for where nobody says more: short and long batches.
@@ -56,7 +56,7 @@ class Request:
         Raises:
             SpecError: it can't be generated, with the reason in one line.
         """
-        from .choose import check_request
+        from .search.choose import check_request
 
         groups: dict[Architecture, list[int]] = {}  # what is said of several ranks is of all that share their linears
         for rank, architecture in self.by_rank.items():
@@ -95,7 +95,7 @@ def read_request(
     if isinstance(model, str | os.PathLike):
         architecture = load_architecture(os.fspath(model), model_type=fields.get("model_type"))
     elif hasattr(model, "named_modules"):
-        from .spec.live import read_model
+        from .from_model.live import read_model
 
         live = read_model(model)
         options, _ = of_model(model, live)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from runlora_gen.emit.package import OF_MODELS
-from runlora_gen.spec import meta
+from runlora_gen.from_model import meta
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from runlora_gen import cli
-from runlora_gen.spec.errors import SpecError
+from runlora_gen.request.errors import SpecError
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from runlora_gen.cost import device as device_module
 from runlora_gen.cost.device import device_names, load_device, parse_profile, parse_toml
-from runlora_gen.spec import files
-from runlora_gen.spec.errors import SpecError
+from runlora_gen.request import files
+from runlora_gen.request.errors import SpecError
 
 
 @pytest.mark.parametrize("name", device_names())

@@ -9,7 +9,6 @@ import pytest
 from runlora_gen.algebra.kernels import KERNELS
 from runlora_gen.algebra.linear import LINEAR
 from runlora_gen.algebra.operations import Fused, products
-from runlora_gen.choose import enumerated, programs_for, setting_for
 from runlora_gen.cost.device import load_device
 from runlora_gen.cost.lower import (
     available,
@@ -23,7 +22,8 @@ from runlora_gen.cost.lower import (
 from runlora_gen.cost.price import Setting, price, price_phase
 from runlora_gen.emit.code import line
 from runlora_gen.emit.render import template_folder
-from runlora_gen.spec.workload import Workload
+from runlora_gen.request.workload import Workload
+from runlora_gen.search.choose import enumerated, programs_for, setting_for
 
 GRAPH = Workload(adapter_dtype="bf16", device="h200", launch="graph")
 

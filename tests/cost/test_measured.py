@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from runlora_gen.algebra.linear import LINEAR
 from runlora_gen.algebra.operations import signature
-from runlora_gen.choose import enumerated, setting_for
 from runlora_gen.cost.device import DeviceProfile, load_device
 from runlora_gen.cost.price import DTYPES, Setting, price_operation, roofline, setting_at
-from runlora_gen.spec.errors import SpecError
-from runlora_gen.spec.workload import Workload
+from runlora_gen.request.errors import SpecError
+from runlora_gen.request.workload import Workload
+from runlora_gen.search.choose import enumerated, setting_for
 
 PRODUCT = LINEAR.parse("Y = X @ W.T + b")
 LOW_RANK = LINEAR.parse("S = s * X @ A.T")

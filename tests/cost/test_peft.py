@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from runlora_gen.choose import setting_for
 from runlora_gen.cost.peft import price_peft
 from runlora_gen.cost.price import price_frozen
 from runlora_gen.measure.memory import saved_bytes
-from runlora_gen.spec.workload import Workload
+from runlora_gen.request.workload import Workload
+from runlora_gen.search.choose import setting_for
 from torch import Tensor, nn
 
 RESULTS = Path(__file__).parents[2] / "tools" / "results"

@@ -9,7 +9,6 @@ import pytest
 from runlora_gen.algebra.enumerate import Program
 from runlora_gen.algebra.linear import LINEAR
 from runlora_gen.algebra.operations import Cast
-from runlora_gen.choose import enumerated, setting_for
 from runlora_gen.cost.device import load_device
 from runlora_gen.cost.price import (
     DEVICE_BOUND,
@@ -25,7 +24,8 @@ from runlora_gen.cost.price import (
     saved_symbols,
     setting_at,
 )
-from runlora_gen.spec.workload import Workload
+from runlora_gen.request.workload import Workload
+from runlora_gen.search.choose import enumerated, setting_for
 
 #: An adapter in fp32 over 16-bit layers, which is the default; torch's products alone.
 WIDE = Workload(device="a100", kernels=False)

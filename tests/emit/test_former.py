@@ -16,8 +16,8 @@ import pytest
 from runlora_gen.emit.package import OF_MODELS, Package, build_package
 from runlora_gen.emit.publish import publish
 from runlora_gen.emit.style import Style
-from runlora_gen.spec.architecture import load_architecture
-from runlora_gen.spec.workload import Workload
+from runlora_gen.request.architecture import load_architecture
+from runlora_gen.request.workload import Workload
 
 ARCHITECTURE = load_architecture("llama-9m").restricted(["q_proj"])
 WORKLOAD = Workload(adapter_dtype="bf16", kernels=False)

@@ -18,7 +18,7 @@ import pytest
 from runlora_gen.emit import publish as module
 from runlora_gen.emit import stage
 from runlora_gen.emit.package import Package
-from runlora_gen.spec.errors import SpecError
+from runlora_gen.request.errors import SpecError
 
 PACKAGE = "llama_9m_r4"
 MODULE = "linear_128x128_r4.py"

@@ -20,10 +20,10 @@ from runlora_gen.emit.nodes import module_node
 from runlora_gen.emit.package import OF_MODELS
 from runlora_gen.emit.render import Header, render
 from runlora_gen.emit.style import DEFAULT_LINE_LENGTH, MAX_LINE_LENGTH, MIN_LINE_LENGTH, Style, style_of
-from runlora_gen.ranges import decide_model
-from runlora_gen.spec.errors import SpecError
-from runlora_gen.spec.layers import Layer
-from runlora_gen.spec.workload import Workload
+from runlora_gen.request.errors import SpecError
+from runlora_gen.request.layers import Layer
+from runlora_gen.request.workload import Workload
+from runlora_gen.search.ranges import decide_model
 
 #: One module with kernels, whose text has strings in both quotes, trailing commas and long lines; few programs.
 SPEC = ("--arch", "llama-9m", "--target-modules", "q_proj", "--rank", "4", "--launch", "graph", "--tokens", "65536")

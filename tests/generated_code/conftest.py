@@ -10,9 +10,9 @@ from types import ModuleType
 import pytest
 from runlora_gen.emit.nodes import module_node
 from runlora_gen.emit.render import Header, render
-from runlora_gen.ranges import decide_model
-from runlora_gen.spec.layers import Layer
-from runlora_gen.spec.workload import Workload
+from runlora_gen.request.layers import Layer
+from runlora_gen.request.workload import Workload
+from runlora_gen.search.ranges import decide_model
 
 Render = Callable[..., ModuleType]
 

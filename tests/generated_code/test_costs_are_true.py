@@ -32,7 +32,7 @@ from runlora_gen.cost.price import (
     setting_at,
 )
 from runlora_gen.measure.problem import TORCH_DTYPES
-from runlora_gen.spec.workload import Workload
+from runlora_gen.request.workload import Workload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 

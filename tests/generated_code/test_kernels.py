@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from runlora_gen import choose
 from runlora_gen.algebra.linear import LINEAR
 from runlora_gen.cost.device import DeviceProfile
 from runlora_gen.cost.lower import with_kernels
-from runlora_gen.spec.workload import Workload
+from runlora_gen.request.workload import Workload
+from runlora_gen.search import choose
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 

@@ -42,7 +42,7 @@ class Again:
 
 @pytest.fixture(scope="module")
 def module(load: Any) -> ModuleType:
-    from runlora_gen.spec.workload import Workload
+    from runlora_gen.request.workload import Workload
 
     made: ModuleType = load(Workload(launch="graph", device="h200"), in_features=5120, out_features=5120, rank=8)
     assert made.KERNELS and "_x_at_kernel" in vars(made)

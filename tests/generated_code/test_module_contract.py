@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runlora_gen.spec.workload import Workload
+from runlora_gen.request.workload import Workload
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 

@@ -21,8 +21,8 @@ from runlora_gen.algebra.operations import Cast, Fused, dimensions, signature
 from runlora_gen.cost.device import DTYPE_NAMES, load_device
 from runlora_gen.measure import clock, tune
 from runlora_gen.measure.modules import module_of_everything
-from runlora_gen.spec.errors import SpecError
-from runlora_gen.spec.workload import Workload
+from runlora_gen.request.errors import SpecError
+from runlora_gen.request.workload import Workload
 
 SIZE = ("--shapes", "24x40", "--tokens", "16", "--rank", "4")
 ON_CPU = ("tune", "--device", "cpu", "-q", *SIZE)

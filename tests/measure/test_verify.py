@@ -14,7 +14,7 @@ import pytest
 from runlora_gen.measure import proof
 from runlora_gen.measure import verify as verification
 from runlora_gen.measure.verify import verify
-from runlora_gen.spec.errors import SpecError
+from runlora_gen.request.errors import SpecError
 
 MODULE = "linear_128x128_r4.py"
 

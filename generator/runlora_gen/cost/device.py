@@ -25,9 +25,9 @@ import tomllib
 from ..algebra.kernels import KERNELS
 from ..algebra.operations import dimensions, signature
 from ..algebra.sites import OPERATIONS
-from ..spec.errors import SpecError, nearest, shorten
-from ..spec.files import read_if_there
-from ..spec.workload import DTYPE_NAMES
+from ..request.errors import SpecError, nearest, shorten
+from ..request.files import read_if_there
+from ..request.workload import DTYPE_NAMES
 
 _FOLDER = Path(__file__).parent / "devices"
 #: Thirty times the largest profile that was measured.

@@ -11,7 +11,6 @@ from ..algebra.enumerate import Phase, Program
 from ..algebra.kernels import KERNELS
 from ..algebra.operations import Cast, Fused, Operation, Symbol, dimensions, products, signature
 from ..algebra.schedule import dependents, schedule
-from ..choose import Decision, ForwardDecision, Priced, goals, show_bound, show_bytes, show_count, show_time
 from ..cost.price import (
     DEVICE_BOUND,
     HOST_BOUND,
@@ -24,9 +23,10 @@ from ..cost.price import (
     saved_activations,
     wanted_operations,
 )
-from ..ranges import LayerChoice
-from ..spec.layers import Layer
-from ..spec.workload import Workload
+from ..request.layers import Layer
+from ..request.workload import Workload
+from ..search.choose import Decision, ForwardDecision, Priced, goals, show_bound, show_bytes, show_count, show_time
+from ..search.ranges import LayerChoice
 from .code import dtype_of, helpers_of, line, results_of, uses_scaling
 
 #: What a line of a comment on a constant begins with.

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from .. import __version__
 from ..cost.device import load_device
-from ..ranges import LayerChoice, decide_model
-from ..spec.architecture import GENERATOR, LIVE, Architecture
-from ..spec.files import read_text
-from ..spec.layers import layers
-from ..spec.workload import Workload
+from ..request.architecture import GENERATOR, LIVE, Architecture
+from ..request.files import read_text
+from ..request.layers import layers
+from ..request.workload import Workload
+from ..search.ranges import LayerChoice, decide_model
 from .nodes import module_name, module_node
 from .render import MAX_GENERATED_BYTES, Header, render, render_test, template_digest
 from .report import SCHEMA_VERSION, choice_data

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..spec.architecture import GENERATOR
-from ..spec.errors import SpecError, reason, shorten
-from ..spec.files import is_plain, read_if_there
+from ..request.architecture import GENERATOR
+from ..request.errors import SpecError, reason, shorten
+from ..request.files import is_plain, read_if_there
 from .package import MANIFEST, Package
 from .render import MARKER, MAX_GENERATED_BYTES
 from .stage import clear_stages, open_stage

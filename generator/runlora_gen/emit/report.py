@@ -6,15 +6,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from ..choose import Decision, Priced, show_bound, show_bytes, show_count, show_duration
 from ..cost.device import load_device
 from ..cost.price import DEVICE_BOUND, HOST_BOUND, price_frozen
-from ..estimate import Batch, Estimate
-from ..gain import Gain, Side, shared_stem
-from ..ranges import LayerChoice, Range
-from ..spec.architecture import Architecture
-from ..spec.layers import Layer
-from ..spec.workload import Workload
+from ..forecast.estimate import Batch, Estimate
+from ..forecast.gain import Gain, Side, shared_stem
+from ..request.architecture import Architecture
+from ..request.layers import Layer
+from ..request.workload import Workload
+from ..search.choose import Decision, Priced, show_bound, show_bytes, show_count, show_duration
+from ..search.ranges import LayerChoice, Range
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -22,7 +22,7 @@ import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
-from ..spec.errors import SpecError, reason, shorten
+from ..request.errors import SpecError, reason, shorten
 
 _PREFIX = ".runlora-gen-"
 _NAME = re.compile(re.escape(_PREFIX) + "[a-z0-9_]{8}")

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import tomllib
 
-from ..spec.errors import SpecError, shorten
-from ..spec.files import read_if_there
+from ..request.errors import SpecError, shorten
+from ..request.files import read_if_there
 
 if TYPE_CHECKING:
     from black import Mode

@@ -8,13 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
-from ..choose import Decision, Priced, decide, decide_forward
 from ..cost.lower import with_kernels
 from ..emit.nodes import module_name, module_node
 from ..emit.render import Header, render
-from ..ranges import LayerChoice, Range
-from ..spec.layers import Layer
-from ..spec.workload import Workload
+from ..request.layers import Layer
+from ..request.workload import Workload
+from ..search.choose import Decision, Priced, decide, decide_forward
+from ..search.ranges import LayerChoice, Range
 from .problem import Point
 
 #: Columns of a line of what is only run.

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..choose import setting_for
 from ..cost.price import Setting
-from ..spec.layers import Layer
-from ..spec.workload import Workload
+from ..request.layers import Layer
+from ..request.workload import Workload
+from ..search.choose import setting_for
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

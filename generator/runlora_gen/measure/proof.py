@@ -25,7 +25,7 @@ import hypothesis
 import pytest
 
 from ..emit.render import render_test
-from ..spec.errors import one_line
+from ..request.errors import one_line
 
 #: The two parts of a proof.
 TORCH, KERNELS = "torch", "kernels"

@@ -42,13 +42,13 @@ from ..algebra.enumerate import Program, enumerate_programs
 from ..algebra.kernels import KERNELS, runs
 from ..algebra.linear import LINEAR
 from ..algebra.operations import Cast, Fused, Operation, Symbol, dimensions, signature
-from ..choose import goals
 from ..cost.device import MAX_PROFILE_BYTES, check_title, parse_profile, parse_toml
 from ..cost.price import wanted_operations
 from ..emit.code import line, results_of
-from ..spec.errors import SpecError, reason, shorten
-from ..spec.files import read_if_there
-from ..spec.workload import Workload
+from ..request.errors import SpecError, reason, shorten
+from ..request.files import read_if_there
+from ..request.workload import Workload
+from ..search.choose import goals
 from .clock import Key, Run, captured, interleaved, repeated, seconds
 from .machine import machine_name
 from .modules import module_of_everything

@@ -25,9 +25,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from ..emit.package import MANIFEST
 from ..emit.render import MARKER, MAX_GENERATED_BYTES
-from ..spec.architecture import GENERATOR
-from ..spec.errors import SpecError, shorten
-from ..spec.files import is_plain, read_text
+from ..request.architecture import GENERATOR
+from ..request.errors import SpecError, shorten
+from ..request.files import is_plain, read_text
 from .proof import KERNELS, TORCH
 
 #: What a generated module holds, and no other generated file.

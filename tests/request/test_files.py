@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from runlora_gen.spec import files
-from runlora_gen.spec.errors import SpecError
-from runlora_gen.spec.files import is_plain, read_if_there, read_text
+from runlora_gen.request import files
+from runlora_gen.request.errors import SpecError
+from runlora_gen.request.files import is_plain, read_if_there, read_text
 
 WHAT = {"label": "--it: 'x'", "limit": 10, "kind": "thing"}
 

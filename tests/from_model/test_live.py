@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import tomllib
-from runlora_gen.spec import architecture as data
-from runlora_gen.spec.architecture import Projection, architecture_names, family_projections, load_architecture
-from runlora_gen.spec.errors import SpecError
+from runlora_gen.request import architecture as data
+from runlora_gen.request.architecture import Projection, architecture_names, family_projections, load_architecture
+from runlora_gen.request.errors import SpecError
 
 torch: Any = pytest.importorskip("torch", reason="a live model needs torch")
 nn: Any = torch.nn
-read_model: Any = pytest.importorskip("runlora_gen.spec.live").read_model
+read_model: Any = pytest.importorskip("runlora_gen.from_model.live").read_model
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     transformers: Any = pytest.importorskip("transformers", reason="the models are Transformers'")

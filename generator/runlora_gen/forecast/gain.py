@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from .choose import Decision
-from .cost.passes import Times
-from .cost.peft import price_peft
-from .cost.price import DEVICE_BOUND, HOST_BOUND, Setting, price_frozen, saved_activations, weighted
-from .spec.architecture import Architecture, Projection
-from .spec.layers import Layer
+from ..cost.passes import Times
+from ..cost.peft import price_peft
+from ..cost.price import DEVICE_BOUND, HOST_BOUND, Setting, price_frozen, saved_activations, weighted
+from ..request.architecture import Architecture, Projection
+from ..request.layers import Layer
+from ..search.choose import Decision
 
 
 @dataclass(frozen=True)

@@ -12,18 +12,27 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from runlora_gen import ranges as module
 from runlora_gen.algebra.enumerate import Program
-from runlora_gen.choose import QUANTITIES, Decision, Priced, decide, decide_forward, setting_for
 from runlora_gen.cost import device as device_module
 from runlora_gen.cost.price import DEVICE_BOUND, HOST_BOUND, Setting, price, price_frozen, price_phase
-from runlora_gen.ranges import ALONE_HOST, BELOW, REST_DEVICE, REST_HOST, LayerChoice, Range, decide_model, decide_step
-from runlora_gen.spec.architecture import load_architecture
-from runlora_gen.spec.errors import SpecError
-from runlora_gen.spec.layers import Layer, layers
-from runlora_gen.spec.workload import Workload
+from runlora_gen.request.architecture import load_architecture
+from runlora_gen.request.errors import SpecError
+from runlora_gen.request.layers import Layer, layers
+from runlora_gen.request.workload import Workload
+from runlora_gen.search import ranges as module
+from runlora_gen.search.choose import QUANTITIES, Decision, Priced, decide, decide_forward, setting_for
+from runlora_gen.search.ranges import (
+    ALONE_HOST,
+    BELOW,
+    REST_DEVICE,
+    REST_HOST,
+    LayerChoice,
+    Range,
+    decide_model,
+    decide_step,
+)
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 H100 = (Path(device_module.__file__).parent / "devices" / "h100.toml").read_text(encoding="utf-8")
 #: Adapters in the layers' dtype: a quarter of the programs, and the same questions.
 WORKLOAD = Workload(adapter_dtype="bf16")

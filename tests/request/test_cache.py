@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from runlora_gen.spec.architecture import load_architecture
-from runlora_gen.spec.cache import hub_folder, is_model_name
-from runlora_gen.spec.errors import SpecError
+from runlora_gen.request.architecture import load_architecture
+from runlora_gen.request.cache import hub_folder, is_model_name
+from runlora_gen.request.errors import SpecError
 
 LLAMA = {
     "model_type": "llama",

@@ -28,10 +28,10 @@ from typing import Any, NoReturn
 
 import tomllib
 
-from runlora_gen.spec.cache import cached_config, is_model_name
-from runlora_gen.spec.decoder import Decoder
-from runlora_gen.spec.errors import SpecError, one_line, shorten
-from runlora_gen.spec.files import read_text
+from .cache import cached_config, is_model_name
+from .decoder import Decoder
+from .errors import SpecError, one_line, shorten
+from .files import read_text
 
 MAX_FEATURES = 1_048_576
 MAX_LAYERS = 10_000
@@ -341,7 +341,7 @@ def _typed(config: _Config, model_type: object) -> _Config:
 
 def _read_with_transformers(candidates: Sequence[_Config], *, name: str, source: str) -> Architecture | None:
     """Read the first config whose type Transformers knows; None if there is none, or no Transformers."""
-    from . import meta  # only few configs need it
+    from ..from_model import meta  # only few configs need it
 
     for config in candidates if meta.is_installed() else ():
         kind = config.values.get("model_type")
@@ -351,7 +351,7 @@ def _read_with_transformers(candidates: Sequence[_Config], *, name: str, source:
 
 
 def _refuse_type(config: _Config, model_type: object) -> NoReturn:
-    from . import meta
+    from ..from_model import meta
 
     others = "" if meta.is_installed() else "; with torch and transformers installed other families can be read, too"
     raise SpecError(
@@ -401,7 +401,7 @@ def _check_fields(config: _Config, model_type: str) -> None:
 
 def _check_own(config: _Config, own: str, read: Architecture) -> None:
     """Refuse what was read as another model type than the config's own, if that is known to have no such linears."""
-    from . import meta
+    from ..from_model import meta
 
     projections = family_projections(config.values, own)
     if not projections and own not in _families() and meta.is_installed() and meta.knows(own):

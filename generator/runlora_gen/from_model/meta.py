@@ -16,8 +16,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from .architecture import MAX_FEATURES, MAX_LAYERS, Architecture
-from .errors import SpecError, one_line, shorten
+from ..request.architecture import MAX_FEATURES, MAX_LAYERS, Architecture
+from ..request.errors import SpecError, one_line, shorten
 
 if TYPE_CHECKING:
     from .live import LiveModel

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from .algebra.derivation import Derivation, Way
-from .algebra.enumerate import Phase, Program, enumerate_backwards, enumerate_forwards, enumerate_programs, pair
-from .algebra.operations import Fused, Symbol
-from .cost.device import load_device, on_16_bytes
-from .cost.lower import (
+from ..algebra.derivation import Derivation, Way
+from ..algebra.enumerate import Phase, Program, enumerate_backwards, enumerate_forwards, enumerate_programs, pair
+from ..algebra.operations import Fused, Symbol
+from ..cost.device import load_device, on_16_bytes
+from ..cost.lower import (
     available,
     lowered,
     lowered_phase,
@@ -21,7 +21,7 @@ from .cost.lower import (
     subsets,
     with_kernels,
 )
-from .cost.price import (
+from ..cost.price import (
     DEVICE_BOUND,
     DTYPES,
     HOST_BOUND,
@@ -33,10 +33,10 @@ from .cost.price import (
     rounded,
     weighted,
 )
-from .spec.architecture import Architecture
-from .spec.errors import SpecError
-from .spec.layers import layers
-from .spec.workload import Workload, check_ranks
+from ..request.architecture import Architecture
+from ..request.errors import SpecError
+from ..request.layers import layers
+from ..request.workload import Workload, check_ranks
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from runlora_gen.estimate import Batch, Estimate, estimate
+from runlora_gen.forecast.estimate import Batch, Estimate, estimate
 from runlora_gen.measure.memory import peak_bytes, saved_bytes
-from runlora_gen.ranges import decide_step
-from runlora_gen.spec.architecture import Architecture, load_architecture
-from runlora_gen.spec.layers import layers
-from runlora_gen.spec.workload import Workload
+from runlora_gen.request.architecture import Architecture, load_architecture
+from runlora_gen.request.layers import layers
+from runlora_gen.request.workload import Workload
+from runlora_gen.search.ranges import decide_step
 from torch.utils._python_dispatch import TorchDispatchMode
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 from check_estimate import RESULTS, compared, table  # noqa: E402
 
@@ -143,7 +143,7 @@ def test_the_operators_of_a_layer() -> None:
         return estimate(model, 8, Workload(tokens=(64,)), Batch(1, 64))["frozen"].times.host_s
 
     from runlora_gen.cost.device import load_device
-    from runlora_gen.estimate import PLAIN_HOST
+    from runlora_gen.forecast.estimate import PLAIN_HOST
 
     launches = (host_s(3) - host_s(2)) / load_device("h100").host_s / PLAIN_HOST
     assert launches == pytest.approx(sum(three) - sum(two))
@@ -190,7 +190,7 @@ def test_ours_is_what_the_choice_says() -> None:
     architecture = load_architecture("llama-3.2-1b")
     workload = Workload(tokens=(4096,), kernels=False)
     found = estimate(architecture, 16, workload, Batch(2, 2048))
-    from runlora_gen.gain import frozen_times
+    from runlora_gen.forecast.gain import frozen_times
 
     sites = layers(architecture)
     more = sum(

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .architecture import LIVE, Architecture, Projection, family_projections, slug
-from .errors import SpecError, shorten
+from ..request.architecture import LIVE, Architecture, Projection, family_projections, slug
+from ..request.errors import SpecError, shorten
 
 #: Linears of one parent that read one activation, by the names that models give them: first attention's, the query
 #: before the others. Where a parent has several of a row and their widths agree, these share it.

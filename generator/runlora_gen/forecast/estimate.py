@@ -11,17 +11,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .choose import Decision, setting_for
-from .cost.passes import CAST, Times, price_passes
-from .cost.peft import price_peft
-from .cost.price import DTYPES, Setting, price_frozen_forward
+from ..cost.passes import CAST, Times, price_passes
+from ..cost.peft import price_peft
+from ..cost.price import DTYPES, Setting, price_frozen_forward
+from ..request.architecture import Architecture, Projection, decoder_types
+from ..request.decoder import Decoder
+from ..request.errors import SpecError
+from ..request.layers import layers
+from ..request.workload import Workload
+from ..search.choose import Decision, setting_for
+from ..search.ranges import decide_step
 from .gain import Keeps, frozen_times, keeps, kept_bytes
-from .ranges import decide_step
-from .spec.architecture import Architecture, Projection, decoder_types
-from .spec.decoder import Decoder
-from .spec.errors import SpecError
-from .spec.layers import layers
-from .spec.workload import Workload
 
 #: What passes with operands that are broadcast or strided reach of the bandwidth, and causal attention's forward and
 #: backward in a flash kernel of the products' peak: so chosen that the frozen models of the benchmark come out, with

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from runlora_gen.spec.architecture import load_architecture
-from runlora_gen.spec.errors import SpecError, nearest
-from runlora_gen.spec.workload import (
+from runlora_gen.request.architecture import load_architecture
+from runlora_gen.request.errors import SpecError, nearest
+from runlora_gen.request.workload import (
     check_ranks,
     parse_counts,
     parse_dtype,

@@ -13,12 +13,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
-from .algebra.enumerate import Phase, Program
+from ..algebra.enumerate import Phase, Program
+from ..cost.passes import Times
+from ..cost.price import DEVICE_BOUND, HOST_BOUND, Cost, PhaseCost, Setting, price, price_frozen, price_phase
+from ..request.layers import Layer
+from ..request.workload import Workload
 from .choose import Decision, ForwardDecision, Priced, decide, decide_forward, fastest, ranked, setting_for, within
-from .cost.passes import Times
-from .cost.price import DEVICE_BOUND, HOST_BOUND, Cost, PhaseCost, Setting, price, price_frozen, price_phase
-from .spec.layers import Layer
-from .spec.workload import Workload
 
 #: Token counts below the asked ones at which the choice is made too: one decoded token, a few, a short batch.
 BELOW = (1, 16, 128, 1024)

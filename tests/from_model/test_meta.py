@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runlora_gen.spec import architecture as module
-from runlora_gen.spec import meta
-from runlora_gen.spec.architecture import Architecture, load_architecture
-from runlora_gen.spec.errors import SpecError
+from runlora_gen.from_model import meta
+from runlora_gen.request import architecture as module
+from runlora_gen.request.architecture import Architecture, load_architecture
+from runlora_gen.request.errors import SpecError
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
@@ -230,9 +230,9 @@ def test_a_request_is_held_against_what_transformers_knows(tmp_path: Path) -> No
 def test_nothing_is_imported_that_a_config_does_not_need(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     code = (
-        "import sys; from runlora_gen.spec.architecture import load_architecture;"
+        "import sys; from runlora_gen.request.architecture import load_architecture;"
         f"load_architecture({str(tmp_path)!r});"
-        "import runlora_gen.cli, runlora_gen.spec.meta;"
+        "import runlora_gen.cli, runlora_gen.from_model.meta;"
         "assert not {'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)"
     )
     root = str(Path(module.__file__).parents[2])

@@ -13,15 +13,15 @@ import pytest
 import tomllib
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from runlora_gen.spec import architecture as module
-from runlora_gen.spec import files
-from runlora_gen.spec.architecture import (
+from runlora_gen.request import architecture as module
+from runlora_gen.request import files
+from runlora_gen.request.architecture import (
     Architecture,
     Projection,
     architecture_names,
     load_architecture,
 )
-from runlora_gen.spec.errors import SpecError, shorten
+from runlora_gen.request.errors import SpecError, shorten
 
 DATA = Path(module.__file__).parent
 FAMILY_FILES = sorted((DATA / "families").glob("*.toml"))
@@ -614,7 +614,7 @@ def test_shorten_survives_what_python_cannot_print() -> None:
 
 def test_an_architecture_needs_no_torch() -> None:
     code = (
-        "import sys; from runlora_gen.spec.architecture import load_architecture;"
+        "import sys; from runlora_gen.request.architecture import load_architecture;"
         "load_architecture('llama-13b'); assert 'torch' not in sys.modules"
     )
     root = str(DATA.parents[1])

@@ -9,9 +9,15 @@ from dataclasses import replace
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from runlora_gen import choose
 from runlora_gen.algebra.linear import LINEAR
-from runlora_gen.choose import (
+from runlora_gen.cost.lower import available, phase_with_kernels, subsets
+from runlora_gen.cost.price import Cost, PhaseCost, Setting, price, price_phase, rounded, weighted
+from runlora_gen.request.architecture import load_architecture
+from runlora_gen.request.errors import SpecError
+from runlora_gen.request.layers import layers
+from runlora_gen.request.workload import Workload
+from runlora_gen.search import choose
+from runlora_gen.search.choose import (
     CRITERIA,
     PARETO,
     QUANTITIES,
@@ -28,13 +34,7 @@ from runlora_gen.choose import (
     ranked,
     setting_for,
 )
-from runlora_gen.cost.lower import available, phase_with_kernels, subsets
-from runlora_gen.cost.price import Cost, PhaseCost, Setting, price, price_phase, rounded, weighted
-from runlora_gen.ranges import decide_model
-from runlora_gen.spec.architecture import load_architecture
-from runlora_gen.spec.errors import SpecError
-from runlora_gen.spec.layers import layers
-from runlora_gen.spec.workload import Workload
+from runlora_gen.search.ranges import decide_model
 
 #: With kernels and with casts, but not with both: four times as many programs, and nothing else.
 OPERANDS = (

@@ -1,0 +1,1 @@
+"""The choice: of one linear's programs, and of a whole model's over token counts."""
