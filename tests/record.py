@@ -16,7 +16,8 @@ from typing import Any
 from runlora_gen.request.architecture import architecture_names, load_architecture
 from runlora_gen.request.layers import layers
 from runlora_gen.request.workload import CHOICES, Workload
-from runlora_gen.search.choose import Decision, Priced
+from runlora_gen.search.choose import Decision
+from runlora_gen.search.criterion import Priced
 from runlora_gen.search.ranges import decide_model
 
 TABLE = Path(__file__).with_name("record.json")

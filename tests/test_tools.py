@@ -66,7 +66,7 @@ def test_all_variants_are_measured_and_judged(tmp_path: Path) -> None:
 def test_a_perfect_prediction_has_no_regret(tmp_path: Path) -> None:
     validate = imported("validate_cost_model")
     from runlora_gen.cost.price import price
-    from runlora_gen.search.choose import enumerated, setting_for
+    from runlora_gen.search.candidates import enumerated, setting_for
 
     workload = validate.workload_for("fp32", "cpu")
     setting = setting_for(workload, 768, 2560, 8, False, 1024)

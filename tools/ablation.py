@@ -27,7 +27,9 @@ from runlora_gen.measure.memory import peak_bytes, saved_bytes
 from runlora_gen.measure.modules import one_choice, render_module
 from runlora_gen.measure.problem import TORCH_DTYPES, Point, Problem
 from runlora_gen.request.workload import Workload
-from runlora_gen.search.choose import Priced, decide, enumerated
+from runlora_gen.search.candidates import enumerated
+from runlora_gen.search.choose import decide
+from runlora_gen.search.criterion import Priced
 
 FROZEN = "frozen linear"
 #: What is compared: how people call it, and the program.

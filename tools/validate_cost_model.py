@@ -41,7 +41,9 @@ from runlora_gen.measure.machine import machine_name
 from runlora_gen.measure.modules import one_choice, render_module
 from runlora_gen.measure.problem import TORCH_DTYPES, Point, Problem
 from runlora_gen.request.workload import Workload
-from runlora_gen.search.choose import Priced, decide, enumerated, programs_for
+from runlora_gen.search.candidates import enumerated, programs_for
+from runlora_gen.search.choose import decide
+from runlora_gen.search.criterion import Priced
 
 FROZEN = "frozen"
 LEAST_S = 2e-4

@@ -56,7 +56,7 @@ class Request:
         Raises:
             SpecError: it can't be generated, with the reason in one line.
         """
-        from .search.choose import check_request
+        from .search.limits import check_request
 
         groups: dict[Architecture, list[int]] = {}  # what is said of several ranks is of all that share their linears
         for rank, architecture in self.by_rank.items():

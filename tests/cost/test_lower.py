@@ -23,7 +23,7 @@ from runlora_gen.cost.price import Setting, price, price_phase
 from runlora_gen.emit.code import line
 from runlora_gen.emit.render import template_folder
 from runlora_gen.request.workload import Workload
-from runlora_gen.search.choose import enumerated, programs_for, setting_for
+from runlora_gen.search.candidates import enumerated, programs_for, setting_for
 
 GRAPH = Workload(adapter_dtype="bf16", device="h200", launch="graph")
 

@@ -14,7 +14,7 @@ from runlora_gen.cost.device import DeviceProfile, load_device
 from runlora_gen.cost.price import DTYPES, Setting, price_operation, roofline, setting_at
 from runlora_gen.request.errors import SpecError
 from runlora_gen.request.workload import Workload
-from runlora_gen.search.choose import enumerated, setting_for
+from runlora_gen.search.candidates import enumerated, setting_for
 
 PRODUCT = LINEAR.parse("Y = X @ W.T + b")
 LOW_RANK = LINEAR.parse("S = s * X @ A.T")

@@ -12,7 +12,7 @@ from runlora_gen.cost.peft import price_peft
 from runlora_gen.cost.price import price_frozen
 from runlora_gen.measure.memory import saved_bytes
 from runlora_gen.request.workload import Workload
-from runlora_gen.search.choose import setting_for
+from runlora_gen.search.candidates import setting_for
 from torch import Tensor, nn
 
 RESULTS = Path(__file__).parents[2] / "tools" / "results"

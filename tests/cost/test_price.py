@@ -25,7 +25,7 @@ from runlora_gen.cost.price import (
     setting_at,
 )
 from runlora_gen.request.workload import Workload
-from runlora_gen.search.choose import enumerated, setting_for
+from runlora_gen.search.candidates import enumerated, setting_for
 
 #: An adapter in fp32 over 16-bit layers, which is the default; torch's products alone.
 WIDE = Workload(device="a100", kernels=False)

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from runlora_gen.algebra.enumerate import enumerate_programs
 from runlora_gen.algebra.linear import LINEAR
 from runlora_gen.cost.lower import available, phase_with_kernels, subsets
 from runlora_gen.cost.price import Cost, PhaseCost, Setting, price, price_phase, rounded, weighted
@@ -17,23 +18,19 @@ from runlora_gen.request.errors import SpecError
 from runlora_gen.request.layers import layers
 from runlora_gen.request.workload import Workload
 from runlora_gen.search import choose
-from runlora_gen.search.choose import (
+from runlora_gen.search.candidates import enumerated, programs_for, setting_for
+from runlora_gen.search.choose import Decision, decide, decide_forward, fastest
+from runlora_gen.search.criterion import (
     CRITERIA,
     PARETO,
     QUANTITIES,
     TIE_BREAK,
-    Decision,
+    Difference,
     Priced,
-    check_saved_limit,
-    decide,
-    decide_forward,
-    enumerated,
-    fastest,
     pareto_front,
-    programs_for,
     ranked,
-    setting_for,
 )
+from runlora_gen.search.limits import check_saved_limit
 from runlora_gen.search.ranges import decide_model
 
 #: With kernels and with casts, but not with both: four times as many programs, and nothing else.
@@ -69,7 +66,7 @@ def decided(workload: Workload, size: tuple[int, int, int], host_share: float = 
 def vector(candidate: Priced) -> tuple[tuple[float, ...], ...]:
     """What may be traded; of equal times that is the less which takes the device less, then the host."""
     parts = (("time", "device", "host"), *((name,) for name in PARETO[1:]))
-    return tuple(tuple(QUANTITIES[name].of(candidate.cost) for name in names) for names in parts)
+    return tuple(tuple(QUANTITIES[name](candidate.cost) for name in names) for names in parts)
 
 
 def allowed(decision: Decision, workload: Workload) -> list[Priced]:
@@ -107,7 +104,7 @@ def test_the_chosen_is_the_best_allowed_and_on_the_front(
     decision = decided(workload, size, share)
     candidates = allowed(decision, workload)
     chosen = decision.chosen
-    measure = QUANTITIES[workload.criterion].of
+    measure = QUANTITIES[workload.criterion]
     assert chosen in candidates
     assert measure(chosen.cost) == min(measure(candidate.cost) for candidate in candidates)
     assert chosen.program.id in decision.front
@@ -132,36 +129,25 @@ def test_time_is_the_device_s_and_the_host_s_by_their_shares(
         assert cost.time_s == pytest.approx(share * cost.host_s + (1 - share) * cost.device_s)
     if share in (0.0, 1.0):  # what is not the bound decides nothing but ties
         name = ("device", "host")[int(share)]
-        assert QUANTITIES["time"].of(decision.chosen.cost) == QUANTITIES[name].of(decision.chosen.cost)
+        assert QUANTITIES["time"](decision.chosen.cost) == QUANTITIES[name](decision.chosen.cost)
 
 
 @property_test
 @given(workloads, sizes, shares)
-def test_reason_is_true(workload: Workload, size: tuple[int, int, int], share: float) -> None:
+def test_the_difference_is_true(workload: Workload, size: tuple[int, int, int], share: float) -> None:
     decision = decided(workload, size, share)
-    runner_up, reason = decision.runner_up, decision.reason
+    runner_up = decision.runner_up
     assert runner_up is not None and runner_up != decision.chosen
-    measure = QUANTITIES[workload.criterion].of
+    measure = QUANTITIES[workload.criterion]
     others = [candidate for candidate in allowed(decision, workload) if candidate != decision.chosen]
     assert measure(runner_up.cost) == min(measure(candidate.cost) for candidate in others)
-    assert reason.startswith(f"{runner_up.program.id} ")
     differing = [
-        name
+        Difference(workload.criterion, name, best, other)
         for name in (workload.criterion, *TIE_BREAK)
-        if QUANTITIES[name].of(decision.chosen.cost) != QUANTITIES[name].of(runner_up.cost)
+        if (best := QUANTITIES[name](decision.chosen.cost)) != (other := QUANTITIES[name](runner_up.cost))
     ]
-    if not differing:
-        assert reason.endswith("has the same price; the name decides")
-        return
-    quantity = QUANTITIES[differing[0]]
-    best, other = quantity.of(decision.chosen.cost), quantity.of(runner_up.cost)
-    assert best < other
-    assert f"worse in {quantity.title}: " in reason
-    assert ("is equal in " in reason) == (differing[0] != workload.criterion)
-    if quantity.show(best) == quantity.show(other):
-        assert f"{quantity.show(best)}, by " in reason
-    else:
-        assert reason.endswith(f"{quantity.show(other)} against {quantity.show(best)}")
+    assert decision.difference == (differing[0] if differing else None)
+    assert decision.difference is None or decision.difference.better < decision.difference.worse
 
 
 @property_test
@@ -174,13 +160,13 @@ def test_order_of_the_candidates_is_of_no_matter(workload: Workload, size: tuple
         patch.setattr(choose, "programs_for", lambda *_: tuple(shuffled))
         again = decided(workload, size, 0.25)
     assert (again.chosen, again.fallback, again.runner_up) == (decision.chosen, decision.fallback, decision.runner_up)
-    assert (again.front, again.reason) == (decision.front, decision.reason)
+    assert (again.front, again.difference) == (decision.front, decision.difference)
 
 
 def test_tie_break_is_pinned() -> None:
     assert TIE_BREAK == ("time", "device", "host", "saved", "memory", "flops", "error", "bytes", "launches")
     assert PARETO == ("time", "saved", "memory", "flops", "error")
-    programs = choose.enumerate_programs(LINEAR, ("dX", "dA", "dB"))
+    programs = enumerate_programs(LINEAR, ("dX", "dA", "dB"))
 
     def priced(
         program,
@@ -224,7 +210,7 @@ def test_equal_operations_in_another_order_are_a_tie(share: float) -> None:
     """Keeping S or computing it in the backward, and no other rounding: found as noise in the time before."""
     costs = [c.cost for c in decided(Workload(adapter_dtype="bf16"), (5120, 5120, 8), share).candidates]
     times = {weighted(cost.device_s, cost.host_s, share) for cost in costs}
-    compared = sorted({QUANTITIES["time"].of(cost) for cost in costs})
+    compared = sorted({QUANTITIES["time"](cost) for cost in costs})
     assert len(compared) < len(times)
     assert all(b / a - 1 > 1e-10 for a, b in itertools.pairwise(compared))
 
@@ -300,12 +286,6 @@ def test_y_alone_is_computed_by_the_fastest_forward(workload: Workload, size: tu
     assert decision.chosen.keeps == () and decision.setting is setting and decision.host_share == share
 
 
-def test_what_a_step_waits_for_is_said() -> None:
-    assert choose.show_bound(0.0) == "the device"
-    assert choose.show_bound(1.0) == "the host"
-    assert choose.show_bound(0.25) == "device and host alike (of time 25% is the host's)"
-
-
 @property_test
 @given(workloads, sizes, st.integers(1, 2**28))
 def test_limit_is_met_or_the_closest_value_is_named(workload: Workload, size: tuple, limit: int) -> None:
@@ -337,24 +317,3 @@ def test_limit_named_for_all_layers_ranks_and_tokens(train: tuple[str, ...]) -> 
     for rank in (4, 64):
         decide_model(replace(workload, max_saved_bytes=least), layers(architecture), rank)
     check_saved_limit(architecture, (4, 64), replace(workload, max_saved_bytes=None))
-
-
-@pytest.mark.parametrize(
-    ("show", "value", "expected"),
-    [
-        (choose.show_count, 0, "0"),
-        (choose.show_count, 999, "999"),
-        (choose.show_count, 1_000, "1 k"),
-        (choose.show_count, 214.7e9, "214.7 G"),
-        (choose.show_count, 3e15, "3 P"),
-        (choose.show_bytes, 0, "0 B"),
-        (choose.show_bytes, 1023, "1023 B"),
-        (choose.show_bytes, 1024, "1 KiB"),
-        (choose.show_bytes, 42_008_576, "40.06 MiB"),
-        (choose.show_bytes, 2**41, "2 TiB"),
-        (choose.show_time, 533.5e-6, "533.5 µs"),
-        (choose.show_time, 2, "2,000,000.0 µs"),
-    ],
-)
-def test_how_people_write_it(show, value: float, expected: str) -> None:
-    assert show(value) == expected

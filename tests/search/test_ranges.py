@@ -20,7 +20,9 @@ from runlora_gen.request.errors import SpecError
 from runlora_gen.request.layers import Layer, layers
 from runlora_gen.request.workload import Workload
 from runlora_gen.search import ranges as module
-from runlora_gen.search.choose import QUANTITIES, Decision, Priced, decide, decide_forward, setting_for
+from runlora_gen.search.candidates import setting_for
+from runlora_gen.search.choose import Decision, decide, decide_forward
+from runlora_gen.search.criterion import QUANTITIES, Priced
 from runlora_gen.search.ranges import (
     ALONE_HOST,
     BELOW,
@@ -138,7 +140,7 @@ class TestBound:
             assert device_s > host_s
             for decision in decisions:
                 assert decision.host_share == DEVICE_BOUND
-                measure = QUANTITIES["device"].of
+                measure = QUANTITIES["device"]
                 best = min(measure(c.cost) for c in allowed(workload, decision))
                 assert measure(decision.chosen.cost) == best == decision.chosen.cost.time_s
             chosen.add(tuple(program.id for program in programs(decisions)))
@@ -159,7 +161,7 @@ class TestBound:
             assert host_s > device_s
             for decision in decisions:
                 assert decision.host_share == HOST_BOUND
-                measure = QUANTITIES["host"].of
+                measure = QUANTITIES["host"]
                 best = min(measure(c.cost) for c in allowed(workload, decision))
                 assert measure(decision.chosen.cost) == best == decision.chosen.cost.time_s
                 faster = [c for c in allowed(workload, decision) if c.cost.device_s < decision.chosen.cost.device_s]
@@ -369,7 +371,7 @@ class TestThresholds:
 @pytest.mark.parametrize(("name", "rank", "workload"), RANGES[:-1], ids=lambda value: str(value)[:12])
 def test_thresholds_stand_where_the_prices_cross(name: str, rank: int, workload: Workload) -> None:
     """At its last token count the one winner is still as good, one above it the other."""
-    measure = QUANTITIES[workload.criterion].of
+    measure = QUANTITIES[workload.criterion]
     for choice in decided(name, rank, replace(workload, tokens=ASKED)):
         for low, high in itertools.pairwise(choice.ranges):
             for program, rival, tokens in at_the_threshold(low, high):

@@ -25,9 +25,12 @@ from ..cost.price import (
 )
 from ..request.layers import Layer
 from ..request.workload import Workload
-from ..search.choose import Decision, ForwardDecision, Priced, goals, show_bound, show_bytes, show_count, show_time
+from ..search.candidates import goals
+from ..search.choose import Decision, ForwardDecision
+from ..search.criterion import Priced
 from ..search.ranges import LayerChoice
 from .code import dtype_of, helpers_of, line, results_of, uses_scaling
+from .units import show_bound, show_bytes, show_count, show_reason, show_time
 
 #: What a line of a comment on a constant begins with.
 _COMMENT = "#: "
@@ -139,7 +142,8 @@ def module_node(
     for part in choice.ranges:
         decision = part.decision
         chosen, fallback = decision.chosen, decision.fallback
-        runner_up = f"The runner-up lost: {decision.reason}" if decision.reason else ""
+        reason = show_reason(decision)
+        runner_up = f"The runner-up lost: {reason}" if reason else ""
         described.setdefault(chosen.program.id, (decision, chosen, runner_up))
         differs = fallback.program is not chosen.program
         if differs:

@@ -13,8 +13,10 @@ from ..forecast.gain import Gain, Side, shared_stem
 from ..request.architecture import Architecture
 from ..request.layers import Layer
 from ..request.workload import Workload
-from ..search.choose import Decision, Priced, show_bound, show_bytes, show_count, show_duration
+from ..search.choose import Decision
+from ..search.criterion import Priced
 from ..search.ranges import LayerChoice, Range
+from .units import show_bound, show_bytes, show_count, show_duration, show_reason
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -72,7 +74,7 @@ def _range_data(part: Range[Decision]) -> dict[str, Any]:
         "chosen": decision.chosen.program.id,
         "on_16_bit_weights": decision.fallback.program.id,
         "runner_up": None if decision.runner_up is None else decision.runner_up.program.id,
-        "reason": decision.reason,
+        "reason": show_reason(decision),
         "programs": len(decision.candidates),
         "pareto": len(decision.front),
         "variants": [variant_data(candidate, decision) for candidate in listed.values()],
@@ -92,7 +94,7 @@ def layer_data(layer: Layer, rank: int, decision: Decision) -> dict[str, Any]:
         "chosen": decision.chosen.program.id,
         "on_16_bit_weights": decision.fallback.program.id,
         "runner_up": None if decision.runner_up is None else decision.runner_up.program.id,
-        "reason": decision.reason,
+        "reason": show_reason(decision),
         "variants": [variant_data(candidate, decision) for candidate in decision.candidates],
     }
 
@@ -261,7 +263,7 @@ def explain_table(layer: Layer, rank: int, decision: Decision, *, show_all: bool
     yield table
     yield Text(f"→ chosen: {decision.chosen.program.id}   * on the Pareto front")
     yield Text(f"  the step of the whole model is bound by {show_bound(decision.host_share)}: that is the time here")
-    yield Text(f"  the runner-up lost: {decision.reason}")
+    yield Text(f"  the runner-up lost: {show_reason(decision)}")
     if decision.fallback.program != decision.chosen.program:
         yield Text(f"  on 16-bit weights: {decision.fallback.program.id}")
 

@@ -19,7 +19,8 @@ from ..request.decoder import Decoder
 from ..request.errors import SpecError
 from ..request.layers import layers
 from ..request.workload import Workload
-from ..search.choose import Decision, setting_for
+from ..search.candidates import setting_for
+from ..search.choose import Decision
 from ..search.ranges import decide_step
 from .gain import Keeps, frozen_times, keeps, kept_bytes
 

@@ -13,7 +13,8 @@ from ..emit.nodes import module_name, module_node
 from ..emit.render import Header, render
 from ..request.layers import Layer
 from ..request.workload import Workload
-from ..search.choose import Decision, Priced, decide, decide_forward
+from ..search.choose import Decision, decide, decide_forward
+from ..search.criterion import Priced
 from ..search.ranges import LayerChoice, Range
 from .problem import Point
 

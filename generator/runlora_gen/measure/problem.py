@@ -12,7 +12,7 @@ from torch import Tensor
 from ..cost.price import Setting
 from ..request.layers import Layer
 from ..request.workload import Workload
-from ..search.choose import setting_for
+from ..search.candidates import setting_for
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -48,7 +48,7 @@ from ..emit.code import line, results_of
 from ..request.errors import SpecError, reason, shorten
 from ..request.files import read_if_there
 from ..request.workload import Workload
-from ..search.choose import goals
+from ..search.candidates import goals
 from .clock import Key, Run, captured, interleaved, repeated, seconds
 from .machine import machine_name
 from .modules import module_of_everything

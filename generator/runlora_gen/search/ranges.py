@@ -18,7 +18,10 @@ from ..cost.passes import Times
 from ..cost.price import DEVICE_BOUND, HOST_BOUND, Cost, PhaseCost, Setting, price, price_frozen, price_phase
 from ..request.layers import Layer
 from ..request.workload import Workload
-from .choose import Decision, ForwardDecision, Priced, decide, decide_forward, fastest, ranked, setting_for, within
+from .candidates import setting_for
+from .choose import Decision, ForwardDecision, decide, decide_forward, fastest
+from .criterion import Priced, ranked
+from .limits import within
 
 #: Token counts below the asked ones at which the choice is made too: one decoded token, a few, a short batch.
 BELOW = (1, 16, 128, 1024)
@@ -252,7 +255,7 @@ class _Training(_Contest[Decision, Program]):
         lossy = self.workload.allow_lossy_merge
         fallback = fastest(self.workload, setting, share, merging=lossy)
         chosen = fallback if lossy or setting.dtype.half else fastest(self.workload, setting, share, merging=True)
-        return Decision(setting, share, (), frozenset(), chosen, fallback, None, "")
+        return Decision(setting, share, (), frozenset(), chosen, fallback, None, None)
 
     def _share(self, settings: Sequence[Setting]) -> float:
         def choose(i: int, share: float) -> Program:

@@ -1,0 +1,125 @@
+"""What can serve in a setting: the programs of its site that the workload, the device and the sizes leave."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import lru_cache
+
+from ..algebra.derivation import Derivation, Way
+from ..algebra.enumerate import Phase, Program, enumerate_backwards, enumerate_forwards, enumerate_programs
+from ..algebra.operations import Fused, Symbol
+from ..cost.device import load_device, on_16_bytes
+from ..cost.lower import available, lowered, lowered_phase, phase_with_kernels, with_kernels
+from ..cost.price import DEVICE_BOUND, DTYPES, Setting, is_priced
+from ..request.workload import Workload
+
+
+def goals(workload: Workload) -> tuple[str, ...]:
+    """The gradients that a module of this workload can give: the bias may always be trained."""
+    wanted = {"dX": workload.input_grad, "dA": "a" in workload.train, "dB": "b" in workload.train, "db": True}
+    return tuple(name for name, needed in wanted.items() if needed)
+
+
+@lru_cache(maxsize=65536)
+def setting_for(workload: Workload, in_features: int, out_features: int, rank: int, bias: bool, tokens: int) -> Setting:
+    """The setting in which a layer shape of this workload is priced: the bias frozen."""
+    return Setting(
+        tokens=tokens,
+        in_features=in_features,
+        out_features=out_features,
+        rank=rank,
+        dtype=DTYPES[workload.dtype],
+        adapter_dtype=DTYPES[workload.adapter_dtype],
+        bias=bias,
+        gradients=frozenset(goals(workload)) - {"db"},
+        device=load_device(workload.device),
+    )
+
+
+def enumerated(workload: Workload, setting: Setting) -> tuple[Program, ...]:
+    """Every program that can serve, its single products computed by torch."""
+    programs = enumerate_programs(
+        setting.derivation, goals(workload), table=_table(workload, setting), casts=setting.casts
+    )
+    if workload.merge_rounding == "stochastic":
+        programs = tuple(with_kernels(p, _replaced(workload, setting), replacing=True) for p in programs)
+    return programs
+
+
+def programs_for(workload: Workload, setting: Setting, host_share: float = DEVICE_BOUND) -> tuple[Program, ...]:
+    """Every program that can serve, each with those kernels for single products that make it fastest."""
+    programs = enumerated(workload, setting)
+    return tuple(lowered(p, setting, host_share) for p in programs) if _kernels(workload, setting) else programs
+
+
+def forwards_for(workload: Workload, setting: Setting, host_share: float = DEVICE_BOUND) -> tuple[Phase, ...]:
+    """The same of forwards that keep nothing."""
+    phases = enumerate_forwards(setting.derivation, table=_table(workload, setting), casts=setting.casts)
+    if workload.merge_rounding == "stochastic":
+        phases = tuple(phase_with_kernels(phase, _replaced(workload, setting)) for phase in phases)
+    if _kernels(workload, setting):
+        phases = tuple(lowered_phase(phase, setting, host_share) for phase in phases)
+    return phases
+
+
+def paired_phases(workload: Workload, setting: Setting) -> Iterable[tuple[tuple[Phase, ...], tuple[Phase, ...]]]:
+    """The forwards and the backwards of all programs, by what is kept: every pair of both is a program.
+
+    Their single products are computed by torch.
+    """
+    return _paired(
+        setting.derivation, goals(workload), _table(workload, setting), setting.casts, _replaced(workload, setting)
+    )
+
+
+def twins_for(workload: Workload, setting: Setting) -> tuple[Fused, ...]:
+    """The kernels for single products that may take torch's place."""
+    return available(setting) if _kernels(workload, setting) else ()
+
+
+@lru_cache
+def _paired(
+    derivation: Derivation, goals: tuple[str, ...], table: tuple[Way, ...], casts: bool, replaced: tuple[Fused, ...]
+) -> tuple[tuple[tuple[Phase, ...], tuple[Phase, ...]], ...]:
+    backwards: dict[tuple[Symbol, ...], list[Phase]] = {}
+    for phase in enumerate_backwards(derivation, goals, table=table, casts=casts):
+        backwards.setdefault(phase.saved, []).append(phase_with_kernels(phase, replaced))
+    return tuple(
+        (
+            tuple(
+                phase_with_kernels(forward, replaced)
+                for forward in enumerate_forwards(derivation, table=table, casts=casts, keeps=kept)
+            ),
+            tuple(phases),
+        )
+        for kept, phases in backwards.items()
+    )
+
+
+def _table(workload: Workload, setting: Setting) -> tuple[Way, ...]:
+    """The rows that can serve.
+
+    With fused kernels where the device has them and the workload allows them, and where they were measured if
+    torch's products were. In fp32 only if they were measured: the roofline takes them for as fast as cuBLAS. Not
+    where rows of X, W or Y would start off 16 bytes: the kernels run then, but without tensor descriptors, slower
+    than torch.
+    """
+    dtype = setting.dtype
+    return setting.derivation.rows(
+        kernels=_kernels(workload, setting),
+        dtype=dtype.name,
+        rank=setting.rank,
+        known=lambda operation: is_priced(operation, dtype, setting.device),
+    )
+
+
+def _replaced(workload: Workload, setting: Setting) -> tuple[Fused, ...]:
+    """What takes the place of merges that round to the nearest."""
+    return tuple(setting.derivation.stochastic.values()) if workload.merge_rounding == "stochastic" else ()
+
+
+def _kernels(workload: Workload, setting: Setting) -> bool:
+    device, dtype = setting.device, setting.dtype
+    aligned = on_16_bytes(dtype.bytes, setting.in_features, setting.out_features)
+    measured = dtype.half or bool(device.meter.times_for(dtype.name))
+    return workload.kernels and device.kernels and aligned and measured

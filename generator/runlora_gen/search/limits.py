@@ -1,0 +1,94 @@
+"""What can't be met, named in one line: limits that no program keeps to, wishes that contradict each other."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+from ..cost.device import load_device
+from ..cost.price import DTYPES, Setting, price
+from ..request.architecture import Architecture
+from ..request.errors import SpecError
+from ..request.layers import layers
+from ..request.workload import Workload, check_ranks
+from .candidates import enumerated, setting_for
+from .criterion import Priced
+
+
+def check_request(architecture: Architecture, ranks: Sequence[int], workload: Workload) -> None:
+    """Refuse what can't be generated, before anything is.
+
+    Raises:
+        SpecError: a rank, a device, a rounding or a limit, named in one line.
+    """
+    check_ranks(ranks, architecture)
+    load_device(workload.device)
+    check_merge_rounding(workload)
+    check_saved_limit(architecture, ranks, workload)
+
+
+def check_merge_rounding(workload: Workload) -> None:
+    """Refuse stochastic rounding where nothing would be rounded so.
+
+    Raises:
+        SpecError: naming what it needs.
+    """
+    if workload.merge_rounding != "stochastic":
+        return
+    if not workload.allow_lossy_merge:
+        needs = "--allow-lossy-merge: without it nothing is merged into 16 bits"
+    elif not DTYPES[workload.dtype].half:
+        needs = "--dtype bf16 or fp16: fp32 keeps small updates"
+    elif not (workload.kernels and load_device(workload.device).kernels):
+        needs = "fused kernels: a --device that has them, and no --no-kernels"
+    else:
+        return
+    raise SpecError(f"--merge-rounding: stochastic needs {needs}")
+
+
+def check_saved_limit(architecture: Architecture, ranks: Sequence[int], workload: Workload) -> None:
+    """Refuse a ``max_saved_bytes`` that some layer can't meet at some rank and token count.
+
+    Raises:
+        SpecError: naming the smallest value that all of them can meet.
+    """
+    if workload.max_saved_bytes is None:
+        return
+
+    def least_saved(setting: Setting) -> int:
+        # Only what merges nothing: there is always such a variant that keeps as little as any other.
+        programs = [p for p in enumerated(workload, setting) if not p.lossy_in_16_bit]
+        return min(price(program, setting).saved_bytes for program in programs)
+
+    least, setting = max(
+        (
+            (least_saved(setting), setting)
+            for layer, rank, tokens in itertools.product(layers(architecture), ranks, workload.tokens)
+            for setting in [setting_for(workload, layer.in_features, layer.out_features, rank, layer.bias, tokens)]
+        ),
+        key=lambda need: need[0],
+    )
+    if least > workload.max_saved_bytes:
+        raise _infeasible(workload.max_saved_bytes, least, setting)
+
+
+def within(candidates: Sequence[Priced], workload: Workload, setting: Setting) -> list[Priced]:
+    """Those that keep to the limit on saved bytes.
+
+    Raises:
+        SpecError: there are none; the message names the closest feasible value.
+    """
+    limit = workload.max_saved_bytes
+    if limit is None:
+        return list(candidates)
+    fitting = [c for c in candidates if c.cost.saved_bytes <= limit]
+    if not fitting:
+        raise _infeasible(limit, min(c.cost.saved_bytes for c in candidates), setting)
+    return fitting
+
+
+def _infeasible(limit: int, least: int, setting: Setting) -> SpecError:
+    return SpecError(
+        f"--max-saved-bytes: no variant of the {setting.in_features}x{setting.out_features} linear saves at most "
+        f"{limit} bytes at {setting.tokens} tokens; the smallest feasible value is {least}"
+    )
