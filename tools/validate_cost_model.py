@@ -35,7 +35,7 @@ from runlora_gen.algebra.operations import Fused
 from runlora_gen.cost.lower import choices, with_kernels
 from runlora_gen.cost.price import Setting, price
 from runlora_gen.emit.code import results_of
-from runlora_gen.emit.nodes import kernel_constants
+from runlora_gen.emit.kernel_notes import kernel_constants
 from runlora_gen.measure.clock import captured, interleaved, seconds
 from runlora_gen.measure.machine import machine_name
 from runlora_gen.measure.modules import one_choice, render_module

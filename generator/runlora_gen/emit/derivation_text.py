@@ -1,0 +1,105 @@
+"""The docstrings of autograd functions: the formulas with their FLOPs, bytes and times, and why this program."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable
+from dataclasses import replace
+
+from ..algebra.enumerate import Phase
+from ..algebra.operations import Operation
+from ..algebra.schedule import schedule
+from ..cost.price import (
+    DEVICE_BOUND,
+    HOST_BOUND,
+    OperationCost,
+    PhaseCost,
+    Setting,
+    price_frozen,
+    price_operation,
+    price_phase,
+    saved_activations,
+    wanted_operations,
+)
+from ..request.workload import Workload
+from ..search.choose import Decision, ForwardDecision
+from ..search.criterion import Priced
+from .units import show_bound, show_bytes, show_count, show_time
+
+
+def program_text(candidate: Priced, decision: Decision, workload: Workload, reason: str, width: int) -> Iterable[str]:
+    """The docstring's body: the formulas with their FLOPs and bytes, the price, and why the runner-up lost."""
+    program, cost, setting = candidate.program, candidate.cost, decision.setting
+    for title, phase, total in (
+        ("Forward", program.forward, cost.forward),
+        ("Backward", program.backward, cost.backward),
+    ):
+        yield from _price_table(title, phase, total, setting)
+    kept = ", ".join(map(str, saved_activations(program, setting.gradients))) or "nothing"
+    yield ""
+    sentences = [
+        f"Saved for the backward beside the parameters: {kept} ({show_bytes(cost.saved_bytes)}).",
+        f"Temporaries: at most {show_bytes(cost.workspace_bytes)}.",
+        *_priced_at(setting, workload, cost.device_s, cost.host_s, decision.host_share),
+    ]
+    if cost.update_error:
+        sentences.append(f"Relative rounding error of the update: {cost.update_error:.2g}.")
+    if reason:
+        sentences.append(f"{reason}.")
+    for sentence in sentences:
+        yield from textwrap.wrap(sentence, width - 4, break_on_hyphens=False)
+
+
+def forward_text(phase: Phase, decision: ForwardDecision, workload: Workload, width: int) -> Iterable[str]:
+    """The same of a forward alone."""
+    setting = decision.setting
+    cost = price_phase(phase, setting)
+    yield from _price_table("Where no gradient is wanted", phase, cost, setting)
+    yield ""
+    frozen = replace(setting, gradients=frozenset())
+    for sentence in _priced_at(frozen, workload, cost.device_s, cost.host_s, decision.host_share):
+        yield from textwrap.wrap(sentence, width - 4, break_on_hyphens=False)
+
+
+def _price_table(title: str, phase: Phase, total: PhaseCost, setting: Setting) -> Iterable[str]:
+    wanted = wanted_operations(phase, setting.gradients)
+    ordered: list[Operation] = [s.operation for s in schedule(phase, setting.dims).steps if s.operation in wanted]
+    prices: list[tuple[str, OperationCost | PhaseCost]] = [
+        (operation.formula, price_operation(operation, setting)) for operation in ordered
+    ]
+    columns = max(len(formula) for formula, _ in prices)
+    prices.append(("in all", total))
+    yield from ("", f"{title}::", "")
+    for formula, price in prices:
+        yield (
+            f"    {formula:<{columns}}  {show_count(price.flops, 'FLOP'):>11}  {show_bytes(price.bytes_moved):>10}  "
+            f"{show_time(price.device_s):>12}"
+        )
+
+
+def _priced_at(
+    setting: Setting, workload: Workload, device_s: float, host_s: float, host_share: float
+) -> Iterable[str]:
+    """What it was priced for, and what it takes beside the frozen linear."""
+    frozen_device, frozen_host = (price_frozen(setting, share) for share in (DEVICE_BOUND, HOST_BOUND))
+    adapter = f", the adapter in {setting.adapter_dtype.name}," if setting.casts else ""
+    yield (
+        f"Priced at {setting.tokens} tokens in {setting.dtype.name}{adapter} {_priced_by(setting)}: "
+        f"{device_s / frozen_device:.3f} times the frozen linear ({show_time(frozen_device)}) on the device."
+    )
+    if workload.launch == "graph":
+        yield "Launches cost nothing: they are replayed as a graph."
+        return
+    yield (
+        f"Launched eagerly it takes the host {host_s / frozen_host:.2f} times the frozen linear "
+        f"({show_time(frozen_host)}); a step of the whole model is bound by {show_bound(host_share)}."
+    )
+
+
+def _priced_by(setting: Setting) -> str:
+    device = setting.device
+    if not device.meter.times_for(setting.dtype.name):
+        return f"by the roofline of {device.title}"
+    if device.measured_on is None:
+        return f"by what was measured on {device.title}"
+    return f"by the roofline of {device.title} with efficiencies measured on {device.measured_on.title}"

@@ -1,0 +1,80 @@
+"""The statements of autograd functions: what runs, in which order, under which condition, and what is let go when."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from ..algebra.derivation import Derivation
+from ..algebra.enumerate import Phase
+from ..algebra.operations import Cast, Symbol, products
+from ..algebra.schedule import schedule
+from ..cost.price import Setting
+from .code import line
+
+
+@dataclass(frozen=True)
+class Block:
+    """Statements under one condition, or under it where the condition before it did not hold (``elif``)."""
+
+    guard: str
+    lines: tuple[str, ...]
+    keyword: str = "if"
+
+
+def witnesses(site: Derivation) -> tuple[str, ...]:
+    """The arguments on which the gradients of others depend: what second derivatives would be of."""
+    read = {symbol.name for operation in site.operations for symbol in operation.reads}
+    return tuple(a.name for a in site.arguments if a.gradient is not None and a.name in read)
+
+
+def unpack_needs(site: Derivation, names: set[str]) -> str:
+    """The left side that takes these from ``needs_input_grad``."""
+    parts = [f"need_{a.gradient}" if a.gradient in names else "_" for a in site.arguments]
+    while parts[-1] == "_":
+        parts.pop()
+    return ", ".join([*parts, "*_"])
+
+
+def guard(wanted: Iterable[Symbol], site: Derivation) -> str:
+    """The condition that one of these gradients is wanted."""
+    return " or ".join(f"need_{gradient}" for gradient in site.gradients if gradient in wanted)
+
+
+def forward_statements(phase: Phase, setting: Setting) -> tuple[str, ...]:
+    """The statements of a forward; the adapter's casts are made before it is called."""
+    lines = []
+    for step in schedule(phase, setting.dims).steps:
+        if not isinstance(step.operation, Cast):
+            lines.append(line(step.operation))
+            lines += [f"del {symbol}" for symbol in step.frees]
+    return tuple(lines)
+
+
+def backward_blocks(phase: Phase, setting: Setting, needed_by: Mapping[Symbol, frozenset[Symbol]]) -> tuple[Block, ...]:
+    """The statements of a backward, under the wishes for gradients; ``needed_by``: what each symbol is computed for."""
+    blocks: list[Block] = []
+
+    def add(condition: str, text: str) -> None:
+        if blocks and (blocks[-1].guard, blocks[-1].keyword) == (condition, "if"):
+            blocks[-1] = Block(condition, (*blocks[-1].lines, text))
+        else:
+            blocks.append(Block(condition, (text,)))
+
+    for step in schedule(phase, setting.dims).steps:
+        guards = {symbol: guard(needed_by[symbol], phase.derivation) for symbol in step.operation.outputs}
+        if len(set(guards.values())) == 1:
+            add(guards[step.operation.outputs[0]], line(step.operation))
+        else:
+            # Each result is wanted for other gradients: the kernel where all are, else the one product.
+            blocks.append(
+                Block(
+                    " and ".join(f"({each})" if " or " in each else each for each in guards.values()),
+                    (line(step.operation),),
+                )
+            )
+            for product in products(step.operation):
+                blocks.append(Block(guards[product.outputs[0]], (line(product),), "elif"))
+        for symbol in step.frees:
+            add(guard(needed_by[symbol], phase.derivation), f"del {symbol}")
+    return tuple(blocks)
