@@ -83,7 +83,7 @@ def test_what_survives_fails_the_run(
     tool: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As an edit that changes nothing does: the tests that should find it are really run."""
-    where, selection = "generator/runlora_gen/cost/price.py", "tests/cost/test_price.py -k phases_add_up"
+    where, selection = "generator/runlora_gen/cost/vector.py", "tests/cost/test_price.py -k phases_add_up"
     old = "self.saved_bytes + self.workspace_bytes"
     new = "self.workspace_bytes + self.saved_bytes"
     harmless = tool.Mutant("harmless", "prices", where, old, new, killed_by=selection)

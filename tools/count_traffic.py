@@ -21,7 +21,9 @@ from typing import Any
 import torch
 from runlora_gen.algebra.operations import Fused, Operation, signature
 from runlora_gen.cost.device import load_device
-from runlora_gen.cost.price import DTYPES, roofline, setting_at
+from runlora_gen.cost.measured import setting_at
+from runlora_gen.cost.roofline import roofline
+from runlora_gen.cost.setting import DTYPES
 from runlora_gen.measure.machine import machine_name
 from runlora_gen.measure.problem import Point
 from runlora_gen.measure.tune import Trial

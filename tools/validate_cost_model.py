@@ -33,7 +33,8 @@ import torch
 from runlora_gen.algebra.enumerate import Program
 from runlora_gen.algebra.operations import Fused
 from runlora_gen.cost.lower import choices, with_kernels
-from runlora_gen.cost.price import Setting, price
+from runlora_gen.cost.price import price
+from runlora_gen.cost.setting import Setting
 from runlora_gen.emit.code import results_of
 from runlora_gen.emit.kernel_notes import kernel_constants
 from runlora_gen.measure.clock import captured, interleaved, seconds

@@ -19,7 +19,8 @@ from runlora_gen.cost.lower import (
     subsets,
     with_kernels,
 )
-from runlora_gen.cost.price import Setting, price, price_phase
+from runlora_gen.cost.price import price, price_phase
+from runlora_gen.cost.setting import Setting
 from runlora_gen.emit.code import line
 from runlora_gen.emit.render import template_folder
 from runlora_gen.request.workload import Workload

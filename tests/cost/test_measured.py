@@ -9,9 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from runlora_gen.algebra.linear import LINEAR
-from runlora_gen.algebra.operations import signature
+from runlora_gen.algebra.operations import Fused, signature
 from runlora_gen.cost.device import DeviceProfile, load_device
-from runlora_gen.cost.price import DTYPES, Setting, price_operation, roofline, setting_at
+from runlora_gen.cost.measured import setting_at, tuned_constants
+from runlora_gen.cost.price import price_operation
+from runlora_gen.cost.roofline import roofline
+from runlora_gen.cost.setting import DTYPES, Setting
 from runlora_gen.request.errors import SpecError
 from runlora_gen.request.workload import Workload
 from runlora_gen.search.candidates import enumerated, setting_for
@@ -177,10 +180,14 @@ def test_another_machine_s_ratios_stand_in() -> None:
 
 
 def test_constants_of_the_nearest_size(measured: DeviceProfile) -> None:
-    name = signature(FUSED)
-    assert measured.tiles_for(name, "bf16", (1500, 512, 512, 8)) == {"GROUP_M": 16}
-    assert measured.tiles_for(name, "fp16", (7000, 512, 512, 8)) == {}
-    assert measured.tiles_for("p_db: P = s dY B, dB = dYᵀ S", "bf16", (1024, 512, 8)) is None
+    def constants(kernel: str, tokens: int, dtype: str = "bf16") -> object:
+        operation = LINEAR.parse(kernel)
+        assert isinstance(operation, Fused)
+        return tuned_constants(operation, setting(measured, tokens, dtype))
+
+    assert constants(str(FUSED), 1500) == {"GROUP_M": 16}
+    assert constants(str(FUSED), 7000, "fp16") == {}
+    assert constants("p_db: P = s * dY @ B; dB = dY.T @ S", 1024) is None
 
 
 def test_half_a_wave_takes_as_long_as_a_whole_one() -> None:

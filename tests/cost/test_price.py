@@ -8,22 +8,14 @@ from dataclasses import fields, replace
 import pytest
 from runlora_gen.algebra.enumerate import Program
 from runlora_gen.algebra.linear import LINEAR
+from runlora_gen.algebra.liveness import saved_activations, saved_symbols
 from runlora_gen.algebra.operations import Cast
 from runlora_gen.cost.device import load_device
-from runlora_gen.cost.price import (
-    DEVICE_BOUND,
-    DTYPES,
-    HOST_BOUND,
-    Setting,
-    price,
-    price_frozen,
-    price_operation,
-    price_phase,
-    roofline,
-    saved_activations,
-    saved_symbols,
-    setting_at,
-)
+from runlora_gen.cost.measured import setting_at
+from runlora_gen.cost.price import price, price_frozen, price_operation, price_phase
+from runlora_gen.cost.roofline import roofline
+from runlora_gen.cost.setting import DTYPES, Setting
+from runlora_gen.cost.vector import DEVICE_BOUND, HOST_BOUND
 from runlora_gen.request.workload import Workload
 from runlora_gen.search.candidates import enumerated, setting_for
 

@@ -20,17 +20,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from runlora_gen.algebra.enumerate import Phase, Program, enumerate_programs, pair
 from runlora_gen.algebra.linear import LINEAR
+from runlora_gen.algebra.liveness import saved_activations, saved_symbols
 from runlora_gen.algebra.operations import Cast, signature
 from runlora_gen.cost.device import load_device
-from runlora_gen.cost.price import (
-    DTYPES,
-    Setting,
-    price,
-    roofline,
-    saved_activations,
-    saved_symbols,
-    setting_at,
-)
+from runlora_gen.cost.measured import setting_at
+from runlora_gen.cost.price import price
+from runlora_gen.cost.roofline import roofline
+from runlora_gen.cost.setting import DTYPES, Setting
 from runlora_gen.measure.problem import TORCH_DTYPES
 from runlora_gen.request.workload import Workload
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -40,7 +40,7 @@ def with_all_kernels(load: Any, **options: Any) -> ModuleType:
     """Every variant of a layer, with our kernels wherever one computes a product, with the table's tiles."""
     workload = Workload(adapter_dtype="bf16", launch="graph", device="h200", allow_lossy_merge=True, **options)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DeviceProfile, "tiles_for", lambda *args: None)
+        patch.setattr(DeviceProfile, "tiles_for", lambda *args: {})
         patch.setattr(candidates, "lowered", lambda program, *_: with_kernels(program, tuple(LINEAR.twins.values())))
         module: ModuleType = load(workload, in_features=40, out_features=24, rank=4, all_variants=True)
     assert module.KERNELS

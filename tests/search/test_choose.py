@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from runlora_gen.algebra.enumerate import enumerate_programs
 from runlora_gen.algebra.linear import LINEAR
 from runlora_gen.cost.lower import available, phase_with_kernels, subsets
-from runlora_gen.cost.price import Cost, PhaseCost, Setting, price, price_phase, rounded, weighted
+from runlora_gen.cost.price import price, price_phase
+from runlora_gen.cost.setting import Setting
+from runlora_gen.cost.vector import Cost, PhaseCost, rounded, weighted
 from runlora_gen.request.architecture import load_architecture
 from runlora_gen.request.errors import SpecError
 from runlora_gen.request.layers import layers

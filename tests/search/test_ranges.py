@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 from runlora_gen.algebra.enumerate import Program
 from runlora_gen.cost import device as device_module
-from runlora_gen.cost.price import DEVICE_BOUND, HOST_BOUND, Setting, price, price_frozen, price_phase
+from runlora_gen.cost.price import price, price_frozen, price_phase
+from runlora_gen.cost.setting import Setting
+from runlora_gen.cost.vector import DEVICE_BOUND, HOST_BOUND
 from runlora_gen.request.architecture import load_architecture
 from runlora_gen.request.errors import SpecError
 from runlora_gen.request.layers import Layer, layers

@@ -6,10 +6,9 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from types import MappingProxyType
 
 from .enumerate import Phase
-from .operations import Dims, Operation, Symbol, products
+from .operations import Dims, Operation, Symbol
 
 
 @dataclass(frozen=True)
@@ -193,25 +192,3 @@ def _needed_frees(
         if peak_with(fewer) <= peak:
             frees = fewer
     return frees
-
-
-@lru_cache(maxsize=65536)
-def dependents(phase: Phase) -> Mapping[Symbol, frozenset[Symbol]]:
-    """For each symbol that a backward reads or makes: the goals that need it.
-
-    The emitted code computes and saves a symbol only if one of these gradients is wanted.
-    """
-    needed: dict[Symbol, set[Symbol]] = {goal: {goal} for goal in phase.goals}
-    # By single products: where only one result of a fused kernel is wanted, its product runs alone.
-    steps = [product for operation in phase.operations for product in products(operation)]
-    changed = True
-    while changed:
-        changed = False
-        for step in steps:
-            goals = set().union(*(needed.get(out, set()) for out in step.outputs))
-            for symbol in step.reads:
-                known = needed.setdefault(symbol, set())
-                if not goals <= known:
-                    known |= goals
-                    changed = True
-    return MappingProxyType({symbol: frozenset(goals) for symbol, goals in needed.items()})

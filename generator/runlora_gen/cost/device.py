@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -99,10 +98,9 @@ class DeviceProfile:
         """Measured times for a dtype; 16-bit dtypes have the same size and rate, so one stands for the other."""
         return _of_dtype(self.times, dtype)
 
-    def tiles_for(self, signature: str, dtype: str, at: tuple[int, ...]) -> Mapping[str, int] | None:
-        """What to replace of a kernel's constants: the best at the nearest size where it was tuned; None if never."""
-        tuned = _of_dtype(self.tiles, dtype).get(signature, ())
-        return min(tuned, key=lambda row: (distance(row[0], at), row[0]))[1] if tuned else None
+    def tiles_for(self, dtype: str) -> Tiles:
+        """The best constants of kernels, likewise."""
+        return _of_dtype(self.tiles, dtype)
 
 
 def _of_dtype(by_dtype: Mapping[str, Any], dtype: str) -> Mapping[str, Any]:
@@ -110,21 +108,6 @@ def _of_dtype(by_dtype: Mapping[str, Any], dtype: str) -> Mapping[str, Any]:
     stand_in = halves[1 - halves.index(dtype)] if dtype in halves else dtype
     found: Mapping[str, Any] = by_dtype.get(dtype, by_dtype.get(stand_in, {}))
     return found
-
-
-def on_16_bytes(itemsize: int, *lengths: int) -> bool:
-    """Whether contiguous rows of these lengths start on 16 bytes, as cuBLAS and tensor descriptors want them."""
-    return all(length * itemsize % 16 == 0 for length in lengths)
-
-
-def distance(first: tuple[int, ...], second: tuple[int, ...]) -> float:
-    """How far apart two sizes are: the Euclidean distance of the logarithms (base 2) of their dimensions."""
-    return math.dist(_logarithms(first), _logarithms(second))
-
-
-@lru_cache(maxsize=65536)
-def _logarithms(size: tuple[int, ...]) -> tuple[float, ...]:
-    return tuple(map(math.log2, size))
 
 
 def device_names() -> tuple[str, ...]:

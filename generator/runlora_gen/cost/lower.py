@@ -9,8 +9,12 @@ from functools import lru_cache
 
 from ..algebra.enumerate import Phase, Program, pair, phase_of
 from ..algebra.kernels import runs
+from ..algebra.liveness import wanted_operations
 from ..algebra.operations import Fused, Operation
-from .price import DEVICE_BOUND, Setting, is_priced, price_operation, rounded, wanted_operations, weighted
+from .measured import is_priced
+from .price import price_operation
+from .setting import Setting
+from .vector import DEVICE_BOUND, rounded, weighted
 
 
 def available(setting: Setting) -> tuple[Fused, ...]:

@@ -11,7 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from .passes import CAST, Times, price_passes
-from .price import Setting, price_operation
+from .price import price_operation
+from .setting import Setting
 
 
 @dataclass(frozen=True)

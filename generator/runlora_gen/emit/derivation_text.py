@@ -7,20 +7,12 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from ..algebra.enumerate import Phase
+from ..algebra.liveness import saved_activations, wanted_operations
 from ..algebra.operations import Operation
 from ..algebra.schedule import schedule
-from ..cost.price import (
-    DEVICE_BOUND,
-    HOST_BOUND,
-    OperationCost,
-    PhaseCost,
-    Setting,
-    price_frozen,
-    price_operation,
-    price_phase,
-    saved_activations,
-    wanted_operations,
-)
+from ..cost.price import price_frozen, price_operation, price_phase
+from ..cost.setting import Setting
+from ..cost.vector import DEVICE_BOUND, HOST_BOUND, OperationCost, PhaseCost
 from ..request.workload import Workload
 from ..search.choose import Decision, ForwardDecision
 from ..search.criterion import Priced

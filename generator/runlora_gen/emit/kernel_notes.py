@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..algebra.kernels import KERNELS
-from ..algebra.operations import Fused, dimensions, signature
-from ..cost.price import Setting
+from ..algebra.operations import Fused
+from ..cost.measured import tuned_constants
+from ..cost.setting import Setting
 from .code import results_of
 
 #: Compile-time constants of kernels: what is computed, and the constants by name.
@@ -39,17 +40,12 @@ class KernelCall:
     @property
     def tuned(self) -> bool:
         """Whether the device profile has measured constants for it."""
-        return _tuned(self.operation, self.setting) is not None
+        return tuned_constants(self.operation, self.setting) is not None
 
 
 def kernel_constants(operation: Fused, setting: Setting) -> Mapping[str, int]:
     """The compile-time constants of a kernel in a setting: its own, and what the device profile has in their place."""
-    return {**KERNELS[operation.kernel].tiles, **(_tuned(operation, setting) or {})}
-
-
-def _tuned(operation: Fused, setting: Setting) -> Mapping[str, int] | None:
-    at = tuple(setting.dims[d] for d in dimensions(operation))
-    return setting.device.meter.tiles_for(signature(operation), setting.dtype.name, at)
+    return {**KERNELS[operation.kernel].tiles, **(tuned_constants(operation, setting) or {})}
 
 
 def tiles_note(calls: Sequence[KernelCall]) -> str:

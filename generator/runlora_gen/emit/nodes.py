@@ -10,8 +10,8 @@ from functools import cached_property
 from ..algebra.derivation import Argument
 from ..algebra.enumerate import Phase, Program
 from ..algebra.kernels import KERNELS
+from ..algebra.liveness import dependents
 from ..algebra.operations import Fused
-from ..algebra.schedule import dependents
 from ..request.layers import Layer
 from ..request.workload import Workload
 from ..search.candidates import goals

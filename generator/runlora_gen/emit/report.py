@@ -7,7 +7,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ..cost.device import load_device
-from ..cost.price import DEVICE_BOUND, HOST_BOUND, price_frozen
+from ..cost.price import price_frozen
+from ..cost.vector import DEVICE_BOUND, HOST_BOUND
 from ..forecast.estimate import Batch, Estimate
 from ..forecast.gain import Gain, Side, shared_stem
 from ..request.architecture import Architecture

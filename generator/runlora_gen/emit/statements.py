@@ -9,7 +9,7 @@ from ..algebra.derivation import Derivation
 from ..algebra.enumerate import Phase
 from ..algebra.operations import Cast, Symbol, products
 from ..algebra.schedule import schedule
-from ..cost.price import Setting
+from ..cost.setting import Setting
 from .code import line
 
 

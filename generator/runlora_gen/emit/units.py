@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from ..cost.price import DEVICE_BOUND, HOST_BOUND
+from ..cost.vector import DEVICE_BOUND, HOST_BOUND
 from ..search.choose import Decision
 
 

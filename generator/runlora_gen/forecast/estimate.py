@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from ..cost.passes import CAST, Times, price_passes
 from ..cost.peft import price_peft
-from ..cost.price import DTYPES, Setting, price_frozen_forward
+from ..cost.price import price_frozen_forward
+from ..cost.setting import DTYPES, Setting
 from ..request.architecture import Architecture, Projection, decoder_types
 from ..request.decoder import Decoder
 from ..request.errors import SpecError

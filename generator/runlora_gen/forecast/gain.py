@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from ..algebra.liveness import saved_activations
 from ..cost.passes import Times
 from ..cost.peft import price_peft
-from ..cost.price import DEVICE_BOUND, HOST_BOUND, Setting, price_frozen, saved_activations, weighted
+from ..cost.price import price_frozen
+from ..cost.setting import Setting
+from ..cost.vector import DEVICE_BOUND, HOST_BOUND, weighted
 from ..request.architecture import Architecture, Projection
 from ..request.layers import Layer
 from ..search.choose import Decision
@@ -44,7 +47,7 @@ class Gain:
 
     Attributes:
         linears: how many there are.
-        host_share: what bounds the step, see :func:`~.cost.price.weighted`.
+        host_share: what bounds the step, see :func:`~.cost.vector.weighted`.
         frozen: the linears alone, without adapters.
         peft: with adapters, as PEFT runs them.
         ours: as generated modules run them.

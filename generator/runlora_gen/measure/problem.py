@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..cost.price import Setting
+from ..cost.setting import Setting
 from ..request.layers import Layer
 from ..request.workload import Workload
 from ..search.candidates import setting_for

@@ -41,9 +41,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..algebra.enumerate import Program, enumerate_programs
 from ..algebra.kernels import KERNELS, runs
 from ..algebra.linear import LINEAR
+from ..algebra.liveness import wanted_operations
 from ..algebra.operations import Cast, Fused, Operation, Symbol, dimensions, signature
 from ..cost.device import MAX_PROFILE_BYTES, check_title, parse_profile, parse_toml
-from ..cost.price import wanted_operations
 from ..emit.code import line, results_of
 from ..request.errors import SpecError, reason, shorten
 from ..request.files import read_if_there

@@ -8,9 +8,11 @@ from functools import lru_cache
 from ..algebra.derivation import Derivation, Way
 from ..algebra.enumerate import Phase, Program, enumerate_backwards, enumerate_forwards, enumerate_programs
 from ..algebra.operations import Fused, Symbol
-from ..cost.device import load_device, on_16_bytes
+from ..cost.device import load_device
 from ..cost.lower import available, lowered, lowered_phase, phase_with_kernels, with_kernels
-from ..cost.price import DEVICE_BOUND, DTYPES, Setting, is_priced
+from ..cost.measured import is_priced
+from ..cost.setting import DTYPES, Setting
+from ..cost.vector import DEVICE_BOUND
 from ..request.workload import Workload
 
 
@@ -120,6 +122,6 @@ def _replaced(workload: Workload, setting: Setting) -> tuple[Fused, ...]:
 
 def _kernels(workload: Workload, setting: Setting) -> bool:
     device, dtype = setting.device, setting.dtype
-    aligned = on_16_bytes(dtype.bytes, setting.in_features, setting.out_features)
+    aligned = dtype.on_16_bytes(setting.in_features, setting.out_features)
     measured = dtype.half or bool(device.meter.times_for(dtype.name))
     return workload.kernels and device.kernels and aligned and measured

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from ..algebra.enumerate import Phase, Program, pair
 from ..algebra.operations import Fused
 from ..cost.lower import lowered, phase_time, subsets
-from ..cost.price import DEVICE_BOUND, Setting, price, price_phase, rounded, weighted
+from ..cost.price import price, price_phase
+from ..cost.setting import Setting
+from ..cost.vector import DEVICE_BOUND, rounded, weighted
 from ..request.workload import Workload
 from .candidates import forwards_for, paired_phases, programs_for, twins_for
 from .criterion import Difference, Priced, difference, pareto_front, ranked
@@ -21,7 +23,7 @@ class Decision:
 
     Attributes:
         setting: the circumstances.
-        host_share: how much of the time is the host's: see :func:`~.cost.price.weighted`.
+        host_share: how much of the time is the host's: see :func:`~.cost.vector.weighted`.
         candidates: every program with its price, in the order of the enumeration; none where the winners alone were
             sought.
         front: ids of those on the Pareto front.

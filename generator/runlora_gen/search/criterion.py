@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..algebra.enumerate import Program
-from ..cost.price import Cost, rounded
+from ..cost.vector import Cost, rounded
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ import itertools
 from collections.abc import Sequence
 
 from ..cost.device import load_device
-from ..cost.price import DTYPES, Setting, price
+from ..cost.price import price
+from ..cost.setting import DTYPES, Setting
 from ..request.architecture import Architecture
 from ..request.errors import SpecError
 from ..request.layers import layers

@@ -15,7 +15,9 @@ from typing import Generic, TypeVar
 
 from ..algebra.enumerate import Phase, Program
 from ..cost.passes import Times
-from ..cost.price import DEVICE_BOUND, HOST_BOUND, Cost, PhaseCost, Setting, price, price_frozen, price_phase
+from ..cost.price import price, price_frozen, price_phase
+from ..cost.setting import Setting
+from ..cost.vector import DEVICE_BOUND, HOST_BOUND, Cost, PhaseCost
 from ..request.layers import Layer
 from ..request.workload import Workload
 from .candidates import setting_for

@@ -1,0 +1,68 @@
+"""What runs, and what is saved for it, when only some of a backward's gradients are wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from functools import lru_cache
+from types import MappingProxyType
+
+from .enumerate import Phase, Program
+from .operations import Operation, Symbol, products
+
+
+@lru_cache(maxsize=65536)
+def dependents(phase: Phase) -> Mapping[Symbol, frozenset[Symbol]]:
+    """For each symbol that a backward reads or makes: the goals that need it.
+
+    The emitted code computes and saves a symbol only if one of these gradients is wanted.
+    """
+    needed: dict[Symbol, set[Symbol]] = {goal: {goal} for goal in phase.goals}
+    # By single products: where only one result of a fused kernel is wanted, its product runs alone.
+    steps = [product for operation in phase.operations for product in products(operation)]
+    changed = True
+    while changed:
+        changed = False
+        for step in steps:
+            goals = set().union(*(needed.get(out, set()) for out in step.outputs))
+            for symbol in step.reads:
+                known = needed.setdefault(symbol, set())
+                if not goals <= known:
+                    known |= goals
+                    changed = True
+    return MappingProxyType({symbol: frozenset(goals) for symbol, goals in needed.items()})
+
+
+@lru_cache(maxsize=65536)
+def wanted_operations(phase: Phase, gradients: frozenset[str]) -> tuple[Operation, ...]:
+    """The operations of a phase that run when only some of its gradients are wanted; a forward runs whole.
+
+    Of a fused operation with an unwanted result the wanted products run alone.
+    """
+    if phase.is_forward:
+        return phase.operations
+    needed_by = dependents(phase)
+
+    def wanted(operation: Operation) -> bool:
+        return all(any(goal.name in gradients for goal in needed_by[out]) for out in operation.outputs)
+
+    running: list[Operation] = []
+    for operation in phase.operations:
+        running += [operation] if wanted(operation) else filter(wanted, products(operation))
+    return tuple(running)
+
+
+def saved_symbols(program: Program, gradients: Collection[str]) -> tuple[Symbol, ...]:
+    """What the forward hands to the backward when these gradients are wanted: inputs, then kept intermediates."""
+    needed_by = dependents(program.backward)
+    return tuple(
+        symbol
+        for symbol in (*program.saved_inputs, *program.kept)
+        if any(goal.name in gradients for goal in needed_by[symbol])
+    )
+
+
+@lru_cache(maxsize=65536)
+def saved_activations(program: Program, gradients: frozenset[str]) -> tuple[Symbol, ...]:
+    """Those of the saved symbols that are no parameters, which live anyway."""
+    parameters = set(program.saved_inputs) - program.derivation.activations
+    return tuple(symbol for symbol in saved_symbols(program, gradients) if symbol not in parameters)

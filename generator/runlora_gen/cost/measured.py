@@ -1,0 +1,105 @@
+"""What a profile's measurements say of an operation: the correction of its roofline, and a kernel's best constants."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import lru_cache
+
+from ..algebra.kernels import KERNELS
+from ..algebra.operations import Dims, Fused, Matmul, Operation, dimensions, signature
+from ..algebra.sites import OPERATIONS
+from .device import DeviceProfile
+from .roofline import roofline
+from .setting import DType, Setting
+
+
+@lru_cache(maxsize=65536)
+def correction(operation: Operation, at: tuple[int, ...], dtype: DType, device: DeviceProfile) -> float:
+    """Measured time over roofline, at some dimensions; 1 if the operation was never measured.
+
+    Sizes whose rows start off 16 bytes are another class: cuBLAS is up to four times slower there.
+    """
+    total = weights = 0.0
+    ratios = _ratios(operation, dtype, device.meter)
+    if there := [ratio for measured_at, _, ratio in ratios if measured_at == at]:
+        return math.exp(statistics.mean(there))  # of several products that stand for one
+    aligned = _aligned(operation, at, dtype)
+    for measured_at, _, ratio in [row for row in ratios if row[1] == aligned] or ratios:
+        apart = distance(measured_at, at)
+        total, weights = total + ratio / apart**4, weights + 1 / apart**4
+    return math.exp(total / weights) if weights else 1.0
+
+
+def is_priced(operation: Operation, dtype: DType, device: DeviceProfile) -> bool:
+    """Whether a kernel's price can be held against torch's: both measured, or both from the roofline."""
+    measured = device.meter.times_for(dtype.name)
+    return not measured or measured_as(operation) in measured
+
+
+def _aligned(operation: Operation, at: tuple[int, ...], dtype: DType) -> bool:
+    """Whether the rows of its large matrices start on 16 bytes."""
+    features = [size for name, size in zip(dimensions(operation), at, strict=True) if name in "IO"]
+    return dtype.on_16_bytes(*features)
+
+
+def measured_as(operation: Operation) -> str:
+    """The signature under which a profile holds an operation's times."""
+    if isinstance(operation, Fused) and (stand_in := KERNELS[operation.kernel].priced_as) is not None:
+        return signature(replace(operation, kernel=stand_in))
+    return signature(operation)
+
+
+@lru_cache(maxsize=4096)
+def _ratios(
+    operation: Operation, dtype: DType, device: DeviceProfile
+) -> tuple[tuple[tuple[int, ...], bool, float], ...]:
+    """Where an operation was measured, whether on 16 bytes, and the logarithms of measured time over roofline there.
+
+    A product of torch's that was never measured takes the ratios of those of the same dimensions: the bare roofline
+    would flatter it beside them.
+    """
+    times = device.times_for(dtype.name)
+    measured: tuple[Operation, ...] = (operation,)
+    if isinstance(operation, Matmul) and measured_as(operation) not in times:
+        measured = tuple(
+            other
+            for other in OPERATIONS
+            if isinstance(other, Matmul) and dimensions(other) == dimensions(operation) and signature(other) in times
+        )
+    names = dimensions(operation)
+
+    def ratio(of: Operation, at: tuple[int, ...], time_s: float) -> float:
+        # Measured with everything in one dtype: the ratio holds for an adapter in another one as well.
+        return math.log(time_s / roofline(of, setting_at(dict(zip(names, at, strict=True)), dtype, device)).device_s)
+
+    return tuple(
+        (at, _aligned(operation, at, dtype), ratio(of, at, time_s))
+        for of in measured
+        for at, time_s in times.get(measured_as(of), ())
+    )
+
+
+def setting_at(dims: Dims, dtype: DType, device: DeviceProfile) -> Setting:
+    """The setting in which operations are measured: everything in one dtype, no bias."""
+    tokens, in_features, out_features, rank = (dims.get(dim, 1) for dim in "TIOR")
+    return Setting(tokens, in_features, out_features, rank, dtype, dtype, False, frozenset(), device)
+
+
+def tuned_constants(operation: Fused, setting: Setting) -> Mapping[str, int] | None:
+    """What to replace of a kernel's constants: the best at the nearest size where it was tuned; None if never."""
+    at = tuple(setting.dims[d] for d in dimensions(operation))
+    tuned = setting.device.meter.tiles_for(setting.dtype.name).get(signature(operation), ())
+    return min(tuned, key=lambda row: (distance(row[0], at), row[0]))[1] if tuned else None
+
+
+def distance(first: tuple[int, ...], second: tuple[int, ...]) -> float:
+    """How far apart two sizes are: the Euclidean distance of the logarithms (base 2) of their dimensions."""
+    return math.dist(_logarithms(first), _logarithms(second))
+
+
+@lru_cache(maxsize=65536)
+def _logarithms(size: tuple[int, ...]) -> tuple[float, ...]:
+    return tuple(map(math.log2, size))

@@ -1,0 +1,62 @@
+"""The bare price of an operation, from its shapes and a machine's peak rates alone."""
+
+from __future__ import annotations
+
+import math
+from typing import assert_never
+
+from ..algebra.kernels import KERNELS
+from ..algebra.operations import Cast, Dims, Fused, Matmul, Operation, SumTokens
+from .device import DeviceProfile
+from .setting import Setting
+from .vector import OperationCost
+
+
+def roofline(operation: Operation, setting: Setting) -> OperationCost:
+    """Price one operation by max(FLOPs / peak, bytes / bandwidth) + launches.
+
+    Bytes are the fewest possible: every operand is read once and every result written once; an accumulation reads its
+    target as well. Launches are calls of the host: a library may split one. The adapter's gradients are written in its
+    dtype straight from the sums. A fused kernel needs a profile that has kernels; one that computes its result in tiles
+    is busy for whole waves of them, however few the last one has.
+    """
+    dims, device = setting.dims, setting.device
+    moved = sum(setting.bytes_of(symbol) for symbol in (*operation.reads, *operation.outputs))
+    launches, flops, host_s, idle = 1, 0, device.host_s, 1.0
+    match operation:
+        case Fused():
+            if device.kernel_host_s is None:
+                raise ValueError(f"{device.name} has no fused kernels, so {operation.formula} has no price there")
+            for part in operation.parts:
+                m, n, k = part.mnk(dims)
+                flops += 2 * m * n * k
+            launches, host_s = KERNELS[operation.kernel].launches, device.kernel_host_s
+            idle = _waves(operation, dims, device)
+        case Matmul():
+            m, n, k = operation.mnk(dims)
+            flops = 2 * m * n * k
+            if operation.accumulate:
+                moved += setting.bytes_of(operation.out)
+            # A result that is wider than its factors is scaled by itself.
+            if operation.scaled and operation.out.store == "adapter" and setting.casts:
+                moved += 2 * setting.bytes_of(operation.out)
+                launches += 1
+        case SumTokens() | Cast():
+            pass
+        case _:
+            assert_never(operation)
+    if isinstance(operation, Matmul | Fused) and operation.bias is not None and setting.bias:
+        moved += setting.bytes_of(operation.bias)
+    busy = max(flops / device.flops_per_s[setting.dtype.name] * idle, moved / device.bytes_per_s)
+    return OperationCost(flops, moved, launches, busy + launches * device.launch_s, launches * host_s)
+
+
+def _waves(operation: Fused, dims: Dims, device: DeviceProfile) -> float:
+    """The waves of tiles that a kernel computes its result in, over the part of a wave that would do."""
+    tiles = KERNELS[operation.kernel].tiles
+    if device.multiprocessors is None or not {"BM", "BN", "PARTS"} <= tiles.keys():
+        return 1.0
+    rows, columns, _ = operation.parts[0].mnk(dims)
+    # The last wave's tiles are cut into parts.
+    count = math.ceil(rows / tiles["BM"]) * math.ceil(columns / (tiles["BN"] // tiles["PARTS"]))
+    return math.ceil(count / device.multiprocessors) * device.multiprocessors / count
