@@ -9,14 +9,16 @@ from functools import cache
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from runlora_gen.algebra import schedule as module
+from runlora_gen.algebra.derivation import CAST_ADAPTER
 from runlora_gen.algebra.enumerate import Phase, enumerate_programs
 from runlora_gen.algebra.linear import LINEAR
-from runlora_gen.algebra.operations import Cast, Operation, Symbol
+from runlora_gen.algebra.operations import Convert, Operation, Symbol
 from runlora_gen.algebra.schedule import schedule, workspace
 
+WIDE = frozenset({CAST_ADAPTER})
 PROGRAMS = enumerate_programs(LINEAR, ("dX", "dA", "dB"))
-WITH_CASTS = enumerate_programs(LINEAR, ("dX", "dA", "dB"), casts=True)
-WITH_BIAS = enumerate_programs(LINEAR, ("dX", "dA", "dB", "db"), casts=True)
+WITH_CASTS = enumerate_programs(LINEAR, ("dX", "dA", "dB"), facts=WIDE)
+WITH_BIAS = enumerate_programs(LINEAR, ("dX", "dA", "dB", "db"), facts=WIDE)
 
 
 def _phases(programs) -> list[Phase]:
@@ -70,7 +72,7 @@ def _live(phase: Phase) -> tuple[frozenset[frozenset[Symbol]], ...]:
     But what a forward casts, which lives from its beginning to its end.
     """
     returned = {*phase.goals, *phase.keeps}
-    held = {op.out for op in phase.operations if isinstance(op, Cast)} if LINEAR["Y"] in phase.goals else set()
+    held = {op.out for op in phase.operations if isinstance(op, Convert)} if LINEAR["Y"] in phase.goals else set()
     reads = {op: {*op.reads, *op.outputs} for op in phase.operations}
     found = []
     for order in _valid_orders(phase):
@@ -145,7 +147,7 @@ def test_casts_of_a_forward_are_held_from_its_beginning_to_its_end() -> None:
     held = (24 + 40) * 4
     for program in WITH_CASTS:
         steps = [step.operation for step in schedule(program.forward, sizes).steps]
-        assert all(isinstance(operation, Cast) for operation in steps[:2])
+        assert all(isinstance(operation, Convert) for operation in steps[:2])
         kept = sum(s.numel(sizes) for s in program.forward.held if s in program.kept)
         ways = tuple(way for way in program.forward.ways if not set(way.targets) & set(program.forward.held))
         keeps = tuple(symbol for symbol in program.forward.keeps if symbol not in program.forward.held)

@@ -9,7 +9,7 @@ import pytest
 from runlora_gen.algebra.enumerate import Program
 from runlora_gen.algebra.linear import LINEAR
 from runlora_gen.algebra.liveness import saved_activations, saved_symbols
-from runlora_gen.algebra.operations import Cast
+from runlora_gen.algebra.operations import Convert
 from runlora_gen.cost.device import load_device
 from runlora_gen.cost.measured import setting_at
 from runlora_gen.cost.price import price, price_frozen, price_operation, price_phase
@@ -39,7 +39,7 @@ class TestCasts:
             assert not setting(workload).casts
             programs = enumerated(workload, setting(workload))
             assert len(programs) == 144
-            assert not any(isinstance(op, Cast) for p in programs for op in p.operations)
+            assert not any(isinstance(op, Convert) for p in programs for op in p.operations)
         assert setting().casts and len(enumerated(WIDE, setting())) == 544
 
     def test_a_cast_reads_four_bytes_and_writes_two(self) -> None:

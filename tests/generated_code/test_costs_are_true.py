@@ -18,10 +18,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runlora_gen.algebra.derivation import CAST_ADAPTER, NO_FACTS
 from runlora_gen.algebra.enumerate import Phase, Program, enumerate_programs, pair
 from runlora_gen.algebra.linear import LINEAR
 from runlora_gen.algebra.liveness import saved_activations, saved_symbols
-from runlora_gen.algebra.operations import Cast, signature
+from runlora_gen.algebra.operations import Convert, signature
 from runlora_gen.cost.device import load_device
 from runlora_gen.cost.measured import setting_at
 from runlora_gen.cost.price import price
@@ -64,8 +65,11 @@ def every_phase(programs: Sequence[Program]) -> Iterator[Program]:
         yield from itertools.starmap(pair, zip(*both, strict=True))
 
 
+FACTS = {False: NO_FACTS, True: frozenset({CAST_ADAPTER})}
+
+
 def enumerated(casts: bool) -> tuple[Program, ...]:
-    return enumerate_programs(LINEAR, ("dX", "dA", "dB", "db"), table=LINEAR.rows(kernels=False), casts=casts)
+    return enumerate_programs(LINEAR, ("dX", "dA", "dB", "db"), table=LINEAR.rows(kernels=False), facts=FACTS[casts])
 
 
 #: Whether the adapter has a dtype of its own, and a program: that multiplies programs by four and changes none of them.
@@ -232,7 +236,9 @@ def test_a_gpu_counts_the_launches_and_the_bytes_that_are_priced() -> None:
     """
     (path,) = (Path(__file__).parents[2] / "tools" / "results").glob("traffic_*.json")
     data = json.loads(path.read_text(encoding="utf-8"))
-    operations = {signature(operation): operation for operation in LINEAR.operations if not isinstance(operation, Cast)}
+    operations = {
+        signature(operation): operation for operation in LINEAR.operations if not isinstance(operation, Convert)
+    }
     assert operations.keys() - {row["operation"] for row in data["rows"]} == {"merge_stochastic: M = W + s B A"}
     setting = setting_at(data["at"], DTYPES[data["dtype"]], load_device("h100"))
     for row in data["rows"]:

@@ -17,7 +17,7 @@ import pytest
 import tomllib
 from runlora_gen.algebra.kernels import KERNELS
 from runlora_gen.algebra.linear import LINEAR
-from runlora_gen.algebra.operations import Cast, Fused, dimensions, signature
+from runlora_gen.algebra.operations import Convert, Fused, dimensions, signature
 from runlora_gen.cost.device import DTYPE_NAMES, load_device
 from runlora_gen.measure import clock, tune
 from runlora_gen.measure.modules import module_of_everything
@@ -114,7 +114,7 @@ def test_every_torch_operation_is_measured(tuned: Path) -> None:
     data = tomllib.loads(tuned.read_text(encoding="utf-8"))
     dims = {"T": 16, "I": 24, "O": 40, "R": 4}
     # In one dtype there is nothing to cast.
-    measured = [op for op in LINEAR.operations if not isinstance(op, Cast | Fused)]
+    measured = [op for op in LINEAR.operations if not isinstance(op, Convert | Fused)]
     expected = {signature(op): [dims[d] for d in dimensions(op)] for op in measured}
     assert {name: row[:-1] for name, (row,) in data["times"]["fp32"].items()} == expected
     assert all(0.1 < row[-1] < 1e6 for (row,) in data["times"]["fp32"].values())

@@ -5,12 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeAlias
 
 from .kernels import KERNELS, runs
-from .operations import Cast, Fused, Operation, Symbol, parse
+from .operations import Convert, Fused, Operation, Symbol, parse
 
 #: The name of the ways that take what the forward saved, in place of computing it.
 SAVED = "saved"
+#: What is so of a setting, by name, such as ``CAST_ADAPTER``. A derivation says which it knows.
+Facts: TypeAlias = frozenset[str]
+NO_FACTS: Facts = frozenset()
+#: The adapter has another dtype than the activations.
+CAST_ADAPTER = "cast adapter"
+
+
+def holds(when: tuple[str, ...], facts: Facts) -> bool:
+    """Whether all conditions hold, each a fact or ``not`` one."""
+    return all((name.removeprefix("not ") in facts) is not name.startswith("not ") for name in when)
 
 
 @dataclass(frozen=True)
@@ -21,6 +32,7 @@ class Way:
     name: str
     operations: tuple[Operation, ...]
     paper: tuple[str, ...] = ()  # the paper's names for a forward that uses this row
+    when: tuple[str, ...] = ()  # the conditions under which it is one
 
     @property
     def saved(self) -> bool:
@@ -43,17 +55,48 @@ class Row:
         name: of the way.
         formulas: of its operations; none where the forward saved the target.
         paper: the paper's names for a forward that uses this row.
+        when: the conditions under which it is one, see :func:`holds`: what is invalid is never enumerated.
     """
 
     target: str
     name: str
     formulas: tuple[str, ...] = ()
     paper: tuple[str, ...] = ()
+    when: tuple[str, ...] = ()
 
 
-def row(target: str, name: str, *formulas: str, paper: tuple[str, ...] = ()) -> Row:
+def row(target: str, name: str, *formulas: str, paper: tuple[str, ...] = (), when: tuple[str, ...] = ()) -> Row:
     """A row of a table."""
-    return Row(target, name, formulas, paper)
+    return Row(target, name, formulas, paper, when)
+
+
+@dataclass(frozen=True)
+class Term:
+    """A contribution to a sum.
+
+    Attributes:
+        product: as a formula has it, right of the sign.
+        first: the name of the way that begins with it, and adds the others to it; None if none does.
+        paper: the paper's names for a forward of that way.
+    """
+
+    product: str
+    first: str | None = None
+    paper: tuple[str, ...] = ()
+
+
+def rows_of_sum(target: str, *terms: Term, bias: str | None = None, when: tuple[str, ...] = ()) -> tuple[Row, ...]:
+    """The rows of a sum, whose contributions have no order: one for each that may be written first.
+
+    What comes after the first is accumulated, and costs the same in any order. ``bias`` is added by the first.
+    """
+    rows = []
+    for term in terms:
+        if term.first is not None:
+            others = (f"{target} += {other.product}" for other in terms if other is not term)
+            begun = f"{target} = {term.product}" + ("" if bias is None else f" + {bias}")
+            rows.append(row(target, term.first, begun, *others, paper=term.paper, when=when))
+    return tuple(rows)
 
 
 @dataclass(frozen=True)
@@ -65,12 +108,14 @@ class Argument:
         annotation: its type.
         gradient: the symbol of its gradient, if it may want one.
         activation: whether it is kept for the backward alone: parameters live anyway.
+        when: the conditions under which its symbol is what a forward starts from.
     """
 
     name: str
     annotation: str = "Tensor"
     gradient: str | None = None
     activation: bool = False
+    when: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)  # made once a site: identity is equality
@@ -80,6 +125,7 @@ class Derivation:
     Attributes:
         site: what it is of.
         symbols: every symbol that a formula may name.
+        facts: what the conditions of its rows and arguments may name.
         arguments: of the function, in their order.
         output: what the function returns.
         output_gradient: what its backward starts from.
@@ -96,6 +142,7 @@ class Derivation:
 
     site: str
     symbols: Mapping[str, Symbol]
+    facts: Facts
     arguments: tuple[Argument, ...]
     output: Symbol
     output_gradient: Symbol
@@ -137,7 +184,11 @@ class Derivation:
     def casts(self) -> Mapping[Symbol, Symbol]:
         """Parameters in the activations' dtype, and what they are cast from."""
         operations = (operation for way in self.table for operation in way.operations)
-        return {operation.out: operation.operand for operation in operations if isinstance(operation, Cast)}
+        return {
+            operation.out: operation.operands[0]
+            for operation in operations
+            if isinstance(operation, Convert) and operation.function == "cast"
+        }
 
     @cached_property
     def operations(self) -> tuple[Operation, ...]:
@@ -151,19 +202,21 @@ class Derivation:
         ways = [way for way in self.table if not way.saved]
         return frozenset(s for s in self.symbols.values() if sum(s in way.targets for way in ways) > 1)
 
-    def inputs(self, *, casts: bool) -> tuple[Symbol, ...]:
-        """What a forward starts from, in the order in which it is saved.
+    def inputs(self, facts: Facts = NO_FACTS) -> tuple[Symbol, ...]:
+        """What a forward starts from where these facts hold, in the order in which it is saved."""
+        return tuple(symbol for argument, symbol in self._given if holds(argument.when, facts))
 
-        ``casts``: the adapter has a dtype of its own, and is cast; else it is given as the products read it.
-        """
-        uncast = {source: result for result, source in self.casts.items()}
+    @cached_property
+    def possible_inputs(self) -> tuple[Symbol, ...]:
+        """What a forward may start from, whatever holds."""
+        return tuple(symbol for _, symbol in self._given)
+
+    @cached_property
+    def _given(self) -> tuple[tuple[Argument, Symbol], ...]:
+        """Arguments with the symbols that products read of them; a bias is optional, and none."""
         read = {symbol for operation in self.operations for symbol in operation.reads}
-        found = []
-        for argument in self.arguments:
-            symbol = self.symbols.get(argument.name)
-            if symbol is not None and symbol in read and symbol not in self.casts:
-                found.append(symbol if casts else uncast.get(symbol, symbol))
-        return tuple(found)
+        pairs = ((argument, self.symbols.get(argument.name)) for argument in self.arguments)
+        return tuple((argument, symbol) for argument, symbol in pairs if symbol is not None and symbol in read)
 
     def rows(
         self, *, kernels: bool, dtype: str = "bf16", rank: int = 1, known: Callable[[Operation], bool] = lambda _: True
@@ -186,6 +239,7 @@ def derive(
     site: str,
     *,
     symbols: Iterable[Symbol],
+    facts: Iterable[str] = (),
     arguments: Iterable[Argument],
     output: str,
     output_gradient: str,
@@ -201,9 +255,15 @@ def derive(
     """The derivation of a site from its texts; see there for the arguments.
 
     Raises:
-        ValueError: a formula that is of another grammar, names an unknown symbol, or whose shapes do not fit.
+        ValueError: a formula that is of another grammar, names an unknown symbol, or whose shapes do not fit; a
+            condition on an unknown fact.
     """
     known = {symbol.name: symbol for symbol in symbols}
+    rows, given, facts = tuple(table), tuple(arguments), frozenset(facts)
+    conditions = (*(each.when for each in rows), *(each.when for each in given))
+    for name in (name.removeprefix("not ") for when in conditions for name in when):
+        if name not in facts:
+            raise ValueError(f"unknown fact {name!r} in a condition; known are {', '.join(sorted(facts)) or 'none'}")
 
     def by_product(formulas: Iterable[str]) -> Mapping[Operation, Fused]:
         fused = (parse(formula, known) for formula in formulas)
@@ -212,11 +272,12 @@ def derive(
     return Derivation(
         site=site,
         symbols=known,
-        arguments=tuple(arguments),
+        facts=facts,
+        arguments=given,
         output=known[output],
         output_gradient=known[output_gradient],
         base=tuple(parse(formula, known) for formula in base),
-        table=tuple(_way(each, known) for each in table),
+        table=tuple(_way(each, known) for each in rows),
         twins=by_product(twins),
         stochastic=by_product(stochastic),
         lossy=frozenset(known[name] for name in lossy),
@@ -228,4 +289,5 @@ def derive(
 
 def _way(row: Row, symbols: Mapping[str, Symbol]) -> Way:
     targets = tuple(symbols[name] for name in row.target.split())
-    return Way(targets, row.name, tuple(parse(formula, symbols) for formula in row.formulas), row.paper)
+    operations = tuple(parse(formula, symbols) for formula in row.formulas)
+    return Way(targets, row.name, operations, row.paper, row.when)

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 
-from .derivation import Derivation, Way
-from .operations import Cast, Fused, Operation, Symbol
+from .derivation import NO_FACTS, Derivation, Facts, Way, holds
+from .operations import Fused, Operation, Symbol
 
 
 @dataclass(frozen=True, eq=False)  # made once by ``phase_of``: identity is equality, and cheap to hash
@@ -42,7 +42,8 @@ class Phase:
     @cached_property
     def held(self) -> tuple[Symbol, ...]:
         """Forward only: casts of the adapter, which live from its beginning to its end."""
-        return tuple(operation.out for operation in self.operations if self.is_forward and isinstance(operation, Cast))
+        casts = self.derivation.casts
+        return tuple(op.outputs[0] for op in self.operations if self.is_forward and op.outputs[0] in casts)
 
     @cached_property
     def reads(self) -> frozenset[Symbol]:
@@ -120,8 +121,7 @@ class Program:
     def saved_inputs(self) -> tuple[Symbol, ...]:
         """Inputs of the forward that the backward reads."""
         taken = self.backward.reads.difference(self.kept)
-        inputs = (s for casts in (True, False) for s in self.derivation.inputs(casts=casts))
-        return tuple(dict.fromkeys(s for s in inputs if s in taken))
+        return tuple(symbol for symbol in self.derivation.possible_inputs if symbol in taken)
 
     @cached_property
     def id(self) -> str:
@@ -159,7 +159,7 @@ class Program:
         site = self.derivation
         goals = {goal: self.backward.way_of(goal).name for goal in self.backward.goals}
         backward = site.paper_backwards.get(tuple(goals.get(goal, "") for goal in site.paper_goals))
-        casts_again = any(isinstance(operation, Cast) for operation in self.backward.operations)
+        casts_again = any(out in site.casts for operation in self.backward.operations for out in operation.outputs)
         if backward is None or casts_again or not set(self.kept) <= site.casts.keys():
             return ()
         return tuple(f"{forward}/{backward}" for forward in self.forward.way_of(site.output).paper)
@@ -211,7 +211,7 @@ def _acyclic(chosen: dict[Symbol, Way]) -> bool:
 
 @lru_cache
 def enumerate_programs(
-    derivation: Derivation, goals: tuple[str, ...], *, table: tuple[Way, ...] | None = None, casts: bool = False
+    derivation: Derivation, goals: tuple[str, ...], *, table: tuple[Way, ...] | None = None, facts: Facts = NO_FACTS
 ) -> tuple[Program, ...]:
     """Every forward paired with every backward that gives the wanted gradients.
 
@@ -219,7 +219,7 @@ def enumerate_programs(
         derivation: of the site.
         goals: names of the wanted gradients.
         table: rows to choose from; None for all of the derivation's.
-        casts: the adapter has another dtype than the activations.
+        facts: what is so of the setting, on which rows and inputs have conditions.
 
     Returns:
         The programs in a fixed order. A symbol is saved only if the backward uses it; a forward that does not need a
@@ -227,8 +227,8 @@ def enumerate_programs(
     """
     return tuple(
         pair(forward, backward)
-        for backward in enumerate_backwards(derivation, goals, table=table, casts=casts)
-        for forward in enumerate_forwards(derivation, table=table, casts=casts, keeps=backward.saved)
+        for backward in enumerate_backwards(derivation, goals, table=table, facts=facts)
+        for forward in enumerate_forwards(derivation, table=table, facts=facts, keeps=backward.saved)
     )
 
 
@@ -252,12 +252,12 @@ def _pair(forward: Phase, backward: Phase, by_kernel: tuple[Symbol, ...]) -> Pro
 
 @lru_cache
 def enumerate_backwards(
-    derivation: Derivation, goals: tuple[str, ...], *, table: tuple[Way, ...] | None = None, casts: bool = False
+    derivation: Derivation, goals: tuple[str, ...], *, table: tuple[Way, ...] | None = None, facts: Facts = NO_FACTS
 ) -> tuple[Phase, ...]:
     """Every way to compute the wanted gradients, also from what a forward can keep."""
-    given = (*derivation.inputs(casts=casts), derivation.output_gradient)
+    given = (*derivation.inputs(facts), derivation.output_gradient)
     wanted = tuple(derivation[goal] for goal in goals)
-    return tuple(enumerate_phases(derivation, wanted, given, derivation.table if table is None else table))
+    return tuple(enumerate_phases(derivation, wanted, given, _serving(derivation, table, facts)))
 
 
 @lru_cache
@@ -265,10 +265,14 @@ def enumerate_forwards(
     derivation: Derivation,
     *,
     table: tuple[Way, ...] | None = None,
-    casts: bool = False,
+    facts: Facts = NO_FACTS,
     keeps: tuple[Symbol, ...] = (),
 ) -> tuple[Phase, ...]:
     """Every way to compute the output and what is to be kept beside it."""
-    computing = [way for way in (derivation.table if table is None else table) if not way.saved]
-    inputs = derivation.inputs(casts=casts)
-    return tuple(enumerate_phases(derivation, (derivation.output,), inputs, computing, keeps=keeps))
+    computing = [way for way in _serving(derivation, table, facts) if not way.saved]
+    return tuple(enumerate_phases(derivation, (derivation.output,), derivation.inputs(facts), computing, keeps=keeps))
+
+
+def _serving(derivation: Derivation, table: tuple[Way, ...] | None, facts: Facts) -> list[Way]:
+    """The rows whose conditions hold."""
+    return [way for way in (derivation.table if table is None else table) if holds(way.when, facts)]

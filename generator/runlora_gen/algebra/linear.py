@@ -8,7 +8,7 @@ The paper is "Run LoRA Run" (arXiv 2312.03415); it writes W as I×O, U for Aᵀ 
 
 from __future__ import annotations
 
-from .derivation import SAVED, Argument, derive, row
+from .derivation import CAST_ADAPTER, SAVED, Argument, Term, derive, row, rows_of_sum
 from .operations import Symbol
 
 LINEAR = derive(
@@ -34,14 +34,16 @@ LINEAR = derive(
         Symbol("dB", ("O", "R"), store="adapter"),
         Symbol("db", ("O",)),
     ),
+    # Where the adapter is not cast, A and B are lora_A and lora_B themselves.
+    facts=(CAST_ADAPTER,),
     arguments=(
         Argument("X", gradient="dX", activation=True),
         Argument("W"),
-        Argument("lora_A", gradient="dA"),
-        Argument("lora_B", gradient="dB"),
+        Argument("lora_A", gradient="dA", when=(CAST_ADAPTER,)),
+        Argument("lora_B", gradient="dB", when=(CAST_ADAPTER,)),
         Argument("b", "Tensor | None", gradient="db"),
-        Argument("A"),
-        Argument("B"),
+        Argument("A", when=(f"not {CAST_ADAPTER}",)),
+        Argument("B", when=(f"not {CAST_ADAPTER}",)),
         Argument("scaling", "float"),
     ),
     output="Y",
@@ -54,27 +56,30 @@ LINEAR = derive(
         row("M", SAVED),
         row("D", "b_a", "D = s * B @ A"),
         row("D", SAVED),
-        # Where the adapter has another dtype than the activations; else A and B are lora_A and lora_B themselves.
-        row("A", "cast", "A = cast(lora_A)"),
-        row("A", SAVED),
-        row("B", "cast", "B = cast(lora_B)"),
-        row("B", SAVED),
+        *(
+            row(symbol, way, *formulas, when=(CAST_ADAPTER,))
+            for symbol in ("A", "B")
+            for way, formulas in (("cast", (f"{symbol} = cast(lora_{symbol})",)), (SAVED, ()))
+        ),
         # The forward.
-        row("Y", "base_first", "Y = X @ W.T + b", "Y += S @ B.T", paper=("forward1",)),
-        row("Y", "lowrank_first", "Y = S @ B.T + b", "Y += X @ W.T", paper=("forward3",)),
+        *rows_of_sum(
+            "Y",
+            Term("X @ W.T", first="base_first", paper=("forward1",)),
+            Term("S @ B.T", first="lowrank_first", paper=("forward3",)),
+            bias="b",
+        ),
         # forward4 is forward2 with another reshaping of X: the same products.
         row("Y", "merged", "Y = X @ M.T + b", paper=("forward2", "forward4")),
         row("Y", "fused", "fused_gemm: Y = S @ B.T + b; Y += X @ W.T"),
-        row("Y", "delta", "Y = X @ W.T + b", "Y += X @ D.T"),  # left out by the paper
+        *rows_of_sum("Y", Term("X @ W.T", first="delta"), Term("X @ D.T"), bias="b"),  # left out by the paper
         # The backward.
         row("P", "dy_b", "P = s * dY @ B"),
         row("G", "dyt_x", "G = dY.T @ X"),
-        row("dX", "base_first", "dX = dY @ W", "dX += P @ A"),
-        row("dX", "lowrank_first", "dX = P @ A", "dX += dY @ W"),
+        *rows_of_sum("dX", Term("dY @ W", first="base_first"), Term("P @ A", first="lowrank_first")),
         row("dX", "merged", "dX = dY @ M"),
         # One persistent kernel for the large product, with the low-rank product as the tail of its inner loop.
         row("dX", "fused", "fused_gemm: dX = P @ A; dX += dY @ W"),
-        row("dX", "delta", "dX = dY @ W", "dX += dY @ D"),  # left out by the paper
+        *rows_of_sum("dX", Term("dY @ W", first="delta"), Term("dY @ D")),  # left out by the paper
         row("dA", "pt_x", "dA = P.T @ X"),
         row("dA", "bt_g", "dA = s * B.T @ G"),
         row("dB", "dyt_s", "dB = dY.T @ S"),

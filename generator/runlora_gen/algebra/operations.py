@@ -2,11 +2,14 @@
 
 An operation is written as the formula that it computes, in a small fixed grammar::
 
-    OUT  =  [ADDEND +] [s *] LEFT[.T] @ RIGHT[.T] [+ b]     a product, optionally scaled, added to, or biased
+    OUT  =  [ADDEND +] [s *] LEFT[.T] @ RIGHT[.T] [+ BIAS]  a product, optionally scaled, added to, or biased
     OUT +=  LEFT[.T] @ RIGHT[.T]                            a product accumulated into OUT
-    OUT  =  sum(LEFT)                                       a sum over tokens
-    OUT  =  cast(LEFT)                                      the same in the activations' dtype
-    KERNEL: FORMULA; FORMULA; …                             several products in one pass of a fused kernel
+    OUT  =  FUNCTION(SYMBOL, …)                             one of ``FUNCTIONS``: a sum, a conversion, a map, a draw
+    KERNEL: FORMULA; FORMULA; …                             several of them in one pass of a fused kernel
+
+In a product ``W[e]`` is the matrix, of a stack of them over the index E, that belongs to each row: rows are sorted by
+E, as tokens are by experts. ``OUT[e] =`` sums over the rows of each. A scaling is ``s``, or ``s_NAME`` where a site has
+several. In a kernel ``OUT :=`` makes what stays within it, and is never written.
 
 FLOPs, bytes, launches, lifetimes, the formula in a docstring and the line of code are all derived from this one object.
 ``str`` of an operation is its formula in this grammar, which parses back to it.
@@ -18,13 +21,17 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
-from typing import Literal
+from typing import Literal, TypeAlias, assert_never
 
-#: Dimensions of one linear: T tokens, I in_features, O out_features, R rank.
+#: Sizes of indices by their names: T tokens, I in_features, O out_features, R rank, E experts; where a site has several
+#: of them, O_q and the like.
 Dims = Mapping[str, int]
-#: What elements are stored as: activations, what has the base weight's dtype, and the trained adapter. A setting gives
-#: each its dtype.
-Store = Literal["act", "weight", "adapter"]
+#: What elements are stored as. A setting gives activations, what has the base weight's dtype and the trained adapter
+#: each its dtype; the others are of ``BITS``: sums in float32, bytes and bits of masks, codes of a quantized weight,
+#: and the state of a generator of random numbers.
+Store = Literal["act", "weight", "adapter", "acc32", "byte", "bit", "code", "seed"]
+#: Bits of an element whose size no dtype decides.
+BITS: Mapping[Store, int] = {"acc32": 32, "byte": 8, "bit": 1, "code": 4, "seed": 64}
 
 
 class _Hashed:
@@ -40,7 +47,7 @@ class _Hashed:
 
 @dataclass(frozen=True, order=True)
 class Symbol(_Hashed):
-    """A tensor of the derivation: its name, its shape in named dimensions, and what its elements are stored as."""
+    """A tensor of the derivation: its name, its shape in named indices, and what its elements are stored as."""
 
     name: str
     shape: tuple[str, ...]
@@ -61,48 +68,73 @@ class Symbol(_Hashed):
 
 @dataclass(frozen=True)
 class Operand(_Hashed):
-    """A symbol as an operation reads it, possibly transposed (a view: it costs nothing)."""
+    """A symbol as a product reads it, possibly transposed (a view: it costs nothing), or a matrix of a stack a row."""
 
     symbol: Symbol
     transposed: bool = False
+    stacked: bool = False
 
     @property
     def shape(self) -> tuple[str, ...]:
-        """Shape in named dimensions, after the transposition."""
-        return self.symbol.shape[::-1] if self.transposed else self.symbol.shape
+        """Shape in named indices, of one matrix of a stack, after the transposition."""
+        shape = self.symbol.shape[1:] if self.stacked else self.symbol.shape
+        return shape[::-1] if self.transposed else shape
 
     __hash__ = _Hashed.__hash__
 
     def __str__(self) -> str:
-        return f"{self.symbol}{'.T' if self.transposed else ''}"
+        return f"{_stacked(self.symbol, self.stacked)}{'.T' if self.transposed else ''}"
 
     @property
     def formula(self) -> str:
         """As docstrings and documentation print it."""
-        return f"{self.symbol}{'ᵀ' if self.transposed else ''}"
+        return f"{_stacked(self.symbol, self.stacked)}{'ᵀ' if self.transposed else ''}"
+
+
+def _stacked(symbol: Symbol, stacked: bool) -> str:
+    return f"{symbol}[{symbol.shape[0].lower()}]" if stacked else str(symbol)
 
 
 @dataclass(frozen=True)
-class Matmul(_Hashed):
-    """``out = [addend +] [s] left @ right [+ bias]``, or ``out += left @ right`` when it accumulates."""
+class Contract(_Hashed):
+    """``out = [addend +] [s] left @ right [+ bias]``, or ``out += left @ right`` when it accumulates.
+
+    ``stacked``: out is a stack of matrices, each the sum over the rows that belong to it.
+    """
 
     out: Symbol
     left: Operand
     right: Operand
-    scaled: bool = False
+    scaling: str | None = None
     accumulate: bool = False
     addend: Symbol | None = None
     bias: Symbol | None = None
+    stacked: bool = False
 
     def __post_init__(self) -> None:
-        if len(self.left.shape) != 2 or len(self.right.shape) != 2 or self.left.shape[1] != self.right.shape[0]:
+        left, right, out = self.left.shape, self.right.shape, Operand(self.out, stacked=self.stacked).shape
+        if len(left) != 2 or len(right) != 2 or left[1] != right[0]:
             raise ValueError(f"inner dimensions differ in {self.formula}")
-        if self.out.shape != (self.left.shape[0], self.right.shape[1]):
+        if out != (left[0], right[1]):
             raise ValueError(f"{self.out} has the shape {self.out.shape}, not that of {self.formula}")
         if self.addend is not None and self.addend.shape != self.out.shape:
             raise ValueError(f"{self.addend} has not the shape of {self.out} in {self.formula}")
+        if self.bias is not None and self.bias.shape != out[1:]:
+            raise ValueError(f"{self.bias} has not the shape of a row of {self.out} in {self.formula}")
+        if len(stacks := {symbol.shape[0] for symbol in self._stacks}) > 1:
+            raise ValueError(f"rows of {self.formula} belong to {' and '.join(sorted(stacks))}")
 
     __hash__ = _Hashed.__hash__
+
+    @property
+    def _stacks(self) -> tuple[Symbol, ...]:
+        operands = tuple(operand.symbol for operand in (self.left, self.right) if operand.stacked)
+        return (*operands, self.out) if self.stacked else operands
+
+    @property
+    def scaled(self) -> bool:
+        """Whether a scaling multiplies it."""
+        return self.scaling is not None
 
     @property
     def outputs(self) -> tuple[Symbol, ...]:
@@ -117,31 +149,33 @@ class Matmul(_Hashed):
     @property
     def formula(self) -> str:
         """The formula as docstrings and documentation print it."""
-        return self._text(f"{self.left.formula} {self.right.formula}", "s")
+        return self._text(f"{self.left.formula} {self.right.formula}", " ")
 
     def __str__(self) -> str:
-        return self._text(f"{self.left} @ {self.right}", "s *")
+        return self._text(f"{self.left} @ {self.right}", " * ")
 
-    def _text(self, product: str, scaling: str) -> str:
-        if self.scaled:
-            product = f"{scaling} {product}"
+    def _text(self, product: str, times: str) -> str:
+        if self.scaling is not None:
+            product = f"{self.scaling}{times}{product}"
         if self.addend is not None:
             product = f"{self.addend} + {product}"
         if self.bias is not None:
             product = f"{product} + {self.bias}"
-        return f"{self.out} {'+=' if self.accumulate else '='} {product}"
+        return f"{_stacked(self.out, self.stacked)} {'+=' if self.accumulate else '='} {product}"
 
     def mnk(self, dims: Dims) -> tuple[int, int, int]:
-        """Rows, columns and inner length of the product."""
-        return dims[self.out.shape[0]], dims[self.out.shape[1]], dims[self.left.shape[1]]
+        """Rows, columns and inner length of the product; over all of a stack, each row is multiplied once."""
+        left, right = self.left.shape, self.right.shape
+        return dims[left[0]], dims[right[1]], dims[left[1]]
 
 
 @dataclass(frozen=True)
-class SumTokens(_Hashed):
-    """``out = sum of operand over its first dimension``."""
+class _Applied(_Hashed):
+    """``out = function(operands)``."""
 
     out: Symbol
-    operand: Symbol
+    function: str
+    operands: tuple[Symbol, ...]
 
     __hash__ = _Hashed.__hash__
 
@@ -153,7 +187,7 @@ class SumTokens(_Hashed):
     @property
     def reads(self) -> tuple[Symbol, ...]:
         """What it reads."""
-        return (self.operand,)
+        return self.operands
 
     @property
     def accumulate(self) -> bool:
@@ -163,66 +197,101 @@ class SumTokens(_Hashed):
     @property
     def formula(self) -> str:
         """The formula as docstrings and documentation print it."""
-        return f"{self.out} = Σₜ {self.operand}"
+        return str(self)
 
     def __str__(self) -> str:
-        return f"{self.out} = sum({self.operand})"
+        return f"{self.out} = {self.function}({', '.join(map(str, self.operands))})"
+
+    def _check(self, fits: bool) -> None:
+        if not fits:
+            raise ValueError(f"{self.out} has the shape {self.out.shape}, not that of {self}")
 
 
 @dataclass(frozen=True)
-class Cast(_Hashed):
-    """``out = operand in the activations' dtype``."""
-
-    out: Symbol
-    operand: Symbol
+class Reduce(_Applied):
+    """``out = sum(operand)`` over the operand's first index."""
 
     __hash__ = _Hashed.__hash__
 
-    @property
-    def outputs(self) -> tuple[Symbol, ...]:
-        """What it writes."""
-        return (self.out,)
-
-    @property
-    def reads(self) -> tuple[Symbol, ...]:
-        """What it reads."""
-        return (self.operand,)
-
-    @property
-    def accumulate(self) -> bool:
-        """Never adds to what its output held."""
-        return False
+    def __post_init__(self) -> None:
+        self._check(self.out.shape == self.operands[0].shape[1:])
 
     @property
     def formula(self) -> str:
         """The formula as docstrings and documentation print it."""
-        return f"{self.out} = cast({self.operand})"
+        return f"{self.out} = Σₜ {self.operands[0]}"
 
-    def __str__(self) -> str:
-        return self.formula
+
+@dataclass(frozen=True)
+class Convert(_Applied):
+    """``out = cast(operand)``, in the dtype of the activations; ``out = dequantize(codes, scales)``."""
+
+    __hash__ = _Hashed.__hash__
+
+    def __post_init__(self) -> None:
+        self._check(self.out.shape == self.operands[0].shape)
+
+
+@dataclass(frozen=True)
+class Map(_Applied):
+    """A function of elements: ``out = drop(operand, mask)``, which also divides by the rate of what is kept."""
+
+    __hash__ = _Hashed.__hash__
+
+    def __post_init__(self) -> None:
+        self._check(all(operand.shape == self.out.shape for operand in self.operands))
+
+
+@dataclass(frozen=True)
+class Draw(_Applied):
+    """``out = draw(seed)``: random bits, the same whenever they are drawn from the same seed."""
+
+    __hash__ = _Hashed.__hash__
+
+    def __post_init__(self) -> None:
+        self._check(self.operands[0].store == "seed")
+
+
+#: One step of arithmetic.
+Step: TypeAlias = Contract | Reduce | Convert | Map | Draw
+#: What a formula may apply, and to how many symbols.
+FUNCTIONS: Mapping[str, tuple[type[Reduce | Convert | Map | Draw], int]] = {
+    "sum": (Reduce, 1),
+    "cast": (Convert, 1),
+    "dequantize": (Convert, 2),
+    "drop": (Map, 2),
+    "draw": (Draw, 1),
+}
 
 
 @dataclass(frozen=True)
 class Fused(_Hashed):
-    """Several products computed together by one kernel: what it reads, it reads once; what it writes, it writes once.
+    """Several steps computed together by one kernel: what it reads, it reads once; what it writes, it writes once.
 
-    ``parts`` are also what the torch path runs where the kernel does not apply.
+    ``parts`` are also what the torch path runs where the kernel does not apply. ``inner``: results that later parts
+    read and nothing else does: the kernel never writes them.
     """
 
     kernel: str
-    parts: tuple[Matmul, ...]
+    parts: tuple[Step, ...]
+    inner: tuple[Symbol, ...] = ()
 
     __hash__ = _Hashed.__hash__
 
     @property
     def outputs(self) -> tuple[Symbol, ...]:
         """What it writes, each once."""
-        return tuple(dict.fromkeys(part.out for part in self.parts))
+        return tuple(dict.fromkeys(part.out for part in self.parts if part.out not in self.inner))
 
-    @property
+    @cached_property
     def reads(self) -> tuple[Symbol, ...]:
-        """What it reads, each once."""
-        return tuple(dict.fromkeys(symbol for part in self.parts for symbol in part.reads))
+        """What it reads, each once: not what an earlier part of it made."""
+        made: set[Symbol] = set()
+        found: dict[Symbol, None] = {}
+        for part in self.parts:
+            found.update(dict.fromkeys(symbol for symbol in part.reads if symbol not in made))
+            made.add(part.out)
+        return tuple(found)
 
     @property
     def accumulate(self) -> bool:
@@ -230,29 +299,51 @@ class Fused(_Hashed):
         return False
 
     @property
+    def products(self) -> tuple[Contract, ...]:
+        """Those of its parts that are products."""
+        return tuple(part for part in self.parts if isinstance(part, Contract))
+
+    @property
     def bias(self) -> Symbol | None:
-        """The bias that one of its parts adds."""
-        return next((part.bias for part in self.parts if part.bias is not None), None)
+        """The bias that one of its products adds."""
+        return next((product.bias for product in self.products if product.bias is not None), None)
 
     @property
     def formula(self) -> str:
         """The formulas of its parts, accumulations written as one sum."""
         texts: dict[Symbol, str] = {}
         for part in self.parts:
-            product = part.formula.split("= ", 1)[1]
-            texts[part.out] = f"{texts[part.out]} + {product}" if part.accumulate else f"{part.out} = {product}"
+            value = part.formula.split("= ", 1)[1]
+            texts[part.out] = f"{texts[part.out]} + {value}" if part.accumulate else f"{part.out} = {value}"
         return ", ".join(texts.values())
 
     def __str__(self) -> str:
-        return f"{self.kernel}: {'; '.join(map(str, self.parts))}"
+        texts = (
+            str(part).replace(" = ", " := ", 1) if part.out in self.inner and not part.accumulate else str(part)
+            for part in self.parts
+        )
+        return f"{self.kernel}: {'; '.join(texts)}"
 
 
-Operation = Matmul | SumTokens | Cast | Fused
+Operation: TypeAlias = Step | Fused
 
 
-def products(operation: Operation) -> tuple[Matmul | SumTokens | Cast, ...]:
+def products(operation: Operation) -> tuple[Step, ...]:
     """The single steps of an operation: the parts of a fused one, else itself."""
     return operation.parts if isinstance(operation, Fused) else (operation,)
+
+
+def biases(operation: Operation) -> tuple[Symbol, ...]:
+    """The biases that it adds, which are optional at run time."""
+    match operation:
+        case Fused():
+            return tuple(dict.fromkeys(bias for product in operation.products for bias in biases(product)))
+        case Contract():
+            return () if operation.bias is None else (operation.bias,)
+        case Reduce() | Convert() | Map() | Draw():
+            return ()
+        case _:
+            assert_never(operation)
 
 
 @lru_cache(maxsize=4096)
@@ -265,17 +356,18 @@ def signature(operation: Operation) -> str:
 
 @lru_cache(maxsize=4096)
 def dimensions(operation: Operation) -> tuple[str, ...]:
-    """The dimensions that an operation has, in the order T, I, O, R."""
+    """The indices that an operation has, in the order T, I, O, R; after them others."""
     used = {dim for symbol in (*operation.reads, *operation.outputs) for dim in symbol.shape}
-    return tuple(dim for dim in "TIOR" if dim in used)
+    return tuple(sorted(used, key=lambda dim: ("TIOR".find(dim[0]) % 5, dim)))
 
 
 _PRODUCT = re.compile(
-    r"(?P<out>\w+) (?P<assign>\+?=) (?:(?P<addend>\w+) \+ )?(?P<scaled>s \* )?"
-    r"(?P<left>\w+)(?P<lt>\.T)? @ (?P<right>\w+)(?P<rt>\.T)?(?: \+ (?P<bias>b))?"
+    r"(?P<out>\w+)(?P<stacked>\[\w+\])? (?P<assign>\+?=) (?:(?P<addend>\w+) \+ )?(?:(?P<scaling>s(?:_\w+)?) \* )?"
+    r"(?P<left>\w+)(?P<ls>\[\w+\])?(?P<lt>\.T)? @ (?P<right>\w+)(?P<rs>\[\w+\])?(?P<rt>\.T)?(?: \+ (?P<bias>\w+))?"
 )
 _FUSED = re.compile(r"(?P<kernel>\w+): (?P<parts>.+)")
-_UNARY = re.compile(r"(?P<out>\w+) = (?P<kind>sum|cast)\((?P<operand>\w+)\)")
+_APPLIED = re.compile(r"(?P<out>\w+) = (?P<function>\w+)\((?P<operands>\w+(?:, \w+)*)\)")
+_INNER = re.compile(r"(\w+) := ")
 
 
 def parse(formula: str, symbols: Mapping[str, Symbol]) -> Operation:
@@ -284,30 +376,59 @@ def parse(formula: str, symbols: Mapping[str, Symbol]) -> Operation:
     Raises:
         ValueError: the text is not of that grammar, names an unknown symbol, or its shapes do not fit.
     """
-    if match := _FUSED.fullmatch(formula):
-        parts = tuple(parse(part, symbols) for part in match["parts"].split("; "))
-        if not all(isinstance(part, Matmul) for part in parts):
-            raise ValueError(f"a fused kernel computes products only: {formula!r}")
-        return Fused(match["kernel"], tuple(part for part in parts if isinstance(part, Matmul)))
+    match = _FUSED.fullmatch(formula)
+    if match is None:
+        return _parse_step(formula, symbols)
+    texts = match["parts"].split("; ")
+    inner = tuple(_named(found[1], symbols, formula) for text in texts if (found := _INNER.match(text)))
+    parts = tuple(_parse_step(_INNER.sub(r"\1 = ", text, count=1), symbols) for text in texts)
+    return Fused(match["kernel"], parts, inner)
 
-    def symbol(name: str) -> Symbol:
-        try:
-            return symbols[name]
-        except KeyError:
-            raise ValueError(f"unknown symbol {name!r} in {formula!r}") from None
 
-    if match := _UNARY.fullmatch(formula):
-        kind = SumTokens if match["kind"] == "sum" else Cast
-        return kind(symbol(match["out"]), symbol(match["operand"]))
+def _parse_step(formula: str, symbols: Mapping[str, Symbol]) -> Step:
+    if match := _APPLIED.fullmatch(formula):
+        function, operands = match["function"], match["operands"].split(", ")
+        kind, count = FUNCTIONS.get(function, (None, 0))
+        if kind is None:
+            raise ValueError(f"unknown function {function!r} in {formula!r}; known are {', '.join(FUNCTIONS)}")
+        if len(operands) != count:
+            raise ValueError(f"{function} takes {count} symbols, not {len(operands)}, in {formula!r}")
+        return kind(
+            _named(match["out"], symbols, formula),
+            function,
+            tuple(_named(name, symbols, formula) for name in operands),
+        )
     match = _PRODUCT.fullmatch(formula)
     if match is None:
         raise ValueError(f"not a formula of the table's grammar: {formula!r}")
-    return Matmul(
-        out=symbol(match["out"]),
-        left=Operand(symbol(match["left"]), match["lt"] is not None),
-        right=Operand(symbol(match["right"]), match["rt"] is not None),
-        scaled=match["scaled"] is not None,
+
+    def optional(group: str) -> Symbol | None:
+        return None if match[group] is None else _named(match[group], symbols, formula)
+
+    def stacked(symbol: Symbol, index: str | None) -> bool:
+        if index is not None and index != f"[{symbol.shape[0].lower()}]":
+            raise ValueError(f"{symbol} has no index {index} in {formula!r}")
+        return index is not None
+
+    def operand(group: str) -> Operand:
+        symbol = _named(match[group], symbols, formula)
+        return Operand(symbol, match[f"{group[0]}t"] is not None, stacked(symbol, match[f"{group[0]}s"]))
+
+    out = _named(match["out"], symbols, formula)
+    return Contract(
+        out=out,
+        left=operand("left"),
+        right=operand("right"),
+        scaling=match["scaling"],
         accumulate=match["assign"] == "+=",
-        addend=None if match["addend"] is None else symbol(match["addend"]),
-        bias=None if match["bias"] is None else symbol(match["bias"]),
+        addend=optional("addend"),
+        bias=optional("bias"),
+        stacked=stacked(out, match["stacked"]),
     )
+
+
+def _named(name: str, symbols: Mapping[str, Symbol], formula: str) -> Symbol:
+    try:
+        return symbols[name]
+    except KeyError:
+        raise ValueError(f"unknown symbol {name!r} in {formula!r}") from None

@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import lru_cache
 
 from ..algebra.kernels import KERNELS
-from ..algebra.operations import Dims, Fused, Matmul, Operation, dimensions, signature
+from ..algebra.operations import Contract, Dims, Fused, Operation, dimensions, signature
 from ..algebra.sites import OPERATIONS
 from .device import DeviceProfile
 from .roofline import roofline
@@ -63,11 +63,11 @@ def _ratios(
     """
     times = device.times_for(dtype.name)
     measured: tuple[Operation, ...] = (operation,)
-    if isinstance(operation, Matmul) and measured_as(operation) not in times:
+    if isinstance(operation, Contract) and measured_as(operation) not in times:
         measured = tuple(
             other
             for other in OPERATIONS
-            if isinstance(other, Matmul) and dimensions(other) == dimensions(operation) and signature(other) in times
+            if isinstance(other, Contract) and dimensions(other) == dimensions(operation) and signature(other) in times
         )
     names = dimensions(operation)
 

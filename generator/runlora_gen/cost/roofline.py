@@ -6,7 +6,7 @@ import math
 from typing import assert_never
 
 from ..algebra.kernels import KERNELS
-from ..algebra.operations import Cast, Dims, Fused, Matmul, Operation, SumTokens
+from ..algebra.operations import Contract, Convert, Dims, Draw, Fused, Map, Operation, Reduce, biases
 from .device import DeviceProfile
 from .setting import Setting
 from .vector import OperationCost
@@ -27,12 +27,12 @@ def roofline(operation: Operation, setting: Setting) -> OperationCost:
         case Fused():
             if device.kernel_host_s is None:
                 raise ValueError(f"{device.name} has no fused kernels, so {operation.formula} has no price there")
-            for part in operation.parts:
-                m, n, k = part.mnk(dims)
+            for product in operation.products:
+                m, n, k = product.mnk(dims)
                 flops += 2 * m * n * k
             launches, host_s = KERNELS[operation.kernel].launches, device.kernel_host_s
             idle = _waves(operation, dims, device)
-        case Matmul():
+        case Contract():
             m, n, k = operation.mnk(dims)
             flops = 2 * m * n * k
             if operation.accumulate:
@@ -41,12 +41,12 @@ def roofline(operation: Operation, setting: Setting) -> OperationCost:
             if operation.scaled and operation.out.store == "adapter" and setting.casts:
                 moved += 2 * setting.bytes_of(operation.out)
                 launches += 1
-        case SumTokens() | Cast():
+        case Reduce() | Convert() | Map() | Draw():
             pass
         case _:
             assert_never(operation)
-    if isinstance(operation, Matmul | Fused) and operation.bias is not None and setting.bias:
-        moved += setting.bytes_of(operation.bias)
+    if setting.bias:
+        moved += sum(map(setting.bytes_of, biases(operation)))
     busy = max(flops / device.flops_per_s[setting.dtype.name] * idle, moved / device.bytes_per_s)
     return OperationCost(flops, moved, launches, busy + launches * device.launch_s, launches * host_s)
 
@@ -56,7 +56,7 @@ def _waves(operation: Fused, dims: Dims, device: DeviceProfile) -> float:
     tiles = KERNELS[operation.kernel].tiles
     if device.multiprocessors is None or not {"BM", "BN", "PARTS"} <= tiles.keys():
         return 1.0
-    rows, columns, _ = operation.parts[0].mnk(dims)
+    rows, columns, _ = operation.products[0].mnk(dims)
     # The last wave's tiles are cut into parts.
     count = math.ceil(rows / tiles["BM"]) * math.ceil(columns / (tiles["BN"] // tiles["PARTS"]))
     return math.ceil(count / device.multiprocessors) * device.multiprocessors / count

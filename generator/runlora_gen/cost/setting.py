@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import assert_never
 
-from ..algebra.derivation import Derivation
+from ..algebra.derivation import CAST_ADAPTER, Derivation, Facts
 from ..algebra.linear import LINEAR
-from ..algebra.operations import Dims, Store, Symbol
+from ..algebra.operations import BITS, Dims, Store, Symbol
 from .device import DeviceProfile
 
 
@@ -68,16 +69,23 @@ class Setting:
         """Whether the products read casts of the adapter."""
         return self.adapter_dtype != self.dtype
 
+    @cached_property
+    def facts(self) -> Facts:
+        """What is so here, of what conditions in the derivation may ask."""
+        return frozenset({CAST_ADAPTER} if self.casts else ()) & self.derivation.facts
+
     def bytes_of(self, symbol: Symbol) -> int:
         """Bytes of a tensor as it is stored."""
-        return symbol.numel(self.dims) * self.dtype_of(symbol.store).bytes
+        return math.ceil(symbol.numel(self.dims) * self.bits_of(symbol.store) / 8)
 
-    def dtype_of(self, store: Store) -> DType:
-        """What elements of a kind are stored as."""
+    def bits_of(self, store: Store) -> int:
+        """Bits of an element as it is stored."""
         match store:
             case "act" | "weight":
-                return self.dtype
+                return 8 * self.dtype.bytes
             case "adapter":
-                return self.adapter_dtype
+                return 8 * self.adapter_dtype.bytes
+            case "acc32" | "byte" | "bit" | "code" | "seed":
+                return BITS[store]
             case _:
                 assert_never(store)

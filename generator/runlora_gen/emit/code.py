@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import assert_never
 
 from ..algebra.kernels import KERNELS
-from ..algebra.operations import Cast, Fused, Matmul, Operand, Operation, SumTokens, Symbol, products
+from ..algebra.operations import Contract, Convert, Draw, Fused, Map, Operand, Operation, Reduce, Step, Symbol, products
 
 
 def dtype_of(gradient: Symbol) -> str | None:
@@ -16,7 +16,7 @@ def dtype_of(gradient: Symbol) -> str | None:
 
 def uses_scaling(operation: Operation) -> bool:
     """Whether the line reads the scaling."""
-    return any(isinstance(product, Matmul) and product.scaled for product in products(operation))
+    return any(isinstance(step, Contract) and step.scaled for step in products(operation))
 
 
 def helpers_of(operation: Operation) -> frozenset[str]:
@@ -24,34 +24,44 @@ def helpers_of(operation: Operation) -> frozenset[str]:
     return frozenset[str]().union(*map(_helpers, products(operation)))
 
 
-def _helpers(product: Matmul | SumTokens | Cast) -> frozenset[str]:
-    if not isinstance(product, Matmul):
-        return frozenset()
-    if dtype_of(product.out):
-        return frozenset({"mm_as", "scaled_mm"})
-    if product.accumulate:
-        return frozenset({"accumulate"})
-    if product.addend is not None:
-        return frozenset({"scaled_addmm"})
-    return frozenset({"scaled_mm"} if product.scaled else ())
+def _helpers(step: Step) -> frozenset[str]:
+    match step:
+        case Contract() if dtype_of(step.out):
+            return frozenset({"mm_as", "scaled_mm"})
+        case Contract() if step.accumulate:
+            return frozenset({"accumulate"})
+        case Contract() if step.addend is not None:
+            return frozenset({"scaled_addmm"})
+        case Contract():
+            return frozenset({"scaled_mm"} if step.scaled else ())
+        case Reduce() | Convert() | Map() | Draw():
+            return frozenset()
+        case _:
+            assert_never(step)
 
 
 def line(operation: Operation) -> str:
-    """The statement that computes an operation; a cast only where the backward makes it."""
+    """The statement that computes an operation; a cast only where the backward makes it.
+
+    Raises:
+        ValueError: it is of a kind that no site which modules are generated for has.
+    """
     match operation:
         case Fused():
             return f"{results_of(operation)} = {_call(operation)}"
-        case SumTokens():
-            return f"{operation.out} = {operation.operand}.sum(0)"
-        case Cast():
-            return f"{operation.out} = {operation.operand}.to(dY.dtype)"
-        case Matmul():
+        case Reduce():
+            return f"{operation.out} = {operation.operands[0]}.sum(0)"
+        case Convert(function="cast"):
+            return f"{operation.out} = {operation.operands[0]}.to(dY.dtype)"
+        case Contract(left=Operand(stacked=False), right=Operand(stacked=False)):
             return f"{operation.out} = {_product(operation)}"
+        case Contract() | Convert() | Map() | Draw():
+            raise ValueError(f"there is no line of torch for {operation}")
         case _:
             assert_never(operation)
 
 
-def _product(product: Matmul) -> str:
+def _product(product: Contract) -> str:
     left, right = _operand(product.left), _operand(product.right)
     if dtype := dtype_of(product.out):
         return f"_mm_as({left}, {right}, {dtype}{', scaling' if product.scaled else ''})"
@@ -77,7 +87,7 @@ def _call(operation: Fused) -> str:
         "bias": "None" if operation.bias is None else str(operation.bias),
         "dtypes": ", ".join(dtype for out in operation.outputs if (dtype := dtype_of(out))),
     }
-    for number, part in enumerate(operation.parts):
+    for number, part in enumerate(operation.products):
         for side, operand in (("left", part.left), ("right", part.right)):
             values[f"{side}{number}"] = _operand(operand)
             values[f"{side}{number}T"] = _operand(replace(operand, transposed=not operand.transposed))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..algebra.derivation import Derivation
 from ..algebra.enumerate import Phase
-from ..algebra.operations import Cast, Symbol, products
+from ..algebra.operations import Symbol, products
 from ..algebra.schedule import schedule
 from ..cost.setting import Setting
 from .code import line
@@ -45,7 +45,7 @@ def forward_statements(phase: Phase, setting: Setting) -> tuple[str, ...]:
     """The statements of a forward; the adapter's casts are made before it is called."""
     lines = []
     for step in schedule(phase, setting.dims).steps:
-        if not isinstance(step.operation, Cast):
+        if step.operation.outputs[0] not in phase.held:
             lines.append(line(step.operation))
             lines += [f"del {symbol}" for symbol in step.frees]
     return tuple(lines)

@@ -42,7 +42,7 @@ from ..algebra.enumerate import Program, enumerate_programs
 from ..algebra.kernels import KERNELS, runs
 from ..algebra.linear import LINEAR
 from ..algebra.liveness import wanted_operations
-from ..algebra.operations import Cast, Fused, Operation, Symbol, dimensions, signature
+from ..algebra.operations import Convert, Fused, Operation, Symbol, dimensions, signature
 from ..cost.device import MAX_PROFILE_BYTES, check_title, parse_profile, parse_toml
 from ..emit.code import line, results_of
 from ..request.errors import SpecError, reason, shorten
@@ -224,7 +224,7 @@ class _Workbench:
         self.workload = Workload(adapter_dtype="bf16", device=device_name, launch="graph", kernels=self.kernels)
         self.module = module_of_everything(self.workload, Path(self._folder.name) / f"everything_{os.getpid()}")
         unseeded = [op for op in LINEAR.operations if not LINEAR.seeded(op)]
-        drawn = [op for op in unseeded if not isinstance(op, Cast)]
+        drawn = [op for op in unseeded if not isinstance(op, Convert)]
         # One for all that do the same work.
         self._operations = tuple({signature(op): op for op in reversed(drawn)}.values())
         #: Rate of a copy of memory on this machine at rest; None before it was measured.

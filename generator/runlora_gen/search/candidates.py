@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import lru_cache
 
-from ..algebra.derivation import Derivation, Way
+from ..algebra.derivation import Derivation, Facts, Way
 from ..algebra.enumerate import Phase, Program, enumerate_backwards, enumerate_forwards, enumerate_programs
 from ..algebra.operations import Fused, Symbol
 from ..cost.device import load_device
@@ -41,7 +41,7 @@ def setting_for(workload: Workload, in_features: int, out_features: int, rank: i
 def enumerated(workload: Workload, setting: Setting) -> tuple[Program, ...]:
     """Every program that can serve, its single products computed by torch."""
     programs = enumerate_programs(
-        setting.derivation, goals(workload), table=_table(workload, setting), casts=setting.casts
+        setting.derivation, goals(workload), table=_table(workload, setting), facts=setting.facts
     )
     if workload.merge_rounding == "stochastic":
         programs = tuple(with_kernels(p, _replaced(workload, setting), replacing=True) for p in programs)
@@ -56,7 +56,7 @@ def programs_for(workload: Workload, setting: Setting, host_share: float = DEVIC
 
 def forwards_for(workload: Workload, setting: Setting, host_share: float = DEVICE_BOUND) -> tuple[Phase, ...]:
     """The same of forwards that keep nothing."""
-    phases = enumerate_forwards(setting.derivation, table=_table(workload, setting), casts=setting.casts)
+    phases = enumerate_forwards(setting.derivation, table=_table(workload, setting), facts=setting.facts)
     if workload.merge_rounding == "stochastic":
         phases = tuple(phase_with_kernels(phase, _replaced(workload, setting)) for phase in phases)
     if _kernels(workload, setting):
@@ -70,7 +70,7 @@ def paired_phases(workload: Workload, setting: Setting) -> Iterable[tuple[tuple[
     Their single products are computed by torch.
     """
     return _paired(
-        setting.derivation, goals(workload), _table(workload, setting), setting.casts, _replaced(workload, setting)
+        setting.derivation, goals(workload), _table(workload, setting), setting.facts, _replaced(workload, setting)
     )
 
 
@@ -81,16 +81,16 @@ def twins_for(workload: Workload, setting: Setting) -> tuple[Fused, ...]:
 
 @lru_cache
 def _paired(
-    derivation: Derivation, goals: tuple[str, ...], table: tuple[Way, ...], casts: bool, replaced: tuple[Fused, ...]
+    derivation: Derivation, goals: tuple[str, ...], table: tuple[Way, ...], facts: Facts, replaced: tuple[Fused, ...]
 ) -> tuple[tuple[tuple[Phase, ...], tuple[Phase, ...]], ...]:
     backwards: dict[tuple[Symbol, ...], list[Phase]] = {}
-    for phase in enumerate_backwards(derivation, goals, table=table, casts=casts):
+    for phase in enumerate_backwards(derivation, goals, table=table, facts=facts):
         backwards.setdefault(phase.saved, []).append(phase_with_kernels(phase, replaced))
     return tuple(
         (
             tuple(
                 phase_with_kernels(forward, replaced)
-                for forward in enumerate_forwards(derivation, table=table, casts=casts, keeps=kept)
+                for forward in enumerate_forwards(derivation, table=table, facts=facts, keeps=kept)
             ),
             tuple(phases),
         )
