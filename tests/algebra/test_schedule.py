@@ -166,3 +166,52 @@ def test_the_frees_that_are_written_are_enough(sizes: dict[str, int], phase: Pha
         assert set(step.frees) <= live and not set(step.frees) & set(phase.held)
         live -= set(step.frees)
     assert peak == found.workspace
+
+
+@st.composite
+def flows(draw: st.DrawFn) -> tuple[module._Flow, tuple[int, ...]]:
+    """Operations with any dependencies, in twos and threes: results that are returned, and summed, and temporaries."""
+    results, temporaries = [], [Symbol("X", ("T",))]
+    steps = []
+    for number in range(draw(st.integers(1, 10))):
+        reads = tuple(draw(st.lists(st.sampled_from(temporaries[-5:]), min_size=1, max_size=3, unique=True)))
+        if results and draw(st.booleans()):
+            steps.append((reads, (draw(st.sampled_from(results)),), True))
+            continue
+        made = tuple(Symbol(f"t{number}_{i}", ("T",)) for i in range(draw(st.integers(1, 2))))
+        (results if draw(st.integers(0, 3)) == 0 else temporaries).extend(made)
+        steps.append((reads, made, False))
+    flow = module._flow(tuple(steps), frozenset(results))
+    return flow, tuple(draw(st.sampled_from([1, 2, 3, 10, 100])) for _ in flow.temporaries)
+
+
+def _peak(flow: module._Flow, numels: tuple[int, ...], order: tuple[int, ...]) -> int:
+    """Of a valid order."""
+    peak = done = 0
+    for i in order:
+        assert not flow.before[i] & ~done and not done >> i & 1
+        peak = max(peak, sum(numels[number] for number in flow.alive(done, i)))
+        done |= 1 << i
+    assert done == (1 << len(flow.before)) - 1
+    return peak
+
+
+@settings(max_examples=200, deadline=None)
+@given(flows())
+def test_all_searches_find_the_least_peak(found: tuple[module._Flow, tuple[int, ...]]) -> None:
+    """By sets of finished operations; within limits; part by part."""
+    flow, numels = found
+    least, order = module._by_finished_sets(flow, numels)
+    assert _peak(flow, numels, order) == least
+    if numels:
+        peak, order = module._within_limits(flow, numels)
+        assert peak == least == _peak(flow, numels, order)
+    parts = [(part, tuple(numels[n] for n in part.temporaries)) for part in flow.parts]
+    found_in_parts = [(part, *module._by_finished_sets(part.flow, sizes)) for part, sizes in parts]
+    joined = tuple(part.operations[i] for part, _, order in found_in_parts for i in order)
+    assert max(peak for _, peak, _ in found_in_parts) == least == _peak(flow, numels, joined)
+
+
+def test_a_lone_linear_is_searched_as_a_whole() -> None:
+    """Ties are broken by the sets of finished operations there, and what is emitted depends on them."""
+    assert max(len(phase.operations) for phase in PHASES) <= module._FEW

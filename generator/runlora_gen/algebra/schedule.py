@@ -10,6 +10,10 @@ from functools import cached_property, lru_cache
 from .enumerate import Phase
 from .operations import Dims, Operation, Symbol
 
+#: Of so many operations, which a lone linear has at most, all sets of finished ones are looked at: ties are decided by
+#: the least peak of each beginning as well.
+_FEW = 12
+
 
 @dataclass(frozen=True)
 class Step:
@@ -109,6 +113,79 @@ class _Flow:
             reached = list(dict.fromkeys(done | 1 << i for done, i in ready))
         return tuple(moves)
 
+    @cached_property
+    def parts(self) -> tuple[_Part, ...]:
+        """Parts that share no temporary, in an order in which each can run after those before it."""
+        first = list(range(len(self.before)))  # of every operation's part the first operation
+
+        def join(operations: Iterable[int]) -> None:
+            joined = {first[i] for i in operations}
+            first[:] = [min(joined) if of in joined else of for of in first]
+
+        for makers, readers in zip(self.makers, self.readers, strict=True):
+            join(_numbers(makers | readers))
+        while True:
+            earlier = {of: {first[j] for i in self._part(first, of) for j in _numbers(self.before[i])} for of in first}
+            for middle, of in itertools.product(earlier, earlier):
+                if middle in earlier[of]:
+                    earlier[of] |= earlier[middle]
+            # What has to run both before and after another part is one with it.
+            both = next((pair for pair in itertools.combinations(earlier, 2) if _mutual(earlier, *pair)), None)
+            if both is None:
+                break
+            join(both)
+        found: list[int] = []
+        while len(found) < len(earlier):
+            found.append(next(of for of in earlier if of not in found and earlier[of] <= {*found, of}))
+        return tuple(_Part.of(self, self._part(first, of)) for of in found)
+
+    @staticmethod
+    def _part(first: Sequence[int], of: int) -> list[int]:
+        return [i for i, other in enumerate(first) if other == of]
+
+
+def _mutual(earlier: Mapping[int, set[int]], one: int, other: int) -> bool:
+    return one in earlier[other] and other in earlier[one]
+
+
+def _numbers(bits: int) -> list[int]:
+    """The numbers in a set that is an integer with their bits."""
+    return [i for i in range(bits.bit_length()) if bits >> i & 1]
+
+
+def _of(numbers: Iterable[int]) -> int:
+    """The set of some numbers, each there once."""
+    return sum(1 << i for i in numbers)
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """Some operations of a flow and all temporaries that they touch, by their numbers there, as a flow of their own."""
+
+    operations: tuple[int, ...]
+    temporaries: tuple[int, ...]
+    flow: _Flow
+
+    @classmethod
+    def of(cls, whole: _Flow, operations: Sequence[int]) -> _Part:
+        """A part that shares no temporary with the others."""
+        place = {i: position for position, i in enumerate(operations)}
+        temporaries = [n for n, makers in enumerate(whole.makers) if any(makers >> i & 1 for i in operations)]
+
+        def within(bits: int) -> int:
+            return sum(1 << place[i] for i in _numbers(bits) if i in place)
+
+        numbers = {n: position for position, n in enumerate(temporaries)}
+        flow = _Flow(
+            temporaries=tuple(whole.temporaries[n] for n in temporaries),
+            before=tuple(within(whole.before[i]) for i in operations),
+            makers=tuple(within(whole.makers[n]) for n in temporaries),
+            readers=tuple(within(whole.readers[n]) for n in temporaries),
+            order=tuple(place[i] for i in whole.order if i in place),
+            touched=tuple(tuple(numbers[n] for n in whole.touched[i]) for i in operations),
+        )
+        return cls(tuple(operations), tuple(temporaries), flow)
+
 
 def _flow_of(phase: Phase, dims: Dims) -> tuple[_Flow, Mapping[Symbol, int], int]:
     """The flow of a phase's movable operations, the sizes of its temporaries, and the elements that it always holds."""
@@ -123,9 +200,6 @@ def _flow_of(phase: Phase, dims: Dims) -> tuple[_Flow, Mapping[Symbol, int], int
 def _flow(
     steps: tuple[tuple[tuple[Symbol, ...], tuple[Symbol, ...], bool], ...], persistent: frozenset[Symbol]
 ) -> _Flow:
-    def of(numbers: Iterable[int]) -> int:
-        return sum(1 << i for i in numbers)
-
     makers: dict[Symbol, list[int]] = {}
     readers: dict[Symbol, list[int]] = {}
     before = []
@@ -136,16 +210,16 @@ def _flow(
             readers.setdefault(symbol, []).append(i)
         # Makers of what is read, and the earlier steps of an accumulation.
         needed = {j for j, step in enumerate(steps) if set(step[1]) & set(reads)}
-        before.append(of(needed | {j for j in range(i) if accumulate and set(steps[j][1]) & set(outputs)}))
+        before.append(_of(needed | {j for j in range(i) if accumulate and set(steps[j][1]) & set(outputs)}))
     order: list[int] = []
     while len(order) < len(steps):
-        order.append(next(i for i, needed in enumerate(before) if i not in order and not needed & ~of(order)))
+        order.append(next(i for i, needed in enumerate(before) if i not in order and not needed & ~_of(order)))
     temporaries = tuple(dict.fromkeys(s for _, outputs, _ in steps for s in outputs if s not in persistent))
     return _Flow(
         temporaries=temporaries,
         before=tuple(before),
-        makers=tuple(of(makers[s]) for s in temporaries),
-        readers=tuple(of(readers.get(s, ())) for s in temporaries),
+        makers=tuple(_of(makers[s]) for s in temporaries),
+        readers=tuple(_of(readers.get(s, ())) for s in temporaries),
         order=tuple(order),
         touched=tuple(
             tuple(number for number, s in enumerate(temporaries) if s in reads or s in outputs)
@@ -164,15 +238,72 @@ def _best_order(flow: _Flow, numels: tuple[int, ...]) -> tuple[int, tuple[int, .
     peak = max(map(size, flow.live), default=0)
     if peak == max(map(size, flow.touched), default=0):
         return peak, flow.order
-    # A search over sets of finished operations, the smaller ones first (a phase has fewer than ten operations).
+    if len(flow.before) <= _FEW:
+        return _by_finished_sets(flow, numels)
+    if len(flow.parts) == 1:
+        return _within_limits(flow, numels)
+    found = [(part, _best_order(part.flow, tuple(numels[n] for n in part.temporaries))) for part in flow.parts]
+    # Nothing lives between parts.
+    order = tuple(part.operations[i] for part, (_, ordered) in found for i in ordered)
+    return max(peak for _, (peak, _) in found), order
+
+
+def _by_finished_sets(flow: _Flow, numels: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+    """By all sets of finished operations, the smaller ones first: each is reached with the least peak of its own."""
     best: dict[int, tuple[int, tuple[int, ...]]] = {0: (0, ())}
     for done, i, live in flow.moves:
         peak, order = best[done]
-        candidate = (max(peak, size(live)), (*order, i))
+        candidate = (max(peak, sum(numels[number] for number in live)), (*order, i))
         after = done | 1 << i
         if after not in best or candidate < best[after]:
             best[after] = candidate
     return best[(1 << len(flow.before)) - 1]
+
+
+def _within_limits(flow: _Flow, numels: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+    """By depth first within a limit, which is raised to the least that exceeded it until an order is found.
+
+    An operation that makes no temporary beside those that live already runs as soon as it can: nothing lives longer for
+    it, and some of what it reads may be free. Only where none is ready there is a choice, of what to make next; the
+    table's order decides it, and a set of finished operations from which there was no way on is not entered again.
+    """
+    count, full = len(flow.before), (1 << len(flow.before)) - 1
+    makes = [_of(n for n in touched if flow.makers[n] >> i & 1) for i, touched in enumerate(flow.touched)]
+    limit = max(sum(numels[n] for n in touched) for touched in flow.touched)
+    exceeded, stuck = limit, set[int]()
+
+    def size(temporaries: int) -> int:
+        return sum(numels[n] for n in _numbers(temporaries))
+
+    def after(done: int, live: int) -> int:
+        """What still lives."""
+        return _of(n for n in _numbers(live) if flow.readers[n] & ~done)
+
+    def run(done: int, live: int) -> list[int] | None:
+        """The rest of an order within the limit: operations in their order, backwards."""
+        nonlocal exceeded
+        if done == full:
+            return []
+        if done in stuck:
+            return None
+        ready = [i for i in range(count) if not (done >> i & 1 or flow.before[i] & ~done)]
+        idle = next((i for i in ready if not makes[i] & ~live), None)
+        for i in ready if idle is None else [idle]:
+            alive = live | makes[i]
+            needed = size(alive)
+            if needed > limit:
+                exceeded = min(exceeded, needed)
+            elif (rest := run(done | 1 << i, after(done | 1 << i, alive))) is not None:
+                return [*rest, i]
+        stuck.add(done)
+        return None
+
+    while True:
+        stuck.clear()
+        exceeded = sum(numels) + 1
+        if (found := run(0, 0)) is not None:
+            return limit, tuple(reversed(found))
+        limit = exceeded
 
 
 def _needed_frees(
