@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 from runlora_gen.algebra.derivation import CAST_ADAPTER, NO_FACTS
@@ -17,11 +18,12 @@ from runlora_gen.algebra.enumerate import (
 )
 from runlora_gen.algebra.linear import LINEAR
 from runlora_gen.algebra.operations import Contract, Convert, Fused
+from runlora_gen.kernels.sites import seeded, serves
 
 WIDE = frozenset({CAST_ADAPTER})
 FACTS = {False: NO_FACTS, True: WIDE}
 ALL = ("dX", "dA", "dB")
-TORCH = LINEAR.rows(kernels=False, rank=8)
+TORCH = LINEAR.rows(lambda _: False)
 CASTS = {LINEAR["A"], LINEAR["B"]}
 PAPER = [f"forward{i}/backward{j}" for i in range(1, 5) for j in range(1, 9)]
 
@@ -62,7 +64,9 @@ def test_exact_counts(goals: tuple[str, ...], count: int, with_casts: int) -> No
 )
 def test_exact_counts_with_kernels(rank: int, count: int, with_casts: int) -> None:
     for casts, expected in ((False, count), (True, with_casts)):
-        programs = enumerate_programs(LINEAR, ALL, table=LINEAR.rows(kernels=True, rank=rank), facts=FACTS[casts])
+        programs = enumerate_programs(
+            LINEAR, ALL, table=LINEAR.rows(partial(serves, dtype="bf16", rank=rank)), facts=FACTS[casts]
+        )
         assert len(programs) == expected
         assert len({program.id for program in programs}) == expected
 
@@ -111,7 +115,7 @@ def test_what_a_phase_says_of_itself(casts: bool) -> None:
     for program in enumerate_programs(LINEAR, ALL, facts=FACTS[casts]):
         for phase in (program.forward, program.backward):
             operations = phase.operations
-            assert phase.kernels == {op.kernel for op in operations if isinstance(op, Fused)} and not phase.seeded
+            assert phase.kernels == {op.kernel for op in operations if isinstance(op, Fused)} and not seeded(phase)
             assert phase.made == {out for op in operations for out in op.outputs} | set(phase.saved)
             assert phase.lossy_in_16_bit == (LINEAR["M"] in phase.made)
         assert program.lossy_in_16_bit == any(p.lossy_in_16_bit for p in (program.forward, program.backward))

@@ -6,9 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from runlora_gen.algebra.kernels import KERNELS
 from runlora_gen.algebra.linear import LINEAR
-from runlora_gen.algebra.operations import Fused, products
+from runlora_gen.algebra.operations import products
 from runlora_gen.cost.device import load_device
 from runlora_gen.cost.lower import (
     available,
@@ -21,8 +20,8 @@ from runlora_gen.cost.lower import (
 )
 from runlora_gen.cost.price import price, price_phase
 from runlora_gen.cost.setting import Setting
-from runlora_gen.emit.code import line
-from runlora_gen.emit.render import template_folder
+from runlora_gen.kernels.registry import KERNELS
+from runlora_gen.kernels.sites import alternatives
 from runlora_gen.request.workload import Workload
 from runlora_gen.search.candidates import enumerated, programs_for, setting_for
 
@@ -82,8 +81,8 @@ def test_lowering_is_the_best_of_all_choices() -> None:
         setting = setting_for(GRAPH, 4096, 4096, 16, False, tokens)
         for program, chosen in zip(enumerated(GRAPH, setting), programs_for(GRAPH, setting, share), strict=True):
             best = price(chosen, setting, share).time_s
-            for twin in LINEAR.twins.values():
-                assert best <= price(with_kernels(program, (twin,)), setting, share).time_s * (1 + 1e-9)
+            for kernel in alternatives(LINEAR, "cheaper"):
+                assert best <= price(with_kernels(program, (kernel,)), setting, share).time_s * (1 + 1e-9)
 
 
 def test_the_time_of_a_phase_is_its_price() -> None:
@@ -97,7 +96,7 @@ def test_the_time_of_a_phase_is_its_price() -> None:
 
 
 def test_every_set_of_kernels_the_empty_one_first() -> None:
-    kernels = tuple(LINEAR.twins.values())
+    kernels = alternatives(LINEAR, "cheaper")
     found = subsets(kernels)
     assert found[0] == () and found[-1] == kernels and len(set(found)) == len(found) == 2 ** len(kernels)
 
@@ -105,7 +104,7 @@ def test_every_set_of_kernels_the_empty_one_first() -> None:
 def test_what_a_kernel_computes_is_what_torch_would() -> None:
     setting = setting_for(GRAPH, 512, 512, 8, False, 1024)
     for program in enumerated(GRAPH, setting):
-        changed = with_kernels(program, tuple(LINEAR.twins.values()))
+        changed = with_kernels(program, alternatives(LINEAR, "cheaper"))
         for before, after in ((program.forward, changed.forward), (program.backward, changed.backward)):
             assert [p for op in before.operations for p in products(op)] == [
                 p for op in after.operations for p in products(op)
@@ -140,32 +139,3 @@ def test_fp32_gets_kernels_where_they_were_measured() -> None:
         setting = setting_for(workload, 1024, 4096, 8, False, 2048)
         kernels = {kernel for program in programs_for(workload, setting) for kernel in program.kernels}
         assert bool(kernels) == expected and not kernels & {"fused_gemm", "p_db"}
-
-
-def test_every_kernel_has_its_templates_calls_and_helpers() -> None:
-    folder = template_folder() / "kernels"
-    helpers = (folder / "support.jinja").read_text() + (folder / "tiles.jinja").read_text()
-    used = {operation.kernel: operation for operation in LINEAR.operations if isinstance(operation, Fused)}
-    assert used.keys() == KERNELS.keys()
-    for name, kernel in KERNELS.items():
-        assert all((folder / f"{name}{part}.jinja").is_file() for part in ("", "_launch", "_operator"))
-        assert all(f'"{helper}" in module.helpers' in helpers for helper in kernel.helpers - {"F"})
-        assert kernel.small_tiles.keys() == (kernel.tiles.keys() if "descriptors" in kernel.helpers else set())
-        assert all(candidate.keys() <= kernel.tiles.keys() for candidate in kernel.candidates)
-
-
-def test_calls_follow_from_the_formulas() -> None:
-    assert {line(operation) for operation in LINEAR.operations if isinstance(operation, Fused)} == {
-        'Y = _fused_gemm(X, W, S, B, b, tiles="Y")',
-        'dX = _fused_gemm(dY, W.t(), P, A.t(), None, tiles="dX")',
-        'P, dB = _p_db(dY, B, S, scaling, B_dtype, tiles="P, dB")',
-        'S = _x_at(X, A, scaling, tiles="S")',
-        'dA = _pt_x(P, X, A_dtype, tiles="dA")',
-        'M = _merge(W, A, B, scaling, tiles="M")',
-        'M = _merge_stochastic(W, A, B, scaling, seed, tiles="M")',
-    }
-
-
-def test_twins_are_of_products_that_the_table_has() -> None:
-    operations = [operation for row in LINEAR.table for operation in row.operations]
-    assert all(plain in operations for plain in LINEAR.twins)

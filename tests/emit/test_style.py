@@ -14,12 +14,12 @@ from pathlib import Path
 import black
 import pytest
 from black.files import find_project_root, infer_target_version, parse_pyproject_toml
-from runlora_gen.algebra.kernels import KERNELS
 from runlora_gen.emit import style
 from runlora_gen.emit.nodes import module_node
 from runlora_gen.emit.package import OF_MODELS
 from runlora_gen.emit.render import Header, render
 from runlora_gen.emit.style import DEFAULT_LINE_LENGTH, MAX_LINE_LENGTH, MIN_LINE_LENGTH, Style, style_of
+from runlora_gen.kernels.registry import KERNELS
 from runlora_gen.request.errors import SpecError
 from runlora_gen.request.layers import Layer
 from runlora_gen.request.workload import Workload

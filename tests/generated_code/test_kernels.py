@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from runlora_gen.algebra.linear import LINEAR
 from runlora_gen.cost.device import DeviceProfile
 from runlora_gen.cost.lower import with_kernels
+from runlora_gen.kernels.sites import alternatives
 from runlora_gen.request.workload import Workload
 from runlora_gen.search import candidates
 from torch import Tensor
@@ -41,7 +42,7 @@ def with_all_kernels(load: Any, **options: Any) -> ModuleType:
     workload = Workload(adapter_dtype="bf16", launch="graph", device="h200", allow_lossy_merge=True, **options)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DeviceProfile, "tiles_for", lambda *args: {})
-        patch.setattr(candidates, "lowered", lambda program, *_: with_kernels(program, tuple(LINEAR.twins.values())))
+        patch.setattr(candidates, "lowered", lambda program, *_: with_kernels(program, alternatives(LINEAR, "cheaper")))
         module: ModuleType = load(workload, in_features=40, out_features=24, rank=4, all_variants=True)
     assert module.KERNELS
     return module

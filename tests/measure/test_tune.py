@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 import tomllib
-from runlora_gen.algebra.kernels import KERNELS
 from runlora_gen.algebra.linear import LINEAR
 from runlora_gen.algebra.operations import Convert, Fused, dimensions, signature
 from runlora_gen.cost.device import DTYPE_NAMES, load_device
+from runlora_gen.kernels.registry import KERNELS
+from runlora_gen.kernels.sites import operations_of
 from runlora_gen.measure import clock, tune
 from runlora_gen.measure.modules import module_of_everything
 from runlora_gen.request.errors import SpecError
@@ -114,7 +115,7 @@ def test_every_torch_operation_is_measured(tuned: Path) -> None:
     data = tomllib.loads(tuned.read_text(encoding="utf-8"))
     dims = {"T": 16, "I": 24, "O": 40, "R": 4}
     # In one dtype there is nothing to cast.
-    measured = [op for op in LINEAR.operations if not isinstance(op, Convert | Fused)]
+    measured = [op for op in operations_of(LINEAR) if not isinstance(op, Convert | Fused)]
     expected = {signature(op): [dims[d] for d in dimensions(op)] for op in measured}
     assert {name: row[:-1] for name, (row,) in data["times"]["fp32"].items()} == expected
     assert all(0.1 < row[-1] < 1e6 for (row,) in data["times"]["fp32"].values())
@@ -196,7 +197,7 @@ def test_kernels_are_measured_with_all_their_constants(tmp_path: Path, monkeypat
         bench.module = module_of_everything(Workload(device="h200", launch="graph"), tmp_path / "kernels")
         tune._measure(bench, data, "fp16", tune.Point(24, 16, 32, 8))
         assert bench.trials("fp16", tune.Point(24, 16, 32, 8), data) == []
-    fused = {signature(op): KERNELS[op.kernel] for op in LINEAR.operations if isinstance(op, Fused)}
+    fused = {signature(op): KERNELS[op.kernel] for op in operations_of(LINEAR) if isinstance(op, Fused)}
     measured = {name: kernel for name, kernel in fused.items() if not kernel.seeded}
     assert data["tiles"]["fp16"].keys() == measured.keys() < data["times"]["fp16"].keys()
     for name, kernel in measured.items():

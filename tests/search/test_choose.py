@@ -262,8 +262,8 @@ def every_forward(workload: Workload, setting: Setting) -> list:
     """All forwards that keep nothing, with every choice of kernels for single products."""
     programs = enumerated(workload, setting)
     plain = dict.fromkeys(p.forward for p in programs if not p.forward.keeps)
-    twins = available(setting) if any(p.kernels for p in programs_for(workload, setting)) else ()
-    return list(dict.fromkeys(phase_with_kernels(phase, kernels) for phase in plain for kernels in subsets(twins)))
+    singles = available(setting) if any(p.kernels for p in programs_for(workload, setting)) else ()
+    return list(dict.fromkeys(phase_with_kernels(phase, kernels) for phase in plain for kernels in subsets(singles)))
 
 
 @settings(deadline=None, max_examples=40)

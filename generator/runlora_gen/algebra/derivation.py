@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
 
-from .kernels import KERNELS, runs
 from .operations import Convert, Fused, Operation, Symbol, parse
 
 #: The name of the ways that take what the forward saved, in place of computing it.
@@ -131,9 +130,6 @@ class Derivation:
         output_gradient: what its backward starts from.
         base: what the site computes without adapters, forward and backward.
         table: all ways of all symbols.
-        twins: kernels for single products of the table, beside torch's own: they make no other programs, the price
-            decides which of the two computes the product.
-        stochastic: what takes the place of products where a merged weight is rounded stochastically.
         lossy: rounding these to 16 bits drops updates smaller than half an ulp of the weight.
         deltas: updates that are made as a whole, and rounded.
         paper_backwards: the paper's names for the ways of the gradients that these label, in this order.
@@ -148,8 +144,6 @@ class Derivation:
     output_gradient: Symbol
     base: tuple[Operation, ...]
     table: tuple[Way, ...]
-    twins: Mapping[Operation, Fused]
-    stochastic: Mapping[Operation, Fused]
     lossy: frozenset[Symbol]
     deltas: frozenset[Symbol]
     paper_goals: tuple[Symbol, ...]
@@ -192,9 +186,8 @@ class Derivation:
 
     @cached_property
     def operations(self) -> tuple[Operation, ...]:
-        """Every operation that a program may hold, each once."""
-        rows = (operation for way in self.table for operation in way.operations)
-        return tuple(dict.fromkeys((*rows, *self.twins.values(), *self.stochastic.values())))
+        """Every operation of the table, each once."""
+        return tuple(dict.fromkeys(operation for way in self.table for operation in way.operations))
 
     @cached_property
     def undecided(self) -> frozenset[Symbol]:
@@ -218,21 +211,9 @@ class Derivation:
         pairs = ((argument, self.symbols.get(argument.name)) for argument in self.arguments)
         return tuple((argument, symbol) for argument, symbol in pairs if symbol is not None and symbol in read)
 
-    def rows(
-        self, *, kernels: bool, dtype: str = "bf16", rank: int = 1, known: Callable[[Operation], bool] = lambda _: True
-    ) -> tuple[Way, ...]:
-        """The rows that are candidates: with or without fused kernels that take a dtype and a rank, and are known."""
-
-        def serves(operation: Operation) -> bool:
-            if not isinstance(operation, Fused):
-                return True
-            return kernels and runs(operation.kernel, dtype=dtype, rank=rank) and known(operation)
-
-        return tuple(row for row in self.table if all(map(serves, row.operations)))
-
-    def seeded(self, operation: Operation) -> bool:
-        """Whether an operation draws random numbers."""
-        return isinstance(operation, Fused) and KERNELS[operation.kernel].seeded
+    def rows(self, serves: Callable[[Fused], bool]) -> tuple[Way, ...]:
+        """The rows that are candidates, by whether the kernels serve that compute several products."""
+        return tuple(row for row in self.table if all(serves(op) for op in row.operations if isinstance(op, Fused)))
 
 
 def derive(
@@ -245,8 +226,6 @@ def derive(
     output_gradient: str,
     base: Iterable[str] = (),
     table: Iterable[Row],
-    twins: Iterable[str] = (),
-    stochastic: Iterable[str] = (),
     lossy: Iterable[str] = (),
     deltas: Iterable[str] = (),
     paper_goals: Iterable[str] = (),
@@ -265,10 +244,6 @@ def derive(
         if name not in facts:
             raise ValueError(f"unknown fact {name!r} in a condition; known are {', '.join(sorted(facts)) or 'none'}")
 
-    def by_product(formulas: Iterable[str]) -> Mapping[Operation, Fused]:
-        fused = (parse(formula, known) for formula in formulas)
-        return {kernel.parts[0]: kernel for kernel in fused if isinstance(kernel, Fused)}
-
     return Derivation(
         site=site,
         symbols=known,
@@ -278,8 +253,6 @@ def derive(
         output_gradient=known[output_gradient],
         base=tuple(parse(formula, known) for formula in base),
         table=tuple(_way(each, known) for each in rows),
-        twins=by_product(twins),
-        stochastic=by_product(stochastic),
         lossy=frozenset(known[name] for name in lossy),
         deltas=frozenset(known[name] for name in deltas),
         paper_goals=tuple(known[name] for name in paper_goals),

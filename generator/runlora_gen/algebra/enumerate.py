@@ -57,11 +57,6 @@ class Phase:
         return frozenset(operation.kernel for operation in self.operations if isinstance(operation, Fused))
 
     @cached_property
-    def seeded(self) -> bool:
-        """Whether it draws random numbers."""
-        return any(map(self.derivation.seeded, self.operations))
-
-    @cached_property
     def made(self) -> frozenset[Symbol]:
         """Everything that it computes or takes from the forward."""
         return frozenset(symbol for way in self.ways for symbol in way.targets)
@@ -139,11 +134,6 @@ class Program:
     def kernels(self) -> frozenset[str]:
         """Names of the fused kernels that it uses."""
         return self.forward.kernels | self.backward.kernels
-
-    @cached_property
-    def seeded(self) -> bool:
-        """Whether it draws random numbers."""
-        return self.forward.seeded or self.backward.seeded
 
     @cached_property
     def lossy_in_16_bit(self) -> bool:

@@ -88,9 +88,6 @@ LINEAR = derive(
         row("P dB", "one_pass", "p_db: P = s * dY @ B; dB = dY.T @ S"),
         row("db", "sum", "db = sum(dY)"),
     ),
-    twins=("x_at: S = s * X @ A.T", "pt_x: dA = P.T @ X", "merge: M = W + s * B @ A"),
-    # torch has no such rounding.
-    stochastic=("merge_stochastic: M = W + s * B @ A",),
     lossy=("M",),
     deltas=("D",),
     # It recomputes S and M, and never saves them.

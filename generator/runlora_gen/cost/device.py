@@ -21,9 +21,9 @@ from typing import Any
 
 import tomllib
 
-from ..algebra.kernels import KERNELS
 from ..algebra.operations import dimensions, signature
-from ..algebra.sites import OPERATIONS
+from ..kernels.registry import KERNELS
+from ..kernels.sites import OPERATIONS
 from ..request.errors import SpecError, nearest, shorten
 from ..request.files import read_if_there
 from ..request.workload import DTYPE_NAMES

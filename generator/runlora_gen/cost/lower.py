@@ -8,9 +8,10 @@ from dataclasses import replace
 from functools import lru_cache
 
 from ..algebra.enumerate import Phase, Program, pair, phase_of
-from ..algebra.kernels import runs
 from ..algebra.liveness import wanted_operations
 from ..algebra.operations import Fused, Operation
+from ..kernels.registry import KERNELS
+from ..kernels.sites import alternatives, serves
 from .measured import is_priced
 from .price import price_operation
 from .setting import Setting
@@ -18,12 +19,12 @@ from .vector import DEVICE_BOUND, rounded, weighted
 
 
 def available(setting: Setting) -> tuple[Fused, ...]:
-    """The twins of its derivation that may take torch's place in a setting."""
+    """Kernels for single products that may take torch's place in a setting, where they are cheaper."""
     return tuple(
-        twin
-        for twin in setting.derivation.twins.values()
-        if runs(twin.kernel, dtype=setting.dtype.name, rank=setting.rank)
-        and is_priced(twin, setting.dtype, setting.device)
+        kernel
+        for kernel in alternatives(setting.derivation, "cheaper")
+        if serves(kernel, dtype=setting.dtype.name, rank=setting.rank)
+        and is_priced(kernel, setting.dtype, setting.device)
     )
 
 
@@ -33,7 +34,7 @@ def choices(computed: Program | Phase, setting: Setting) -> tuple[tuple[Fused, .
     Each product is computed in one way wherever the program computes it.
     """
     operations = computed.operations
-    return subsets(tuple(twin for twin in available(setting) if twin.parts[0] in operations))
+    return subsets(tuple(kernel for kernel in available(setting) if kernel.parts[0] in operations))
 
 
 @lru_cache
@@ -79,33 +80,34 @@ def _relevant(phase: Phase, kernels: tuple[Fused, ...]) -> tuple[Fused, ...]:
 
 @lru_cache(maxsize=65536)
 def _phase_time(phase: Phase, kernels: tuple[Fused, ...], setting: Setting) -> tuple[float, float]:
-    twins: dict[Operation, Operation] = {kernel.parts[0]: kernel for kernel in kernels}
+    taken: dict[Operation, Operation] = {kernel.parts[0]: kernel for kernel in kernels}
     costs = [
-        price_operation(twins.get(operation, operation), setting)
+        price_operation(taken.get(operation, operation), setting)
         for operation in wanted_operations(phase, setting.gradients)
     ]
     return sum(cost.device_s for cost in costs), sum(cost.host_s for cost in costs)
 
 
-def with_kernels(program: Program, kernels: tuple[Fused, ...], *, replacing: bool = False) -> Program:
+def with_kernels(program: Program, kernels: tuple[Fused, ...]) -> Program:
     """The program with kernels in place of the products that they compute.
 
-    ``replacing``: the kernels are not chosen beside torch's products but all there is, and go into no id.
+    Those that are chosen beside torch's products, as the cheaper ones, go into its id.
     """
-    return _with_kernels(program, tuple(k for k in kernels if k.parts[0] in program.operations), replacing)
+    return _with_kernels(program, tuple(k for k in kernels if k.parts[0] in program.operations))
 
 
 @lru_cache(maxsize=65536)
-def _with_kernels(program: Program, kernels: tuple[Fused, ...], replacing: bool) -> Program:
+def _with_kernels(program: Program, kernels: tuple[Fused, ...]) -> Program:
     if not kernels:
         return program
-    by_kernel = program.by_kernel if replacing else tuple(symbol for kernel in kernels for symbol in kernel.outputs)
+    chosen = (kernel for kernel in kernels if KERNELS[kernel.kernel].when == "cheaper")
+    by_kernel = (*program.by_kernel, *(symbol for kernel in chosen for symbol in kernel.outputs))
     return pair(phase_with_kernels(program.forward, kernels), phase_with_kernels(program.backward, kernels), by_kernel)
 
 
 @lru_cache(maxsize=65536)
 def phase_with_kernels(phase: Phase, kernels: tuple[Fused, ...]) -> Phase:
     """The phase with kernels in place of the products that they compute."""
-    twins: Mapping[Operation, Operation] = {kernel.parts[0]: kernel for kernel in kernels}
-    ways = tuple(replace(way, operations=tuple(twins.get(op, op) for op in way.operations)) for way in phase.ways)
+    taken: Mapping[Operation, Operation] = {kernel.parts[0]: kernel for kernel in kernels}
+    ways = tuple(replace(way, operations=tuple(taken.get(op, op) for op in way.operations)) for way in phase.ways)
     return phase if ways == phase.ways else phase_of(phase.derivation, phase.goals, phase.keeps, ways)

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
 
-from ..algebra.kernels import KERNELS
 from ..algebra.operations import Contract, Dims, Fused, Operation, dimensions, signature
-from ..algebra.sites import OPERATIONS
+from ..kernels.registry import KERNELS
+from ..kernels.sites import OPERATIONS
 from .device import DeviceProfile
 from .roofline import roofline
 from .setting import DType, Setting

@@ -10,6 +10,7 @@ from ..algebra.enumerate import Phase, Program
 from ..algebra.liveness import saved_activations, wanted_operations
 from ..algebra.operations import Operation, dimensions
 from ..algebra.schedule import workspace
+from ..kernels.sites import seeded
 from .measured import correction
 from .roofline import roofline
 from .rounding import merge_error, rounding_error, update_std
@@ -75,7 +76,7 @@ def _update_error(program: Program, setting: Setting) -> float:
     made = program.forward.made | program.backward.made
     delta_std, bits = update_std(setting.in_features, setting.rank), setting.dtype.mantissa_bits
     if made & program.derivation.lossy:
-        return merge_error(delta_std, bits, stochastic=program.seeded)
+        return merge_error(delta_std, bits, stochastic=seeded(program))
     if made & program.derivation.deltas:
         return rounding_error(delta_std, bits)
     return 0.0

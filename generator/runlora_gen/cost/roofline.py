@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import assert_never
 
-from ..algebra.kernels import KERNELS
 from ..algebra.operations import Contract, Convert, Dims, Draw, Fused, Map, Operation, Reduce, biases
+from ..kernels.registry import KERNELS
 from .device import DeviceProfile
 from .setting import Setting
 from .vector import OperationCost

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import assert_never
 
-from ..algebra.kernels import KERNELS
 from ..algebra.operations import Contract, Convert, Draw, Fused, Map, Operand, Operation, Reduce, Step, Symbol, products
+from ..kernels.registry import KERNELS
 
 
 def dtype_of(gradient: Symbol) -> str | None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..algebra.kernels import KERNELS
 from ..algebra.operations import Fused
 from ..cost.measured import tuned_constants
 from ..cost.setting import Setting
+from ..kernels.registry import KERNELS
 from .code import results_of
 
 #: Compile-time constants of kernels: what is computed, and the constants by name.

@@ -9,9 +9,10 @@ from functools import cached_property
 
 from ..algebra.derivation import Argument
 from ..algebra.enumerate import Phase, Program
-from ..algebra.kernels import KERNELS
 from ..algebra.liveness import dependents
 from ..algebra.operations import Fused
+from ..kernels.registry import KERNELS
+from ..kernels.sites import draws, seeded
 from ..request.layers import Layer
 from ..request.workload import Workload
 from ..search.candidates import goals
@@ -291,7 +292,7 @@ def _forwards(
                 name,
                 tuple(forward_text(phase, decision, workload, width)),
                 forward_statements(phase, decision.setting),
-                phase.seeded,
+                seeded(phase),
             )
         return made[phase].name
 
@@ -315,7 +316,7 @@ def _function(variant: _Variant, workload: Workload, class_name: str, width: int
     kept = (*program.saved_inputs, *program.kept)
     saves = tuple((str(symbol), guard(needed_by[symbol], site)) for symbol in kept)
     made = [str(symbol) for symbol in program.kept if symbol not in program.forward.held]
-    for operation in filter(site.seeded, program.backward.operations):  # it is drawn again, to the same bits
+    for operation in filter(draws, program.backward.operations):  # it is drawn again, to the same bits
         saves += (("seed", guard(needed_by[operation.outputs[0]], site)),)
         made.append("seed")
     gradients = tuple(str(gradient) for gradient in site.gradients if gradient in program.backward.goals)
@@ -338,5 +339,5 @@ def _function(variant: _Variant, workload: Workload, class_name: str, width: int
         returns=tuple(a.gradient if a.gradient in gradients else "None" for a in site.arguments),
         keeps_scaling=keeps_scaling,
         dtypes=tuple(name for g in site.gradients if str(g) in gradients and (name := dtype_of(g))),
-        seeded=program.seeded,
+        seeded=seeded(program),
     )

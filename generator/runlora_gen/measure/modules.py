@@ -11,6 +11,7 @@ from types import ModuleType
 from ..cost.lower import with_kernels
 from ..emit.nodes import module_name, module_node
 from ..emit.render import Header, render
+from ..kernels.sites import alternatives
 from ..request.layers import Layer
 from ..request.workload import Workload
 from ..search.choose import Decision, decide, decide_forward
@@ -50,12 +51,12 @@ def import_file(path: Path, name: str) -> ModuleType:
 
 
 def module_of_everything(workload: Workload, path: Path) -> ModuleType:
-    """A module with every operation and, where the workload's device has them, every kernel of the table."""
+    """A module with every operation and, where the workload's device has them, every kernel of its site."""
     point = Point(4096, 64, 64, 8)
     setting = point.setting(workload)
     decision = decide(workload, setting)
     if workload.kernels and setting.device.kernels:
-        twins = tuple(setting.derivation.twins.values())
-        programs = [Priced(with_kernels(c.program, twins), c.cost) for c in decision.candidates]
+        single = alternatives(setting.derivation, "cheaper")
+        programs = [Priced(with_kernels(c.program, single), c.cost) for c in decision.candidates]
         decision = replace(decision, candidates=(*decision.candidates, *programs))
     return render_module(one_choice(point.layer, workload, decision), point.rank, workload, path, all_variants=True)

@@ -39,12 +39,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..algebra.enumerate import Program, enumerate_programs
-from ..algebra.kernels import KERNELS, runs
 from ..algebra.linear import LINEAR
 from ..algebra.liveness import wanted_operations
 from ..algebra.operations import Convert, Fused, Operation, Symbol, dimensions, signature
 from ..cost.device import MAX_PROFILE_BYTES, check_title, parse_profile, parse_toml
 from ..emit.code import line, results_of
+from ..kernels.registry import KERNELS
+from ..kernels.sites import draws, operations_of, serves
 from ..request.errors import SpecError, reason, shorten
 from ..request.files import read_if_there
 from ..request.workload import Workload
@@ -223,10 +224,9 @@ class _Workbench:
         # Everything in one dtype: then there is nothing to cast.
         self.workload = Workload(adapter_dtype="bf16", device=device_name, launch="graph", kernels=self.kernels)
         self.module = module_of_everything(self.workload, Path(self._folder.name) / f"everything_{os.getpid()}")
-        unseeded = [op for op in LINEAR.operations if not LINEAR.seeded(op)]
-        drawn = [op for op in unseeded if not isinstance(op, Convert)]
+        timed = [op for op in operations_of(LINEAR) if not draws(op) and not isinstance(op, Convert)]
         # One for all that do the same work.
-        self._operations = tuple({signature(op): op for op in reversed(drawn)}.values())
+        self._operations = tuple({signature(op): op for op in reversed(timed)}.values())
         #: Rate of a copy of memory on this machine at rest; None before it was measured.
         self.bytes_per_s: float | None = None
 
@@ -281,7 +281,7 @@ class _Workbench:
                 continue
             if not isinstance(operation, Fused):
                 found.append(Trial(operation))
-            elif self.kernels and runs(operation.kernel, dtype=dtype, rank=point.rank):
+            elif self.kernels and serves(operation, dtype=dtype, rank=point.rank):
                 candidates = KERNELS[operation.kernel].candidates if self.takes_large_tiles(dtype, point) else ()
                 found += [Trial(operation, tuple(constants.items())) for constants in ({}, *candidates)]
         return found
@@ -518,7 +518,7 @@ def _host_seconds(bench: _Workbench) -> tuple[float, float | None]:
         return _basic(bench, f"{steps} steps of {variant}", run, torch.device("cpu")) / steps
 
     programs = {
-        p.id: p for p in enumerate_programs(LINEAR, goals(bench.workload), table=LINEAR.rows(kernels=bench.kernels))
+        p.id: p for p in enumerate_programs(LINEAR, goals(bench.workload), table=LINEAR.rows(lambda _: bench.kernels))
     }
     plain = programs[_HOST_VARIANTS[0]]
     wanted = frozenset({"dX", "dA", "dB"})

@@ -13,6 +13,7 @@ from ..cost.lower import available, lowered, lowered_phase, phase_with_kernels, 
 from ..cost.measured import is_priced
 from ..cost.setting import DTYPES, Setting
 from ..cost.vector import DEVICE_BOUND
+from ..kernels.sites import alternatives, serves
 from ..request.workload import Workload
 
 
@@ -44,7 +45,7 @@ def enumerated(workload: Workload, setting: Setting) -> tuple[Program, ...]:
         setting.derivation, goals(workload), table=_table(workload, setting), facts=setting.facts
     )
     if workload.merge_rounding == "stochastic":
-        programs = tuple(with_kernels(p, _replaced(workload, setting), replacing=True) for p in programs)
+        programs = tuple(with_kernels(p, _replaced(workload, setting)) for p in programs)
     return programs
 
 
@@ -74,7 +75,7 @@ def paired_phases(workload: Workload, setting: Setting) -> Iterable[tuple[tuple[
     )
 
 
-def twins_for(workload: Workload, setting: Setting) -> tuple[Fused, ...]:
+def singles_for(workload: Workload, setting: Setting) -> tuple[Fused, ...]:
     """The kernels for single products that may take torch's place."""
     return available(setting) if _kernels(workload, setting) else ()
 
@@ -106,18 +107,18 @@ def _table(workload: Workload, setting: Setting) -> tuple[Way, ...]:
     where rows of X, W or Y would start off 16 bytes: the kernels run then, but without tensor descriptors, slower
     than torch.
     """
-    dtype = setting.dtype
-    return setting.derivation.rows(
-        kernels=_kernels(workload, setting),
-        dtype=dtype.name,
-        rank=setting.rank,
-        known=lambda operation: is_priced(operation, dtype, setting.device),
-    )
+    dtype, kernels = setting.dtype, _kernels(workload, setting)
+
+    def candidate(operation: Fused) -> bool:
+        taken = kernels and serves(operation, dtype=dtype.name, rank=setting.rank)
+        return taken and is_priced(operation, dtype, setting.device)
+
+    return setting.derivation.rows(candidate)
 
 
 def _replaced(workload: Workload, setting: Setting) -> tuple[Fused, ...]:
     """What takes the place of merges that round to the nearest."""
-    return tuple(setting.derivation.stochastic.values()) if workload.merge_rounding == "stochastic" else ()
+    return alternatives(setting.derivation, "stochastic") if workload.merge_rounding == "stochastic" else ()
 
 
 def _kernels(workload: Workload, setting: Setting) -> bool:

@@ -12,7 +12,7 @@ from ..cost.price import price, price_phase
 from ..cost.setting import Setting
 from ..cost.vector import DEVICE_BOUND, rounded, weighted
 from ..request.workload import Workload
-from .candidates import forwards_for, paired_phases, programs_for, twins_for
+from .candidates import forwards_for, paired_phases, programs_for, singles_for
 from .criterion import Difference, Priced, difference, pareto_front, ranked
 from .limits import within
 
@@ -86,11 +86,11 @@ def fastest(workload: Workload, setting: Setting, host_share: float = DEVICE_BOU
         ]
         return sorted(times, key=lambda pair: pair[0])
 
-    twins = twins_for(workload, setting)
+    singles = singles_for(workload, setting)
     pairs = [
         (timed(forwards, kernels), timed(backwards, kernels))
         for forwards, backwards in paired_phases(workload, setting)
-        for kernels in subsets(twins)
+        for kernels in subsets(singles)
     ]
     pairs = [(forwards, backwards) for forwards, backwards in pairs if forwards and backwards]
     least = rounded(min(forwards[0][0] + backwards[0][0] for forwards, backwards in pairs))
@@ -103,7 +103,7 @@ def fastest(workload: Workload, setting: Setting, host_share: float = DEVICE_BOU
                 if rounded(first_s + second_s) > least:
                     break
                 program = pair(forward, backward)
-                program = lowered(program, setting, host_share) if twins else program
+                program = lowered(program, setting, host_share) if singles else program
                 tied.setdefault(program.id, program)
     return ranked([Priced(p, price(p, setting, host_share)) for p in tied.values()], "time")[0]
 

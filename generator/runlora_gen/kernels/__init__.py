@@ -1,0 +1,1 @@
+"""The fused kernels: one folder each, with its record and its templates."""

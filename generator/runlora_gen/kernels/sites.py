@@ -1,0 +1,59 @@
+"""What kernels compute of the sites: products in whose place they run, and operations of which they are part."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from ..algebra.derivation import Derivation
+from ..algebra.enumerate import Phase, Program
+from ..algebra.operations import Fused, Operation, Step, dimensions
+from ..algebra.sites import DERIVATIONS
+from .record import When
+from .registry import KERNELS
+
+
+def serves(operation: Fused, *, dtype: str, rank: int) -> bool:
+    """Whether the kernel of an operation takes a dtype and a rank."""
+    return KERNELS[operation.kernel].takes(dtype, rank)
+
+
+@lru_cache
+def alternatives(derivation: Derivation, when: When) -> tuple[Fused, ...]:
+    """Kernels that take the place of single products of a site's table: they make no other programs.
+
+    They come in the order in which an id names them: products over the tokens first, then as the table has them.
+
+    Raises:
+        ValueError: two kernels take the place of one product.
+    """
+    rows = (operation for row in derivation.table for operation in row.operations)
+    products = [operation for operation in dict.fromkeys(rows) if not isinstance(operation, Fused)]
+    found: dict[Step, Fused] = {}
+    for product in sorted(products, key=lambda product: "T" not in dimensions(product)):
+        for name, kernel in KERNELS.items():
+            if kernel.when == when and str(product) in kernel.replaces:
+                if product in found:
+                    raise ValueError(f"{found[product].kernel} and {name} both take the place of {product}")
+                found[product] = Fused(name, (product,))
+    return tuple(found.values())
+
+
+@lru_cache
+def operations_of(derivation: Derivation) -> tuple[Operation, ...]:
+    """Every operation that a program of a site may hold, each once."""
+    single = (*alternatives(derivation, "cheaper"), *alternatives(derivation, "stochastic"))
+    return tuple(dict.fromkeys((*derivation.operations, *single)))
+
+
+#: Every operation that a program of any site may hold, each once: what a device profile knows times of.
+OPERATIONS: tuple[Operation, ...] = tuple(dict.fromkeys(op for site in DERIVATIONS for op in operations_of(site)))
+
+
+def draws(operation: Operation) -> bool:
+    """Whether an operation draws random numbers."""
+    return isinstance(operation, Fused) and KERNELS[operation.kernel].seeded
+
+
+def seeded(computed: Phase | Program) -> bool:
+    """Whether what is computed draws random numbers."""
+    return any(map(draws, computed.operations))

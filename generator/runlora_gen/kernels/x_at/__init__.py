@@ -1,0 +1,16 @@
+"""S = s X Aᵀ in one pass over X."""
+
+from __future__ import annotations
+
+from ..record import Kernel
+
+KERNEL = Kernel(
+    launches=1,
+    call="{left0}, {right0T}, scaling",
+    tiles={"BT": 64, "BI": 256, "WARPS": 4, "STAGES": 4},
+    small_tiles={"BT": 64, "BI": 64, "WARPS": 4, "STAGES": 3},
+    candidates=({"BI": 128}, {"BT": 128, "BI": 128}),
+    largest_rank=128,
+    helpers=frozenset({"descriptors", "fitting", "multiprocessors", "rank_wide", "splits", "sum_parts"}),
+    replaces=("S = s * X @ A.T",),
+)

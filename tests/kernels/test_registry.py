@@ -1,0 +1,75 @@
+"""The room of the kernels: what is in a folder, and what a site gets of it."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+
+import pytest
+from runlora_gen.algebra.linear import LINEAR
+from runlora_gen.algebra.operations import Contract, Fused
+from runlora_gen.emit.code import line
+from runlora_gen.kernels import sites
+from runlora_gen.kernels.record import Kernel
+from runlora_gen.kernels.registry import FOLDER, KERNELS
+from runlora_gen.kernels.sites import OPERATIONS, alternatives, draws, operations_of
+
+FUSED = {operation.kernel: operation for operation in operations_of(LINEAR) if isinstance(operation, Fused)}
+
+
+def test_every_folder_is_a_kernel_with_all_its_files() -> None:
+    folders = {path.name: path for path in FOLDER.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert list(KERNELS) == sorted(folders)
+    for name, folder in folders.items():
+        assert isinstance(KERNELS[name], Kernel)
+        files = {path.name for path in folder.iterdir() if path.is_file()}
+        assert files == {"__init__.py", "device.jinja", "launch.jinja", "operator.jinja"}
+
+
+def test_every_kernel_is_of_a_site() -> None:
+    assert FUSED.keys() == KERNELS.keys()
+    for name, kernel in KERNELS.items():
+        in_rows = any(isinstance(op, Fused) and op.kernel == name for op in LINEAR.operations)
+        assert in_rows != bool(kernel.replaces), "of several products, in a row, or in the place of a single one"
+
+
+def test_what_is_shared_has_every_helper() -> None:
+    shared = (FOLDER / "support.jinja").read_text() + (FOLDER / "tiles.jinja").read_text()
+    for kernel in KERNELS.values():
+        assert all(f'"{helper}" in module.helpers' in shared for helper in kernel.helpers - {"F"})
+
+
+def test_calls_follow_from_the_formulas() -> None:
+    assert {line(operation) for operation in operations_of(LINEAR) if isinstance(operation, Fused)} == {
+        'Y = _fused_gemm(X, W, S, B, b, tiles="Y")',
+        'dX = _fused_gemm(dY, W.t(), P, A.t(), None, tiles="dX")',
+        'P, dB = _p_db(dY, B, S, scaling, B_dtype, tiles="P, dB")',
+        'S = _x_at(X, A, scaling, tiles="S")',
+        'dA = _pt_x(P, X, A_dtype, tiles="dA")',
+        'M = _merge(W, A, B, scaling, tiles="M")',
+        'M = _merge_stochastic(W, A, B, scaling, seed, tiles="M")',
+    }
+
+
+def test_alternatives_are_of_products_that_the_table_has() -> None:
+    """In the order in which ids name them."""
+    assert [operation.kernel for operation in alternatives(LINEAR, "cheaper")] == ["x_at", "pt_x", "merge"]
+    assert [operation.kernel for operation in alternatives(LINEAR, "stochastic")] == ["merge_stochastic"]
+    for operation in (*alternatives(LINEAR, "cheaper"), *alternatives(LINEAR, "stochastic")):
+        (product,) = operation.parts
+        assert product in LINEAR.operations and str(product) in KERNELS[operation.kernel].replaces
+
+
+def test_every_operation_is_there_once() -> None:
+    assert len(OPERATIONS) == len(set(OPERATIONS)) and set(operations_of(LINEAR)) == set(OPERATIONS)
+    assert set(LINEAR.operations) < set(OPERATIONS)
+    for operation in OPERATIONS:
+        assert draws(operation) == (isinstance(operation, Fused) and operation.kernel == "merge_stochastic")
+
+
+def test_two_kernels_for_one_product_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where both are to be had under the same condition, no id would tell which one runs."""
+    product = next(op for op in LINEAR.operations if isinstance(op, Contract) and str(op) in KERNELS["x_at"].replaces)
+    monkeypatch.setattr(sites, "KERNELS", MappingProxyType({**KERNELS, "x_at_too": KERNELS["x_at"]}))
+    with pytest.raises(ValueError) as error:
+        alternatives.__wrapped__(LINEAR, "cheaper")
+    assert str(error.value) == f"x_at and x_at_too both take the place of {product}"
