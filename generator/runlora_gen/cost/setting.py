@@ -46,6 +46,7 @@ class Setting:
         gradients: names of the gradients that training needs, of dX, dA, dB, db.
         device: the profile that gives the time.
         derivation: of the site that is computed.
+        sizes: of indices that this site has beside T, I, O and R, or in their place.
     """
 
     tokens: int
@@ -58,11 +59,12 @@ class Setting:
     gradients: frozenset[str]
     device: DeviceProfile
     derivation: Derivation = field(default=LINEAR, repr=False)
+    sizes: Dims = field(default_factory=dict, repr=False)
 
     @cached_property
     def dims(self) -> Dims:
         """Concrete dimensions by the names that symbols use."""
-        return {"T": self.tokens, "I": self.in_features, "O": self.out_features, "R": self.rank}
+        return {"T": self.tokens, "I": self.in_features, "O": self.out_features, "R": self.rank, **self.sizes}
 
     @property
     def casts(self) -> bool:

@@ -1,0 +1,95 @@
+"""What comes next parses, is counted and priced on today's ground."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import pytest
+from runlora_gen.algebra.derivation import Derivation
+from runlora_gen.algebra.enumerate import Program, enumerate_programs
+from runlora_gen.algebra.operations import Draw, Map
+from runlora_gen.cost.device import load_device
+from runlora_gen.cost.price import price, price_frozen, price_operation
+from runlora_gen.cost.setting import DTYPES, Setting
+
+from .sketches import DROPOUT, dropout, experts, quantized
+
+ALL = ("dX", "dA", "dB")
+BF16 = DTYPES["bf16"]
+T, I, O, R, E, J = 4096, 5120, 13824, 16, 8, 80  # noqa: E741 - as the formulas have it
+
+
+def setting(derivation: Derivation) -> Setting:
+    sizes = {"E": E, "J": J}
+    return Setting(T, I, O, R, BF16, BF16, False, frozenset(ALL), load_device("h100"), derivation, sizes)
+
+
+def priced(programs: Iterable[Program]) -> None:
+    """Every program takes longer than the frozen site, and less than ten times as long."""
+    for program in programs:
+        where = setting(program.derivation)
+        cost, frozen = price(program, where), price_frozen(where)
+        assert frozen < cost.time_s < 10 * frozen and cost.flops > 4 * T * I * O
+
+
+@pytest.mark.parametrize("make", [dropout, quantized, experts])
+def test_their_formulas_parse_back(make: Callable[[], Derivation]) -> None:
+    site = make()
+    assert all(site.parse(str(operation)) == operation for operation in site.operations)
+
+
+def test_under_dropout_a_mask_is_kept_or_drawn_again_and_nothing_is_merged() -> None:
+    site = dropout()
+    without = enumerate_programs(site, ALL)
+    # Y split or merged, S kept or made again.
+    assert len(without) == 2 * 2
+    assert not any(isinstance(op, Draw | Map) for program in without for op in program.operations)
+    priced(without)
+
+    under = enumerate_programs(site, ALL, facts=frozenset({DROPOUT}))
+    # Forward: H by either mask. Backward: S kept or not; dX by either mask, which is kept or drawn again; H kept, made
+    # by that mask, or by the other one, which is kept or drawn again, too.
+    assert len(under) == 2 * 2 * (2 * (2 + 2 + 4))
+    assert not any(site["M"] in program.forward.made | program.backward.made for program in under)
+    for program in under:
+        # What draws anew keeps the seed, and no mask.
+        drawn = any(isinstance(operation, Draw) for operation in program.backward.operations)
+        assert (site["seed"] in program.saved_inputs) == drawn
+    priced(under)
+
+    def saved(*kept: str) -> int:
+        (least,) = {price(p, setting(site)).saved_bytes for p in under if {str(s) for s in p.kept} == set(kept)}
+        return least
+
+    # X is kept for H, unless H is.
+    x = T * I * 2
+    assert saved("K8") == x + T * I and saved("K1") == x + T * I // 8
+    assert saved("H", "K1") == x + T * I // 8 and saved("H", "S", "K8") == x + T * I + T * R * 2
+    assert saved() == x
+
+
+def test_a_quantized_base_is_dequantized_kept_or_merged_in_the_same_pass() -> None:
+    site = quantized()
+    programs = enumerate_programs(site, ALL)
+    # Forward split or merged. Backward: S kept or not; dX by W or by M, kept or made again.
+    assert len(programs) == 2 * 2 * (2 * 2)
+    priced(programs)
+    where = setting(site)
+    codes = O * I // 2 + O * J * 4
+    plain, merged = (next(op for op in site.operations if op.outputs == (site[name],)) for name in "WM")
+    assert price_operation(plain, where).bytes_moved == codes + O * I * 2
+    # W is made within the pass: neither written nor read.
+    assert price_operation(merged, where).bytes_moved == codes + O * I * 2 + (O * R + R * I) * 2
+
+
+def test_experts_cost_by_their_rows_and_hold_by_their_count() -> None:
+    site = experts()
+    programs = enumerate_programs(site, ALL)
+    # Y 3 ways; dX 3 ways, P and dB apart or in one pass, S kept or not.
+    assert len(programs) == 3 * 3 * 2 * 2
+    priced(programs)
+    where = setting(site)
+    forward, gradient = (price_operation(site.parse(text), where) for text in ("Y = X @ W[e].T", "dA[e] = P.T @ X"))
+    assert forward.flops == 2 * T * I * O and gradient.flops == 2 * T * R * I
+    assert forward.bytes_moved == (T * I + E * O * I + T * O) * 2
+    assert gradient.bytes_moved == (T * R + T * I + E * R * I) * 2
