@@ -74,7 +74,7 @@ def test_a_site_s_programs(chain: Derivation) -> None:
         assert program.derivation is chain and not program.paper
         assert program.lossy_in_16_bit == program.id.startswith("right")
         assert set(map(str, program.saved_inputs)) <= {"U", "V", "Q"}
-        assert len(schedule(program.backward, {"T": 4, "I": 3, "R": 2, "O": 5}).steps) >= 3
+        assert len(schedule(program.backward, lambda symbol: len(symbol.shape)).steps) >= 3
 
 
 def test_its_function(chain: Derivation) -> None:

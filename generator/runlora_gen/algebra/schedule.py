@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 from .enumerate import Phase
-from .operations import Dims, Operation, Symbol
+from .operations import Operation, Symbol
 
 #: Of so many operations, which a lone linear has at most, all sets of finished ones are looked at: ties are decided by
 #: the least peak of each beginning as well.
 _FEW = 12
+
+#: The size of a tensor, in bytes or in whatever is to be least.
+Size = Callable[[Symbol], int]
 
 
 @dataclass(frozen=True)
@@ -27,21 +30,20 @@ class Step:
 class Schedule:
     """Operations in running order.
 
-    ``workspace`` is the peak number of elements in temporaries: tensors that the phase allocates and neither returns
-    nor saves. All of them have the activations' dtype.
+    ``workspace`` is the peak size of temporaries: tensors that the phase allocates and neither returns nor saves.
     """
 
     steps: tuple[Step, ...]
     workspace: int
 
 
-def schedule(phase: Phase, dims: Dims) -> Schedule:
-    """The order with the smallest peak of temporaries; ties go to the order of the table.
+def schedule(phase: Phase, size: Size) -> Schedule:
+    """The order with the smallest peak of temporaries, of these sizes; ties go to the order of the table.
 
     A temporary is freed early only where letting it live to the end would raise the peak, so that the emitted code
     holds no idle ``del``.
     """
-    flow, sizes, held = _flow_of(phase, dims)
+    flow, sizes, held = _flow_of(phase, size)
     peak, order = _best_order(flow, tuple(sizes.values()))
     # What is held all the time comes first, and is no matter of order.
     first = [operation for operation in phase.operations if set(operation.outputs) & set(phase.held)]
@@ -55,9 +57,9 @@ def schedule(phase: Phase, dims: Dims) -> Schedule:
     return Schedule((*map(Step, first), *steps), held + peak)
 
 
-def workspace(phase: Phase, dims: Dims) -> int:
+def workspace(phase: Phase, size: Size) -> int:
     """The peak of :func:`schedule` alone."""
-    flow, sizes, held = _flow_of(phase, dims)
+    flow, sizes, held = _flow_of(phase, size)
     return held + _best_order(flow, tuple(sizes.values()))[0]
 
 
@@ -187,13 +189,13 @@ class _Part:
         return cls(tuple(operations), tuple(temporaries), flow)
 
 
-def _flow_of(phase: Phase, dims: Dims) -> tuple[_Flow, Mapping[Symbol, int], int]:
-    """The flow of a phase's movable operations, the sizes of its temporaries, and the elements that it always holds."""
+def _flow_of(phase: Phase, size: Size) -> tuple[_Flow, Mapping[Symbol, int], int]:
+    """The flow of a phase's movable operations, the sizes of its temporaries, and that of what it always holds."""
     held = frozenset(phase.held)
     steps = tuple((op.reads, op.outputs, op.accumulate) for op in phase.operations if not held & set(op.outputs))
     flow = _flow(steps, frozenset({*phase.goals, *phase.keeps}))
-    sizes = {symbol: symbol.numel(dims) for symbol in flow.temporaries}
-    return flow, sizes, sum(symbol.numel(dims) for symbol in held.difference(phase.keeps))
+    sizes = {symbol: size(symbol) for symbol in flow.temporaries}
+    return flow, sizes, sum(map(size, held.difference(phase.keeps)))
 
 
 @lru_cache(maxsize=4096)
@@ -208,9 +210,10 @@ def _flow(
             makers.setdefault(symbol, []).append(i)
         for symbol in reads:
             readers.setdefault(symbol, []).append(i)
-        # Makers of what is read, and the earlier steps of an accumulation.
+        # Makers of what is read, and what begins an accumulation: the rest of a sum has no order.
         needed = {j for j, step in enumerate(steps) if set(step[1]) & set(reads)}
-        before.append(_of(needed | {j for j in range(i) if accumulate and set(steps[j][1]) & set(outputs)}))
+        begun = {j for j in range(i) if accumulate and not steps[j][2] and set(steps[j][1]) & set(outputs)}
+        before.append(_of(needed | begun))
     order: list[int] = []
     while len(order) < len(steps):
         order.append(next(i for i, needed in enumerate(before) if i not in order and not needed & ~_of(order)))

@@ -38,7 +38,7 @@ def price_phase(phase: Phase, setting: Setting) -> PhaseCost:
         flops=sum(cost.flops for cost in costs),
         bytes_moved=sum(cost.bytes_moved for cost in costs),
         launches=sum(cost.launches for cost in costs),
-        workspace_bytes=workspace(phase, setting.dims) * setting.dtype.bytes,
+        workspace_bytes=workspace(phase, setting.bytes_of),
         device_s=sum(cost.device_s for cost in costs),
         host_s=sum(cost.host_s for cost in costs),
     )

@@ -55,7 +55,7 @@ def forward_text(phase: Phase, decision: ForwardDecision, workload: Workload, wi
 
 def _price_table(title: str, phase: Phase, total: PhaseCost, setting: Setting) -> Iterable[str]:
     wanted = wanted_operations(phase, setting.gradients)
-    ordered: list[Operation] = [s.operation for s in schedule(phase, setting.dims).steps if s.operation in wanted]
+    ordered: list[Operation] = [s.operation for s in schedule(phase, setting.bytes_of).steps if s.operation in wanted]
     prices: list[tuple[str, OperationCost | PhaseCost]] = [
         (operation.formula, price_operation(operation, setting)) for operation in ordered
     ]

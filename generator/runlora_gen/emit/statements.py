@@ -44,7 +44,7 @@ def guard(wanted: Iterable[Symbol], site: Derivation) -> str:
 def forward_statements(phase: Phase, setting: Setting) -> tuple[str, ...]:
     """The statements of a forward; the adapter's casts are made before it is called."""
     lines = []
-    for step in schedule(phase, setting.dims).steps:
+    for step in schedule(phase, setting.bytes_of).steps:
         if step.operation.outputs[0] not in phase.held:
             lines.append(line(step.operation))
             lines += [f"del {symbol}" for symbol in step.frees]
@@ -61,7 +61,7 @@ def backward_blocks(phase: Phase, setting: Setting, needed_by: Mapping[Symbol, f
         else:
             blocks.append(Block(condition, (text,)))
 
-    for step in schedule(phase, setting.dims).steps:
+    for step in schedule(phase, setting.bytes_of).steps:
         guards = {symbol: guard(needed_by[symbol], phase.derivation) for symbol in step.operation.outputs}
         if len(set(guards.values())) == 1:
             add(guards[step.operation.outputs[0]], line(step.operation))
