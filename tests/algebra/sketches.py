@@ -64,8 +64,8 @@ def dropout() -> Derivation:
             Argument("B", gradient="dB"),
             Argument("seed", when=(DROPOUT,)),
         ),
-        output="Y",
-        output_gradient="dY",
+        outputs=("Y",),
+        output_gradients=("dY",),
         base=("Y = X @ W.T", "dX = dY @ W"),
         table=(
             *LOW_RANK,
@@ -99,8 +99,8 @@ def quantized() -> Derivation:
             Argument("A", gradient="dA"),
             Argument("B", gradient="dB"),
         ),
-        output="Y",
-        output_gradient="dY",
+        outputs=("Y",),
+        output_gradients=("dY",),
         base=("W = dequantize(Q, scales)", "Y = X @ W.T", "dX = dY @ W"),
         table=(
             *LOW_RANK,
@@ -132,8 +132,8 @@ def experts() -> Derivation:
             Argument("A", gradient="dA"),
             Argument("B", gradient="dB"),
         ),
-        output="Y",
-        output_gradient="dY",
+        outputs=("Y",),
+        output_gradients=("dY",),
         base=("Y = X @ W[e].T", "dX = dY @ W[e]"),
         table=(
             row("S", "x_at", "S = s * X @ A[e].T"),

@@ -44,8 +44,8 @@ def chain() -> Derivation:
             Argument("V"),
             Argument("Q", when=(f"not {CAST_ADAPTER}",)),
         ),
-        output="Z",
-        output_gradient="dZ",
+        outputs=("Z",),
+        output_gradients=("dZ",),
         table=(
             row("H", "u_v", "H = U @ V"),
             row("H", SAVED),
@@ -111,8 +111,8 @@ def test_a_wrong_formula_is_refused(chain: Derivation, formula: str, message: st
             "x",
             symbols=chain.symbols.values(),
             arguments=(),
-            output="Z",
-            output_gradient="dZ",
+            outputs=("Z",),
+            output_gradients=("dZ",),
             table=[row("H", "x", formula)],
         )
 
@@ -149,7 +149,7 @@ def test_every_product_parses_back(chain: Derivation) -> None:
 
 def refused(message: str, *rows: Row, **options: Any) -> None:
     with pytest.raises(ValueError, match=message):
-        derive("x", symbols=(Symbol("U", ("T", "I")),), output="U", output_gradient="U", table=rows, **options)
+        derive("x", symbols=(Symbol("U", ("T", "I")),), outputs=("U",), output_gradients=("U",), table=rows, **options)
 
 
 def test_a_condition_on_an_unknown_fact_is_refused() -> None:
@@ -168,8 +168,8 @@ def test_rows_and_inputs_are_there_where_their_conditions_hold() -> None:
         symbols=[Symbol(name, matrix) for name in ("U", "V", "H", "dH", "dU")],
         facts=("dry", "cold"),
         arguments=(Argument("U", gradient="dU"), Argument("V", when=("cold",))),
-        output="H",
-        output_gradient="dH",
+        outputs=("H",),
+        output_gradients=("dH",),
         table=(
             row("V", "made", "V = U @ U", when=("not cold",)),
             row("H", "dry", "H = U @ V", when=("dry",)),

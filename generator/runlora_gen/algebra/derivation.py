@@ -126,8 +126,10 @@ class Derivation:
         symbols: every symbol that a formula may name.
         facts: what the conditions of its rows and arguments may name.
         arguments: of the function, in their order.
-        output: what the function returns.
-        output_gradient: what its backward starts from.
+        outputs: what the function returns.
+        output_gradients: what its backward starts from.
+        sums: gradients that are sums over several linears, each with symbols that stand for their parts: the table has
+            the ways of every part, whose operations write the sum, so that each linear's is chosen by itself.
         base: what the site computes without adapters, forward and backward.
         table: all ways of all symbols.
         lossy: rounding these to 16 bits drops updates smaller than half an ulp of the weight.
@@ -140,8 +142,9 @@ class Derivation:
     symbols: Mapping[str, Symbol]
     facts: Facts
     arguments: tuple[Argument, ...]
-    output: Symbol
-    output_gradient: Symbol
+    outputs: tuple[Symbol, ...]
+    output_gradients: tuple[Symbol, ...]
+    sums: Mapping[Symbol, tuple[Symbol, ...]]
     base: tuple[Operation, ...]
     table: tuple[Way, ...]
     lossy: frozenset[Symbol]
@@ -159,6 +162,10 @@ class Derivation:
             ValueError: it is of another grammar, names an unknown symbol, or its shapes do not fit.
         """
         return parse(formula, self.symbols)
+
+    def parts_of(self, goal: Symbol) -> tuple[Symbol, ...]:
+        """What the table has ways of: the parts of a sum, else the goal itself."""
+        return self.sums.get(goal, (goal,))
 
     def way(self, target: str, name: str, *formulas: str) -> Way:
         """A further row of the table."""
@@ -222,8 +229,9 @@ def derive(
     symbols: Iterable[Symbol],
     facts: Iterable[str] = (),
     arguments: Iterable[Argument],
-    output: str,
-    output_gradient: str,
+    outputs: Iterable[str],
+    output_gradients: Iterable[str],
+    sums: Mapping[str, Iterable[str]] | None = None,
     base: Iterable[str] = (),
     table: Iterable[Row],
     lossy: Iterable[str] = (),
@@ -249,8 +257,9 @@ def derive(
         symbols=known,
         facts=facts,
         arguments=given,
-        output=known[output],
-        output_gradient=known[output_gradient],
+        outputs=tuple(known[name] for name in outputs),
+        output_gradients=tuple(known[name] for name in output_gradients),
+        sums={known[name]: tuple(known[part] for part in parts) for name, parts in (sums or {}).items()},
         base=tuple(parse(formula, known) for formula in base),
         table=tuple(_way(each, known) for each in rows),
         lossy=frozenset(known[name] for name in lossy),

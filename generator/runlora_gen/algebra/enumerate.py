@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property, lru_cache
+from functools import cached_property, lru_cache
+from weakref import WeakValueDictionary
 
 from .derivation import NO_FACTS, Derivation, Facts, Way, holds
 from .operations import Fused, Operation, Symbol
@@ -19,7 +20,7 @@ class Phase:
 
     Attributes:
         derivation: of the site that it computes.
-        goals: what must be there at its end (the output, or the wanted gradients).
+        goals: what must be there at its end (the outputs, or the wanted gradients).
         keeps: forward only: intermediates that it saves for the backward.
         ways: the chosen way of every symbol, in the order of the table.
     """
@@ -31,8 +32,8 @@ class Phase:
 
     @property
     def is_forward(self) -> bool:
-        """Whether it computes the output."""
-        return self.derivation.output in self.goals
+        """Whether it computes the outputs."""
+        return self.derivation.outputs[0] in self.goals
 
     @cached_property
     def operations(self) -> tuple[Operation, ...]:
@@ -81,7 +82,8 @@ class Phase:
         names = [self.way_of(goal).name for goal in self.goals if goal in self.derivation.undecided]
         for chosen in self.ways:
             rivals = [way for way in self.derivation.table if way.targets == chosen.targets and not way.saved]
-            if not chosen.saved and len(rivals) > 1 and not set(chosen.targets) & set(self.goals):
+            named = len(rivals) > 1 or len(chosen.targets) > 1
+            if named and not chosen.saved and not set(chosen.targets) & set(self.goals):
                 names.append(chosen.name)
         return "-".join(names)
 
@@ -152,7 +154,7 @@ class Program:
         casts_again = any(out in site.casts for operation in self.backward.operations for out in operation.outputs)
         if backward is None or casts_again or not set(self.kept) <= site.casts.keys():
             return ()
-        return tuple(f"{forward}/{backward}" for forward in self.forward.way_of(site.output).paper)
+        return tuple(f"{forward}/{backward}" for forward in self.forward.way_of(site.outputs[0]).paper)
 
 
 def enumerate_phases(
@@ -167,7 +169,7 @@ def enumerate_phases(
     A row with several targets is taken only where all of them are wanted.
     """
     given = frozenset(given)
-    wanted = (*goals, *keeps)
+    wanted = (*(part for goal in goals for part in derivation.parts_of(goal)), *keeps)
 
     def expand(pending: tuple[Symbol, ...], chosen: dict[Symbol, Way]) -> Iterator[dict[Symbol, Way]]:
         if not pending:
@@ -222,22 +224,43 @@ def enumerate_programs(
     )
 
 
-@cache
+def iterate_programs(
+    derivation: Derivation, goals: Sequence[str], *, table: Sequence[Way] | None = None, facts: Facts = NO_FACTS
+) -> Iterator[Program]:
+    """The programs of :func:`enumerate_programs`, in its order, one by one: none is kept."""
+    serving = rows_that_hold(derivation, table, facts)
+    computing = [way for way in serving if not way.saved]
+    wanted = tuple(derivation[goal] for goal in goals)
+    for backward in enumerate_phases(derivation, wanted, given_to_backward(derivation, facts), serving):
+        given = derivation.inputs(facts)
+        for forward in enumerate_phases(derivation, derivation.outputs, given, computing, keeps=backward.saved):
+            yield pair(forward, backward)
+
+
+#: Phases and programs that somebody holds, by what they are made of: each is one object, as they are compared by
+#: identity.
+_PHASES: WeakValueDictionary[tuple[object, ...], Phase] = WeakValueDictionary()
+_PROGRAMS: WeakValueDictionary[tuple[object, ...], Program] = WeakValueDictionary()
+
+
 def phase_of(
     derivation: Derivation, goals: tuple[Symbol, ...], keeps: tuple[Symbol, ...], ways: tuple[Way, ...]
 ) -> Phase:
     """The phase of these ways: always the same object, from whichever table they were taken."""
-    return Phase(derivation, goals, keeps, ways)
+    key = (derivation, goals, keeps, ways)
+    phase = _PHASES.get(key)
+    if phase is None:
+        phase = _PHASES[key] = Phase(*key)
+    return phase
 
 
 def pair(forward: Phase, backward: Phase, by_kernel: tuple[Symbol, ...] = ()) -> Program:
     """The program of a forward and a backward: always the same object, as programs are compared by identity."""
-    return _pair(forward, backward, by_kernel)
-
-
-@cache
-def _pair(forward: Phase, backward: Phase, by_kernel: tuple[Symbol, ...]) -> Program:
-    return Program(forward, backward, by_kernel)
+    key = (forward, backward, by_kernel)
+    program = _PROGRAMS.get(key)
+    if program is None:
+        program = _PROGRAMS[key] = Program(*key)
+    return program
 
 
 @lru_cache
@@ -245,9 +268,9 @@ def enumerate_backwards(
     derivation: Derivation, goals: tuple[str, ...], *, table: tuple[Way, ...] | None = None, facts: Facts = NO_FACTS
 ) -> tuple[Phase, ...]:
     """Every way to compute the wanted gradients, also from what a forward can keep."""
-    given = (*derivation.inputs(facts), derivation.output_gradient)
+    given = given_to_backward(derivation, facts)
     wanted = tuple(derivation[goal] for goal in goals)
-    return tuple(enumerate_phases(derivation, wanted, given, _serving(derivation, table, facts)))
+    return tuple(enumerate_phases(derivation, wanted, given, rows_that_hold(derivation, table, facts)))
 
 
 @lru_cache
@@ -258,11 +281,16 @@ def enumerate_forwards(
     facts: Facts = NO_FACTS,
     keeps: tuple[Symbol, ...] = (),
 ) -> tuple[Phase, ...]:
-    """Every way to compute the output and what is to be kept beside it."""
-    computing = [way for way in _serving(derivation, table, facts) if not way.saved]
-    return tuple(enumerate_phases(derivation, (derivation.output,), derivation.inputs(facts), computing, keeps=keeps))
+    """Every way to compute the outputs and what is to be kept beside them."""
+    computing = [way for way in rows_that_hold(derivation, table, facts) if not way.saved]
+    return tuple(enumerate_phases(derivation, derivation.outputs, derivation.inputs(facts), computing, keeps=keeps))
 
 
-def _serving(derivation: Derivation, table: tuple[Way, ...] | None, facts: Facts) -> list[Way]:
+def given_to_backward(derivation: Derivation, facts: Facts) -> tuple[Symbol, ...]:
+    """What a backward starts from, beside what the forward saved of its intermediates."""
+    return (*derivation.inputs(facts), *derivation.output_gradients)
+
+
+def rows_that_hold(derivation: Derivation, table: Sequence[Way] | None, facts: Facts) -> list[Way]:
     """The rows whose conditions hold."""
     return [way for way in (derivation.table if table is None else table) if holds(way.when, facts)]

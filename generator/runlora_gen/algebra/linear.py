@@ -46,8 +46,8 @@ LINEAR = derive(
         Argument("B", when=(f"not {CAST_ADAPTER}",)),
         Argument("scaling", "float"),
     ),
-    output="Y",
-    output_gradient="dY",
+    outputs=("Y",),
+    output_gradients=("dY",),
     base=("Y = X @ W.T + b", "dX = dY @ W"),
     table=(
         row("S", "x_at", "S = s * X @ A.T"),

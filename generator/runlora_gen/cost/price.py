@@ -57,13 +57,13 @@ def price(program: Program, setting: Setting, host_share: float = DEVICE_BOUND) 
 
 def price_frozen(setting: Setting, host_share: float = DEVICE_BOUND) -> float:
     """Seconds of the frozen linear (Y = X Wᵀ + b and dX = dY W): the floor that a LoRA linear is held against."""
-    device_s, host_s = _base_times(setting, {setting.derivation.output.name, *setting.gradients})
+    device_s, host_s = _base_times(setting, {*map(str, setting.derivation.outputs), *setting.gradients})
     return weighted(device_s, host_s, host_share)
 
 
 def price_frozen_forward(setting: Setting) -> tuple[float, float]:
     """Seconds of device and host of its forward alone."""
-    return _base_times(setting, {setting.derivation.output.name})
+    return _base_times(setting, set(map(str, setting.derivation.outputs)))
 
 
 def _base_times(setting: Setting, wanted: Collection[str]) -> tuple[float, float]:
