@@ -35,7 +35,7 @@ from runlora_gen.algebra.operations import Fused
 from runlora_gen.cost.lower import choices, with_kernels
 from runlora_gen.cost.price import price
 from runlora_gen.cost.setting import Setting
-from runlora_gen.emit.code import results_of
+from runlora_gen.emit.code import tiles_key
 from runlora_gen.emit.kernel_notes import kernel_constants
 from runlora_gen.measure.clock import captured, interleaved, seconds
 from runlora_gen.measure.machine import machine_name
@@ -141,7 +141,7 @@ def measure(options: argparse.Namespace) -> None:
             module = modules[ids]
             tiles: Any = getattr(module, "_TILES", {})
             for operation in {op for p in programs for op in p.operations if isinstance(op, Fused)}:
-                tiles[results_of(operation)] = kernel_constants(operation, setting)
+                tiles[tiles_key(operation)] = kernel_constants(operation, setting)
             times = measure_shape(module, programs, point, device, TORCH_DTYPES[options.dtype], options.rounds)
             rows.append({"shape": text, "us": {name: round(time * 1e6, 2) for name, time in times.items()}})
             print(f"{text}: {len(times)} steps, frozen {times[FROZEN] * 1e6:.1f} us", file=sys.stderr, flush=True)

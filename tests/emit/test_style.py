@@ -14,12 +14,15 @@ from pathlib import Path
 import black
 import pytest
 from black.files import find_project_root, infer_target_version, parse_pyproject_toml
+from runlora_gen.algebra.operations import Fused
 from runlora_gen.emit import style
+from runlora_gen.emit.kernel_notes import KernelCall
 from runlora_gen.emit.nodes import module_node
 from runlora_gen.emit.package import OF_MODELS
 from runlora_gen.emit.render import Header, render
 from runlora_gen.emit.style import DEFAULT_LINE_LENGTH, MAX_LINE_LENGTH, MIN_LINE_LENGTH, Style, style_of
 from runlora_gen.kernels.registry import KERNELS
+from runlora_gen.kernels.sites import operations_of
 from runlora_gen.request.errors import SpecError
 from runlora_gen.request.layers import Layer
 from runlora_gen.request.workload import Workload
@@ -133,8 +136,10 @@ def test_functions_are_formatted_as_in_the_whole() -> None:
     (choice,) = decide_model(workload, (Layer(128, 128, False, 1, ("q_proj",)),), 4)
     helpers = frozenset[str]().union(*(kernel.helpers for kernel in KERNELS.values()))
     node = module_node(choice, 4, workload, width=DEFAULT_LINE_LENGTH)
-    ranks = dict.fromkeys(KERNELS, 64)
-    node = replace(node, kernels=tuple(KERNELS), helpers=node.helpers | helpers, largest_ranks=ranks)
+    setting = choice.ranges[-1].decision.setting
+    calls = tuple(KernelCall(op, setting) for op in operations_of(setting.derivation) if isinstance(op, Fused))
+    node = replace(node, calls=calls, helpers=node.helpers | helpers)
+    assert [kernel.name for kernel in node.kernels] == list(KERNELS)
     source = render("linear.py.jinja", {"header": Header("command", "digest"), "module": node})
     assert len(style._CUT.split(source)) > 40
     assert Style().format(source) == black.format_str(source, mode=black.Mode())

@@ -268,8 +268,6 @@ def check_capability(value: object) -> tuple[int, int]:
     return int(major), int(minor)
 
 
-#: Least and most of constants that are no sides of tiles.
-_CONSTANTS = {"STAGES": (1, 8), "WARPS": (1, 16), "GROUP_M": (1, 64), "PARTS": (1, 2), "SUBTILES": (1, 2)}
 #: What a profile's title may be: it stands in docstrings and comments of generated code.
 _TITLE = re.compile(r"[A-Za-z0-9 ()@.,:+/_-]{1,60}")
 
@@ -299,15 +297,9 @@ def _dimensions(name: str, values: list[Any]) -> tuple[int, ...]:
 
 
 def _constants(name: str, constants: Mapping[str, Any]) -> Mapping[str, int]:
-    """Constants reach generated code: only known names, only small whole numbers."""
-    known = KERNELS[name.split(":")[0]].tiles
-    for constant, value in constants.items():
-        least, most = _CONSTANTS.get(constant, (16, 1024))
-        if constant not in known:
-            raise ValueError(f"tiles of {name}: no constant {shorten(constant)}; known are {', '.join(known)}")
-        if type(value) is not int or not least <= value <= most or (constant != "STAGES" and value & (value - 1)):
-            what = "a whole number" if constant == "STAGES" else "a power of two"
-            raise ValueError(
-                f"tiles of {name}: {constant} = {shorten(value)} is not allowed; give {what} from {least} to {most}"
-            )
+    """A kernel's best constants: only what its record allows."""
+    try:
+        KERNELS[name.split(":")[0]].check(constants)
+    except ValueError as error:
+        raise ValueError(f"tiles of {name}: {error}") from None
     return dict(constants)

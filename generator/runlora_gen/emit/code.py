@@ -40,15 +40,17 @@ def _helpers(step: Step) -> frozenset[str]:
             assert_never(step)
 
 
-def line(operation: Operation) -> str:
+def line(operation: Operation, *, tiles: str | None = None) -> str:
     """The statement that computes an operation; a cast only where the backward makes it.
+
+    ``tiles``: by which the constants of its kernel go, in place of :func:`tiles_key`.
 
     Raises:
         ValueError: it is of a kind that no site which modules are generated for has.
     """
     match operation:
         case Fused():
-            return f"{results_of(operation)} = {_call(operation)}"
+            return f"{results_of(operation)} = {_call(operation, tiles or tiles_key(operation))}"
         case Reduce():
             return f"{operation.out} = {operation.operands[0]}.sum(0)"
         case Convert(function="cast"):
@@ -81,7 +83,12 @@ def results_of(operation: Operation) -> str:
     return ", ".join(map(str, operation.outputs))
 
 
-def _call(operation: Fused) -> str:
+def tiles_key(operation: Fused) -> str:
+    """By which the constants of its kernel go in a module: what it computes."""
+    return results_of(operation)
+
+
+def _call(operation: Fused, tiles: str) -> str:
     """The call of a kernel's wrapper, with the operands of its parts where the kernel wants them."""
     values = {
         "bias": "None" if operation.bias is None else str(operation.bias),
@@ -93,7 +100,7 @@ def _call(operation: Fused) -> str:
             values[f"{side}{number}T"] = _operand(replace(operand, transposed=not operand.transposed))
         values[f"addend{number}"] = str(part.addend)
     arguments = KERNELS[operation.kernel].call.format(**values)
-    return f'_{operation.kernel}({arguments}, tiles="{results_of(operation)}")'
+    return f'_{operation.kernel}({arguments}, tiles="{tiles}")'
 
 
 def _operand(operand: Operand) -> str:

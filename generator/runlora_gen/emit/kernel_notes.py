@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..algebra.operations import Fused
 from ..cost.measured import tuned_constants
-from ..cost.setting import Setting
+from ..cost.setting import DTYPES, Setting
+from ..kernels.record import BEST_AT, Kernel
 from ..kernels.registry import KERNELS
-from .code import results_of
+from .code import tiles_key
 
 #: Compile-time constants of kernels: what is computed, and the constants by name.
 Tiles = tuple[tuple[str, tuple[tuple[str, int], ...]], ...]
@@ -23,9 +25,9 @@ class KernelCall:
     setting: Setting
 
     @property
-    def results(self) -> str:
+    def key(self) -> str:
         """By which its constants go."""
-        return results_of(self.operation)
+        return tiles_key(self.operation)
 
     @property
     def tiles(self) -> tuple[tuple[str, int], ...]:
@@ -43,6 +45,58 @@ class KernelCall:
         return tuned_constants(self.operation, self.setting) is not None
 
 
+@dataclass(frozen=True)
+class KernelNode:
+    """A kernel as its templates ask for it: what its record says, as code."""
+
+    name: str
+
+    @property
+    def record(self) -> Kernel:
+        """Its record."""
+        return KERNELS[self.name]
+
+    @property
+    def constants(self) -> str:
+        """Where a plan finds its constants: by ``tiles``, and if there are two sets by whether descriptors serve."""
+        return f"{'(_TILES if tma else _SMALL_TILES)' if self.record.small_tiles else '_TILES'}[tiles]"
+
+    def adapted(self, constant: str) -> str:
+        """What a plan makes of a constant."""
+        return re.sub(r"\b[A-Z_]+\b", self._constant, self.record.adapted[constant])
+
+    def _constant(self, match: re.Match[str]) -> str:
+        return f'constants["{match[0]}"]' if match[0] in self.record.tiles else match[0]
+
+    def takes(self, tensor: str, *others: str, rank: str | None = None) -> str:
+        """The condition that a tensor and a rank, both expressions, are within its limits, and others.
+
+        Raises:
+            ValueError: it has a limit that this says nothing of.
+        """
+        return " and ".join([*self._limits(tensor, rank, "==", "<="), *others])
+
+    def refuses(self, tensor: str, *others: str, rank: str | None = None) -> str:
+        """The condition that they are not, or others; raises likewise."""
+        return " or ".join([*self._limits(tensor, rank, "!=", ">"), *others])
+
+    def _limits(self, tensor: str, rank: str | None, equal: str, within: str) -> list[str]:
+        taken, largest = self.record.dtypes, self.record.largest_rank
+        found = []
+        if taken != DTYPES.keys():
+            (size,) = {DTYPES[dtype].bytes for dtype in taken}
+            if any(dtype.bytes == size and dtype.name not in taken for dtype in DTYPES.values()):
+                raise ValueError(
+                    f"{self.name} takes some dtypes of {size} bytes, and its launch asks for the size alone"
+                )
+            found.append(f"{tensor}.itemsize {equal} {size}")
+        if largest is not None:
+            if rank is None:
+                raise ValueError(f"{self.name} has a largest rank, of which its launch says nothing")
+            found.append(f"{rank} {within} {largest}")
+        return found
+
+
 def kernel_constants(operation: Fused, setting: Setting) -> Mapping[str, int]:
     """The compile-time constants of a kernel in a setting: its own, and what the device profile has in their place."""
     return {**KERNELS[operation.kernel].tiles, **(tuned_constants(operation, setting) or {})}
@@ -53,12 +107,12 @@ def tiles_note(calls: Sequence[KernelCall]) -> str:
     if not calls:
         return ""
     setting = calls[0].setting
-    untuned = [call.results for call in calls if not call.tuned]
+    untuned = [call.key for call in calls if not call.tuned]
     tuned = (
         f"Chosen by measurements on {setting.device.meter.title}, at the sizes nearest to {setting.tokens} tokens in "
         f"{setting.dtype.name}."
     )
-    general = "The best ones over all on an H200 in bf16, at 2048 to 16384 tokens and 5120 and 13824 features."
+    general = f"The best ones over all {BEST_AT}."
     if not untuned:
         return tuned
     if len(untuned) == len(calls):
@@ -66,9 +120,9 @@ def tiles_note(calls: Sequence[KernelCall]) -> str:
     return f"{tuned} Those of {listed(untuned)}: {general[0].lower()}{general[1:]}"
 
 
-def kernels_note(kernels: Sequence[str]) -> str:
+def kernels_note(kernels: Sequence[KernelNode]) -> str:
     """Where the kernels run, and how to switch them off."""
-    wide = [f"_{kernel}" for kernel in kernels if "fp32" in KERNELS[kernel].dtypes]
+    wide = [f"_{kernel.name}" for kernel in kernels if "fp32" in kernel.record.dtypes]
     takes = "16-bit tensors"
     if wide:
         takes += " and float32" if len(wide) == len(kernels) else f", {listed(wide)} with float32 too"

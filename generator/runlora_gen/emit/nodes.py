@@ -21,7 +21,7 @@ from ..search.criterion import Priced
 from ..search.ranges import LayerChoice
 from .code import dtype_of, helpers_of, uses_scaling
 from .derivation_text import forward_text, program_text
-from .kernel_notes import KernelCall, Tiles, kernels_note, listed, tiles_note
+from .kernel_notes import KernelCall, KernelNode, Tiles, kernels_note, listed, tiles_note
 from .statements import Block, backward_blocks, forward_statements, guard, unpack_needs, witnesses
 from .units import show_reason
 
@@ -106,9 +106,9 @@ class SharedNode:
         return listed(self.trains)
 
     @cached_property
-    def kernels(self) -> tuple[str, ...]:
-        """Names of the fused kernels."""
-        return tuple(sorted({call.operation.kernel for call in self.calls}))
+    def kernels(self) -> tuple[KernelNode, ...]:
+        """The fused kernels, by their names."""
+        return tuple(map(KernelNode, sorted({call.operation.kernel for call in self.calls})))
 
     @property
     def kernels_note(self) -> tuple[str, ...]:
@@ -116,19 +116,14 @@ class SharedNode:
         return self._comment(kernels_note(self.kernels))
 
     @property
-    def largest_ranks(self) -> Mapping[str, int]:
-        """Above it a kernel is slower than torch."""
-        return {kernel: limit for kernel in self.kernels if (limit := KERNELS[kernel].largest_rank)}
-
-    @property
     def tiles(self) -> Tiles:
         """Compile-time constants of the kernels by what they compute."""
-        return tuple((call.results, call.tiles) for call in self.calls)
+        return tuple((call.key, call.tiles) for call in self.calls)
 
     @property
     def small_tiles(self) -> Tiles:
         """The same for GPUs without tensor descriptors."""
-        return tuple((call.results, call.small_tiles) for call in self.calls if call.small_tiles)
+        return tuple((call.key, call.small_tiles) for call in self.calls if call.small_tiles)
 
     @property
     def tiles_note(self) -> tuple[str, ...]:

@@ -4,11 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
+
+from ..request.errors import shorten
 
 #: When a kernel takes the place of a product of torch's: where its price is lower, or where merged weights are to be
 #: rounded stochastically.
 When = Literal["cheaper", "stochastic"]
+
+
+#: Where the ``tiles`` of the records are the best ones, over all.
+BEST_AT = "on an H200 in bf16, at 2048 to 16384 tokens and 5120 and 13824 features"
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a constant may be: a power of two, or any whole number, from ``least`` to ``most``."""
+
+    least: int
+    most: int
+    power_of_two: bool = True
+
+    def allow(self, value: object) -> bool:
+        """Whether a value is within."""
+        within = type(value) is int and self.least <= value <= self.most
+        return within and not (self.power_of_two and value & (value - 1))  # type: ignore[operator]
+
+    def __str__(self) -> str:
+        return f"a {'power of two' if self.power_of_two else 'whole number'} from {self.least} to {self.most}"
+
+
+#: Of Triton's options, which every kernel has, and of the sides of tiles, which all other constants are.
+OPTIONS: Mapping[str, Bounds] = {"STAGES": Bounds(1, 8, power_of_two=False), "WARPS": Bounds(1, 16)}
+SIDE = Bounds(16, 1024)
 
 
 @dataclass(frozen=True)
@@ -30,6 +58,9 @@ class Kernel:
         small_tiles: the same for operands and GPUs (from sm_80 on) where that does not hold; empty for a kernel that
             uses no descriptors and has one set.
         candidates: constants that ``tune`` tries in place of those of ``tiles``.
+        bounds: of constants that are neither options of Triton nor sides of tiles.
+        adapted: what a launch makes of a constant, whatever was tuned: an expression of Python over the constants, T,
+            and BR, the columns that hold a row of the rank. Shared memory may halve it further (``_fitting``).
         dtypes: dtypes that it takes.
         largest_rank: above it the kernel is no candidate.
         helpers: what it uses of the helpers in ``support.jinja`` and ``tiles.jinja``, which kernels share, and ``F``
@@ -46,6 +77,8 @@ class Kernel:
     tiles: Mapping[str, int]
     small_tiles: Mapping[str, int] = field(default_factory=dict)
     candidates: Sequence[Mapping[str, int]] = ()
+    bounds: Mapping[str, Bounds] = field(default_factory=dict)
+    adapted: Mapping[str, str] = field(default_factory=dict)
     dtypes: frozenset[str] = frozenset({"bf16", "fp16", "fp32"})
     largest_rank: int | None = None
     helpers: frozenset[str] = frozenset()
@@ -54,6 +87,37 @@ class Kernel:
     priced_as: str | None = None
     seeded: bool = False
 
+    def __post_init__(self) -> None:
+        for constants in (self.tiles, self.small_tiles, *self.candidates):
+            self.check(constants)
+        if self.small_tiles and self.small_tiles.keys() != self.tiles.keys():
+            raise ValueError(f"small tiles are of {', '.join(self.small_tiles)}, not of {', '.join(self.tiles)}")
+        for names in (self.bounds, self.adapted):
+            self.check({name: self.tiles.get(name) for name in names})
+
+    def check(self, constants: Mapping[str, Any]) -> None:
+        """Refuse what it has no constants for: they reach generated code.
+
+        Raises:
+            ValueError: an unknown name, or a value out of bounds.
+        """
+        for name, value in constants.items():
+            if name not in self.tiles:
+                raise ValueError(f"no constant {shorten(name)}; known are {', '.join(self.tiles)}")
+            bounds = self.bounds.get(name) or OPTIONS.get(name, SIDE)
+            if not bounds.allow(value):
+                raise ValueError(f"{name} = {shorten(value)} is not allowed; give {bounds}")
+
+    def at(self, constants: Mapping[str, int], tokens: int, rank: int) -> Mapping[str, int]:
+        """What a launch makes of its constants, for so many tokens and a rank."""
+        known = {**constants, "T": tokens, "BR": block_rank(rank), "min": min, "max": max}
+        return {**constants, **{name: eval(text, {"__builtins__": {}}, known) for name, text in self.adapted.items()}}
+
     def takes(self, dtype: str, rank: int) -> bool:
         """Whether it takes a dtype and a rank."""
         return dtype in self.dtypes and (self.largest_rank is None or rank <= self.largest_rank)
+
+
+def block_rank(rank: int) -> int:
+    """Columns that hold a row of the rank, as ``_block_rank`` of the emitted code has them."""
+    return max(16, 1 << (rank - 1).bit_length())

@@ -43,7 +43,7 @@ from ..algebra.linear import LINEAR
 from ..algebra.liveness import wanted_operations
 from ..algebra.operations import Convert, Fused, Operation, Symbol, dimensions, signature
 from ..cost.device import MAX_PROFILE_BYTES, check_title, parse_profile, parse_toml
-from ..emit.code import line, results_of
+from ..emit.code import line, tiles_key
 from ..kernels.registry import KERNELS
 from ..kernels.sites import draws, operations_of, serves
 from ..request.errors import SpecError, reason, shorten
@@ -282,8 +282,14 @@ class _Workbench:
             if not isinstance(operation, Fused):
                 found.append(Trial(operation))
             elif self.kernels and serves(operation, dtype=dtype, rank=point.rank):
-                candidates = KERNELS[operation.kernel].candidates if self.takes_large_tiles(dtype, point) else ()
-                found += [Trial(operation, tuple(constants.items())) for constants in ({}, *candidates)]
+                kernel = KERNELS[operation.kernel]
+                candidates = kernel.candidates if self.takes_large_tiles(dtype, point) else ()
+                # What comes to the same constants is tried once.
+                sets: dict[tuple[int, ...], Mapping[str, int]] = {}
+                for constants in ({}, *candidates):
+                    at = kernel.at({**kernel.tiles, **constants}, point.tokens, point.rank)
+                    sets.setdefault(tuple(at.values()), constants)
+                found += [Trial(operation, tuple(constants.items())) for constants in sets.values()]
         return found
 
     def takes_large_tiles(self, dtype: str, point: Point) -> bool:
@@ -298,14 +304,13 @@ class _Workbench:
         """A call that runs a trial once on each set of buffers."""
         operation = trial.operation
         symbols = sorted({*operation.reads, *(operation.outputs if operation.accumulate else ())})
-        statement = line(operation)
-        if trial.constants:
-            result = results_of(operation)
-            key = f"{result} {dict(trial.constants)}".replace('"', "")
-            self.module._TILES[key] = {**self.module._TILES[result], **dict(trial.constants)}
-            statement = statement.replace(f'tiles="{result}"', f'tiles="{key}"')
+        key = None
+        if isinstance(operation, Fused) and trial.constants:
+            own = tiles_key(operation)
+            key = f"{own} {dict(trial.constants)}".replace('"', "")
+            self.module._TILES[key] = {**self.module._TILES[own], **dict(trial.constants)}
         namespace = {**vars(self.module), "scaling": 0.5, "b": None, "A_dtype": dtype, "B_dtype": dtype}
-        exec(f"def run({', '.join(map(str, symbols))}):\n    {statement}\n", namespace)
+        exec(f"def run({', '.join(map(str, symbols))}):\n    {line(operation, tiles=key)}\n", namespace)
         run = namespace["run"]
         calls = [[tensors[symbol] for symbol in symbols] for tensors in sets]
 

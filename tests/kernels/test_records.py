@@ -1,0 +1,134 @@
+"""Records: what they allow, and that every limit in one reaches what is emitted."""
+
+from __future__ import annotations
+
+import ast
+import re
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from runlora_gen.emit import kernel_notes
+from runlora_gen.emit.kernel_notes import KernelNode
+from runlora_gen.emit.render import render
+from runlora_gen.kernels.record import Bounds, Kernel, block_rank
+from runlora_gen.kernels.registry import FOLDER, KERNELS
+
+NAMES = list(KERNELS)
+GEMM = KERNELS["fused_gemm"]
+
+
+def rendered(name: str, template: str) -> str:
+    return render(f"kernels/{name}/{template}.jinja", {"kernel": KernelNode(name)})
+
+
+def defined(text: str) -> dict[str, ast.FunctionDef]:
+    return {node.name: node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_template_renders(name: str) -> None:
+    """To Python that defines what the others of the folder, and the emitted calls, refer to."""
+    kernel = defined(rendered(name, "device"))[f"_{name}_kernel"]
+    (decorator,) = (ast.unparse(decorator) for decorator in kernel.decorator_list)
+    assert decorator.startswith("triton.jit")
+    launch = rendered(name, "launch")
+    functions = defined(launch)
+    assert {f"_{name}", f"_launch_{name}"} <= functions.keys()
+    assert f"_{name}_kernel" in launch and f"_{name}_operator if torch.compiler.is_compiling()" in launch
+    (assignment,) = ast.parse(rendered(name, "operator")).body
+    assert isinstance(assignment, ast.Assign) and ast.unparse(assignment.targets[0]) == f"_{name}_operator"
+    # The operator takes what the launch does, and the call gives what the wrapper takes.
+    schema = ast.literal_eval(assignment.value.args[0])  # type: ignore[attr-defined]
+    arguments = [argument.arg for argument in functions[f"_launch_{name}"].args.args]
+    assert [text.split()[-1] for text in re.findall(r"\((.*)\) ->", schema)[0].split(", ")] == arguments
+    assert [argument.arg for argument in functions[f"_{name}"].args.args] == arguments[:-1]
+    assert len(KERNELS[name].call.split(", ")) == len(arguments) - 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_records_are_whole(name: str) -> None:
+    kernel = KERNELS[name]
+    assert kernel.launches > 0 and {"WARPS", "STAGES"} <= kernel.tiles.keys()
+    assert bool(kernel.small_tiles) == ("descriptors" in kernel.helpers)
+    assert kernel.priced_as is None or KERNELS[kernel.priced_as].tiles.keys() == kernel.tiles.keys()
+    assert kernel.seeded == ("seed" in kernel.call.split(", "))
+    assert {} not in kernel.candidates
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_limit_reaches_the_launch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another limit in the record is another one there, and none is none."""
+
+    def launch(**changes: Any) -> str:
+        changed = replace(KERNELS[name], **changes)
+        monkeypatch.setattr(kernel_notes, "KERNELS", MappingProxyType({**KERNELS, name: changed}))
+        return rendered(name, "launch")
+
+    half, every = frozenset({"bf16", "fp16"}), frozenset({"bf16", "fp16", "fp32"})
+    assert ".itemsize == 2" in (text := launch(dtypes=half)) or ".itemsize != 2" in text
+    assert not re.search(r"itemsize (==|!=)", launch(dtypes=every))
+    assert re.search(r"itemsize (==|!=) 4", launch(dtypes=frozenset({"fp32"})))
+    with pytest.raises(ValueError, match="takes some dtypes of 2 bytes"):
+        launch(dtypes=frozenset({"bf16"}))
+    if KERNELS[name].largest_rank is None:
+        with pytest.raises(ValueError, match=f"{name} has a largest rank, of which its launch says nothing"):
+            launch(largest_rank=7)
+    else:
+        assert "> 7 or" in launch(largest_rank=7)
+        assert not re.search(r"shape\[.\] > ", launch(largest_rank=None))
+    assert "(_TILES if tma else _SMALL_TILES)[tiles]" in launch(small_tiles=KERNELS[name].tiles)
+    assert "constants = _TILES[tiles]" in launch(small_tiles={})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tiles": {**GEMM.tiles, "BM": 8}}, "BM = 8 is not allowed; give a power of two from 16 to 1024"),
+        ({"candidates": ({"BN": 96},)}, "BN = 96 is not allowed; give a power of two from 16 to 1024"),
+        ({"candidates": ({"BI": 64},)}, "no constant 'BI'; known are BM, BN, BK, "),
+        ({"candidates": ({"PARTS": 4},)}, "PARTS = 4 is not allowed; give a power of two from 1 to 2"),
+        ({"candidates": ({"STAGES": 9},)}, "STAGES = 9 is not allowed; give a whole number from 1 to 8"),
+        ({"candidates": ({"WARPS": True},)}, "WARPS = True is not allowed; give a power of two from 1 to 16"),
+        ({"small_tiles": {"BM": 64}}, "small tiles are of BM, not of BM, BN, BK, "),
+        ({"bounds": {**GEMM.bounds, "BT": Bounds(1, 2)}}, "no constant 'BT'"),
+        ({"adapted": {"BT": "BT"}}, "no constant 'BT'"),
+    ],
+)
+def test_what_a_record_must_not_hold(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        replace(GEMM, **changes)
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if KERNELS[name].adapted])
+@given(tokens=st.integers(1, 2**17), rank=st.integers(1, 128), rows=st.sampled_from((16, 64, 128, 256, 512, 1024)))
+def test_what_a_launch_makes_of_constants(name: str, tokens: int, rank: int, rows: int) -> None:
+    """The record tells what the emitted expression gives."""
+    kernel = KERNELS[name]
+    constants = {**kernel.tiles, **dict.fromkeys(kernel.adapted, rows)}
+    scope = {"constants": constants, "T": tokens, "BR": block_rank(rank)}
+    at = kernel.at(constants, tokens, rank)
+    for constant in kernel.tiles:
+        text = KernelNode(name).adapted(constant) if constant in kernel.adapted else f'constants["{constant}"]'
+        assert at[constant] == eval(text, dict(scope))
+    assert 64 <= kernel.at(constants, tokens, rank)["BT"] <= 512
+
+
+def test_a_kernel_that_adapts_nothing() -> None:
+    assert GEMM.at(GEMM.small_tiles, 100, 8) == GEMM.small_tiles
+
+
+def test_a_block_of_the_rank_is_the_emitted_one() -> None:
+    (text,) = re.findall(r"def _block_rank.*?return ([^\n]*)\n", (FOLDER / "support.jinja").read_text(), re.DOTALL)
+    for rank in range(1, 600):
+        assert block_rank(rank) == eval(text, {"rank": rank})
+
+
+def test_limits_of_dtype_and_rank() -> None:
+    kernel = Kernel(launches=1, call="", tiles={}, dtypes=frozenset({"bf16"}), largest_rank=8)
+    assert kernel.takes("bf16", 8) and not kernel.takes("bf16", 9) and not kernel.takes("fp32", 8)
+    assert replace(kernel, largest_rank=None).takes("bf16", 10**6)
