@@ -56,6 +56,10 @@ class KernelNode:
         """Its record."""
         return KERNELS[self.name]
 
+    def suffix_beside(self, base: str) -> str:
+        """What the names of its device functions end with, if it fills the seams of another kernel's source."""
+        return "" if self.name == base else f"_{self.name}"
+
     @property
     def constants(self) -> str:
         """Where a plan finds its constants: by ``tiles``, and if there are two sets by whether descriptors serve."""
