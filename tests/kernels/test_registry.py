@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from types import MappingProxyType
 
 import pytest
@@ -73,3 +74,17 @@ def test_two_kernels_for_one_product_are_refused(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ValueError) as error:
         alternatives.__wrapped__(LINEAR, "cheaper")
     assert str(error.value) == f"x_at and x_at_too both take the place of {product}"
+
+
+@pytest.mark.parametrize(
+    ("room", "allowed"), [("algebra", {"algebra"}), ("kernels", {"algebra", "kernels", "request"})]
+)
+def test_what_the_rooms_import(room: str, allowed: set[str]) -> None:
+    """Kernels know the algebra, and never the other way round."""
+    for path in (FOLDER.parent / room).rglob("*.py"):
+        depth = len(path.relative_to(FOLDER.parent).parts)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                above = path.relative_to(FOLDER.parent).parts[: depth - node.level]
+                imported = (*above, *(node.module or "").split("."))[0]
+                assert imported in allowed, f"{path.name}: from {'.' * node.level}{node.module} import …"
