@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tomllib
+from runlora_gen.algebra.linear import LINEAR
+from runlora_gen.cost.profile import parse_toml, read_profile
+from runlora_gen.cost.work import work
 
 ROOT = Path(__file__).parents[1]
 README = "".join(
@@ -144,21 +146,18 @@ def test_the_ablations() -> None:
 
 
 def test_the_kernels_times_are_those_of_the_profile() -> None:
-    profile = tomllib.loads(
-        (ROOT / "generator" / "runlora_gen" / "cost" / "devices" / "h200.toml").read_text(encoding="utf-8")
-    )
+    path = ROOT / "generator" / "runlora_gen" / "cost" / "devices" / "h200.toml"
+    profile = read_profile(parse_toml(path.read_bytes()))
     document = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
-    times = profile["times"]["bf16"]
 
-    def us(name: str, *at: int) -> float:
-        (time,) = (row[-1] for row in times[name] if row[:-1] == list(at))
-        return time
+    def us(formula: str, *at: int) -> float:
+        return profile.times["bf16"][work(LINEAR.parse(formula))][at]
 
     def show(value: float) -> str:
         return f"{value:.1f}" if value < 100 else f"{value:.0f}"
 
     def read(rows: int, columns: int) -> float:
-        return rows * columns * 2 / profile["memory_gb_per_s"] / 1e3
+        return rows * columns * 2 / profile.memory_gb_per_s / 1e3
 
     r = 16
     for t, i, o in (
@@ -168,24 +167,31 @@ def test_the_kernels_times_are_those_of_the_profile() -> None:
         (8192, 5120, 13824),
         (8192, 13824, 5120),
     ):
-        two = us("P = s dY B", t, o, r) + us("dB = dYᵀ S", t, o, r)
-        forward = us("Y = S Bᵀ + b", t, o, r) + us("Y += X Wᵀ", t, i, o)
-        backward = us("dX = P A", t, i, r) + us("dX += dY W", t, i, o)
+        two = us("P = s * dY @ B", t, o, r) + us("dB = dY.T @ S", t, o, r)
+        forward = us("Y = S @ B.T + b", t, o, r) + us("Y += X @ W.T", t, i, o)
+        backward = us("dX = P @ A", t, i, r) + us("dX += dY @ W", t, i, o)
         cells = (
             f"{t}, {i}→{o}",
             f"{show(read(t, i))}, {show(read(t, o))}",
-            f"{show(us('x_at: S = s X Aᵀ', t, i, r))} ({show(us('S = s X Aᵀ', t, i, r))})",
-            f"{show(us('pt_x: dA = Pᵀ X', t, i, r))} ({show(us('dA = Pᵀ X', t, i, r))})",
-            f"{show(us('p_db: P = s dY B, dB = dYᵀ S', t, o, r))} ({show(two)})",
-            f"{show(us('fused_gemm: Y = S Bᵀ + b + X Wᵀ', t, i, o, r))} "
-            f"({show(us('Y = X Wᵀ + b', t, i, o))}, {show(forward)})",
-            f"{show(us('fused_gemm: dX = P A + dY W', t, i, o, r))} "
-            f"({show(us('dX = dY W', t, i, o))}, {show(backward)})",
+            f"{show(us('x_at: S = s * X @ A.T', t, i, r))} ({show(us('S = s * X @ A.T', t, i, r))})",
+            f"{show(us('pt_x: dA = P.T @ X', t, i, r))} ({show(us('dA = P.T @ X', t, i, r))})",
+            f"{show(us('p_db: P = s * dY @ B; dB = dY.T @ S', t, o, r))} ({show(two)})",
+            f"{show(us('fused_gemm: Y = S @ B.T + b; Y += X @ W.T', t, i, o, r))} "
+            f"({show(us('Y = X @ W.T + b', t, i, o))}, {show(forward)})",
+            f"{show(us('fused_gemm: dX = P @ A; dX += dY @ W', t, i, o, r))} "
+            f"({show(us('dX = dY @ W', t, i, o))}, {show(backward)})",
         )
         assert f"| {' | '.join(cells)} |" in document
     for i, o in ((5120, 5120), (5120, 13824)):
-        merge, plain = (round(us(f"{kernel}M = W + s B A", i, o, r)) for kernel in ("merge: ", ""))
+        merge, plain = (round(us(f"{kernel}M = W + s * B @ A", i, o, r)) for kernel in ("merge: ", ""))
         assert f"{merge} µs for {i}×{o} (torch {plain}, limit {round(2 * read(o, i))})" in document
+
+
+def test_the_table_of_a_profile() -> None:
+    document = (ROOT / "docs" / "cost-model.md").read_text(encoding="utf-8")
+    (quoted,) = re.findall(r"```toml\n(.+?)…\n```", document, re.DOTALL)
+    path = ROOT / "generator" / "runlora_gen" / "cost" / "devices" / "h200.toml"
+    assert quoted.count("\n") == 4 and quoted in path.read_text(encoding="utf-8")
 
 
 def test_the_model_table() -> None:

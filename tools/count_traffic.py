@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from runlora_gen.algebra.operations import Fused, Operation, signature
+from runlora_gen.algebra.operations import Fused, Operation
 from runlora_gen.cost.device import load_device
 from runlora_gen.cost.measured import setting_at
 from runlora_gen.cost.roofline import roofline
@@ -70,7 +70,7 @@ def report(path: Path) -> dict[str, Any]:
         priced = roofline(operation, setting)
         rows.append(
             {
-                "operation": signature(operation),
+                "operation": _printed(operation),
                 "kernel": isinstance(operation, Fused),
                 "priced": {"launches": priced.launches, "bytes": priced.bytes_moved},
                 "counted": {
@@ -89,6 +89,10 @@ def report(path: Path) -> dict[str, Any]:
         "at": POINT.dims,
         "rows": rows,
     }
+
+
+def _printed(operation: Operation) -> str:
+    return f"{operation.kernel}: {operation.formula}" if isinstance(operation, Fused) else operation.formula
 
 
 def main() -> None:

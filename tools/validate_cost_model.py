@@ -35,6 +35,7 @@ from runlora_gen.algebra.operations import Fused
 from runlora_gen.cost.lower import choices, with_kernels
 from runlora_gen.cost.price import price
 from runlora_gen.cost.setting import Setting
+from runlora_gen.cost.work import work
 from runlora_gen.emit.code import tiles_key
 from runlora_gen.emit.kernel_notes import kernel_constants
 from runlora_gen.measure.clock import captured, interleaved, seconds
@@ -210,7 +211,7 @@ def _tuned(setting: Setting) -> bool:
     """Whether the profile was measured at this very shape."""
     dims = tuple(setting.dims[d] for d in "TIO")
     times = setting.device.meter.times_for(setting.dtype.name)
-    return any(at == dims for at, _ in times.get("Y = X Wᵀ + b", ()))
+    return any(at == dims for at, _ in times.get(work(setting.derivation.base[0]), ()))
 
 
 def report(options: argparse.Namespace) -> None:

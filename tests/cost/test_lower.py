@@ -35,9 +35,18 @@ launch_us = 1
 host_us = 10
 kernel_host_us = 200
 tflops = { bf16 = 100, fp16 = 100, fp32 = 10 }
+format = 2
 [times.bf16]
-"S = s X Aᵀ" = [[4096, 1024, 8, 20]]
-"x_at: S = s X Aᵀ" = [[4096, 1024, 8, %s]]
+"TI,RI->TR scaled" = '''
+T    4096
+R       8
+1024   20
+'''
+"x_at: TI,RI->TR scaled" = '''
+T    4096
+R       8
+1024   %s
+'''
 """
 
 

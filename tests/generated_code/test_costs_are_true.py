@@ -22,12 +22,13 @@ from runlora_gen.algebra.derivation import CAST_ADAPTER, NO_FACTS
 from runlora_gen.algebra.enumerate import Phase, Program, enumerate_programs, pair
 from runlora_gen.algebra.linear import LINEAR
 from runlora_gen.algebra.liveness import saved_activations, saved_symbols
-from runlora_gen.algebra.operations import Convert, signature
+from runlora_gen.algebra.operations import Convert, Fused, Operation
 from runlora_gen.cost.device import load_device
 from runlora_gen.cost.measured import setting_at
 from runlora_gen.cost.price import price
 from runlora_gen.cost.roofline import roofline
 from runlora_gen.cost.setting import DTYPES, Setting
+from runlora_gen.cost.work import WORKS
 from runlora_gen.measure.problem import TORCH_DTYPES
 from runlora_gen.request.workload import Workload
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -236,9 +237,11 @@ def test_a_gpu_counts_the_launches_and_the_bytes_that_are_priced() -> None:
     """
     (path,) = (Path(__file__).parents[2] / "tools" / "results").glob("traffic_*.json")
     data = json.loads(path.read_text(encoding="utf-8"))
-    operations = {
-        signature(operation): operation for operation in LINEAR.operations if not isinstance(operation, Convert)
-    }
+
+    def printed(operation: Operation) -> str:
+        return f"{operation.kernel}: {operation.formula}" if isinstance(operation, Fused) else operation.formula
+
+    operations = {printed(operation): operation for operation in WORKS.values() if not isinstance(operation, Convert)}
     assert operations.keys() - {row["operation"] for row in data["rows"]} == {"merge_stochastic: M = W + s B A"}
     setting = setting_at(data["at"], DTYPES[data["dtype"]], load_device("h100"))
     for row in data["rows"]:

@@ -14,19 +14,31 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import tomllib
 from runlora_gen.algebra.linear import LINEAR
-from runlora_gen.algebra.operations import Convert, Fused, dimensions, signature
-from runlora_gen.cost.device import DTYPE_NAMES, load_device
+from runlora_gen.algebra.operations import Convert, Fused, dimensions
+from runlora_gen.cost.device import load_device
+from runlora_gen.cost.profile import Profile, parse_toml, read_profile
+from runlora_gen.cost.work import WORKS, work
 from runlora_gen.kernels.registry import KERNELS
 from runlora_gen.kernels.sites import operations_of
 from runlora_gen.measure import clock, tune
 from runlora_gen.measure.modules import module_of_everything
 from runlora_gen.request.errors import SpecError
-from runlora_gen.request.workload import Workload
+from runlora_gen.request.workload import DTYPE_NAMES, Workload
 
 SIZE = ("--shapes", "24x40", "--tokens", "16", "--rank", "4")
 ON_CPU = ("tune", "--device", "cpu", "-q", *SIZE)
+
+
+def read(path: Path) -> Profile:
+    """What a file holds."""
+    return read_profile(parse_toml(path.read_bytes()))
+
+
+def begun() -> Profile:
+    """One without measurements of operations."""
+    rates = dict.fromkeys(DTYPE_NAMES, 1.0)
+    return Profile("a", "b", memory_gb_per_s=1, launch_us=1, host_us=1, kernel_host_us=1, tflops=rates)
 
 
 REAL = {name: getattr(tune, name) for name in ("AT_REST", "TOLERANCE", "ROUNDS")}
@@ -112,15 +124,16 @@ def tuned(run, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_torch_operation_is_measured(tuned: Path) -> None:
-    data = tomllib.loads(tuned.read_text(encoding="utf-8"))
+    profile = read(tuned)
     dims = {"T": 16, "I": 24, "O": 40, "R": 4}
     # In one dtype there is nothing to cast.
     measured = [op for op in operations_of(LINEAR) if not isinstance(op, Convert | Fused)]
-    expected = {signature(op): [dims[d] for d in dimensions(op)] for op in measured}
-    assert {name: row[:-1] for name, (row,) in data["times"]["fp32"].items()} == expected
-    assert all(0.1 < row[-1] < 1e6 for (row,) in data["times"]["fp32"].values())
-    assert not data.get("tiles") and "kernel_host_us" not in data
-    assert re.fullmatch(r"measured by runlora-gen tune on .*, torch \S+", data["source"])
+    expected = {work(op): [tuple(dims[d] for d in dimensions(op))] for op in measured}
+    times = profile.times["fp32"]
+    assert {key: list(figures) for key, figures in times.items()} == expected
+    assert all(0.1 < time < 1e6 for figures in times.values() for time in figures.values())
+    assert not profile.tiles and profile.kernel_host_us is None
+    assert re.fullmatch(r"measured by runlora-gen tune on .*, torch \S+", profile.source)
     assert os.fspath(tuned.parent) not in tuned.read_text(encoding="utf-8")
 
 
@@ -157,21 +170,19 @@ def test_an_interrupted_run_is_resumed(run, tuned: Path, tmp_path: Path, monkeyp
     more = ("tune", "--device", "cpu", "-q", "--shapes", "24x40", "--tokens", "16,32,48", "--rank", "4", "-o", path)
     monkeypatch.setattr(tune, "_measure", measure)
     assert run(*more).code == 130
-    half = tomllib.loads(path.read_text(encoding="utf-8"))
-    assert [row[0] for row in half["times"]["fp32"]["S = s X Aᵀ"]] == [16, 32]
+    half = read(path).times["fp32"]["TI,RI->TR scaled"]
+    assert [tokens for tokens, *_ in half] == [16, 32]
     assert not list(tmp_path.glob(".*")), "nothing half-written stays"
     run(*more).ok()
-    whole = tomllib.loads(path.read_text(encoding="utf-8"))
-    assert [row[0] for row in whole["times"]["fp32"]["S = s X Aᵀ"]] == [16, 32, 48]
-    assert whole["times"]["fp32"]["S = s X Aᵀ"][:2] == half["times"]["fp32"]["S = s X Aᵀ"]
+    whole = read(path).times["fp32"]["TI,RI->TR scaled"]
+    assert [tokens for tokens, *_ in whole] == [16, 32, 48] and half.items() <= whole.items()
     assert [point.tokens for point in points] == [32, 48, 48]
 
 
 def test_shapes_of_an_architecture(run, machine: Machine, tmp_path: Path) -> None:
     path = tmp_path / "x.toml"
     run("tune", "--device", "cpu", "-q", "--arch", "llama-9m", "--tokens", "8", "--rank", "4", "-o", path).ok()
-    data = tomllib.loads(path.read_text(encoding="utf-8"))
-    assert [row[:3] for row in data["times"]["fp32"]["G = dYᵀ X"]] == [[8, 128, 128], [8, 128, 352], [8, 352, 128]]
+    assert list(read(path).times["fp32"]["TO,TI->OI"]) == [(8, 128, 128), (8, 128, 352), (8, 352, 128)]
 
 
 def test_kernels_are_measured_with_all_their_constants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,33 +202,29 @@ def test_kernels_are_measured_with_all_their_constants(tmp_path: Path, monkeypat
         return functools.cache(real(bench, trial, *rest))
 
     monkeypatch.setattr(tune._Workbench, "runner", runner)
-    data: dict = {"times": {}, "tiles": {}}
+    profile, size = begun(), tune.Point(24, 16, 32, 8)
     with tune._Workbench(torch.device("cpu")) as bench:
         bench.kernels = True
         bench.module = module_of_everything(Workload(device="h200", launch="graph"), tmp_path / "kernels")
-        tune._measure(bench, data, "fp16", tune.Point(24, 16, 32, 8))
-        assert bench.trials("fp16", tune.Point(24, 16, 32, 8), data) == []
-    fused = {signature(op): KERNELS[op.kernel] for op in operations_of(LINEAR) if isinstance(op, Fused)}
-    measured = {name: kernel for name, kernel in fused.items() if not kernel.seeded}
-    assert data["tiles"]["fp16"].keys() == measured.keys() < data["times"]["fp16"].keys()
-    for name, kernel in measured.items():
-        ((*_, best),) = data["tiles"]["fp16"][name]
+        tune._measure(bench, profile, "fp16", size)
+        assert bench.trials("fp16", size, profile.times["fp16"]) == []
+    fused = {work(op): KERNELS[op.kernel] for op in operations_of(LINEAR) if isinstance(op, Fused)}
+    measured = {key: kernel for key, kernel in fused.items() if not kernel.seeded}
+    assert profile.tiles["fp16"].keys() == measured.keys() < profile.times["fp16"].keys()
+    for key, kernel in measured.items():
+        (best,) = profile.tiles["fp16"][key].values()
         assert best in ({}, *kernel.candidates)
-        constants = [dict(trial.constants) for trial in tried if signature(trial.operation) == name]
+        constants = [dict(trial.constants) for trial in tried if work(trial.operation) == key]
         assert constants[0] == {}
         # Once each of what a launch makes of them: p_db takes 256 rows a program at so few tokens, of 512 too.
         ran, possible = (
             [tuple(kernel.at({**kernel.tiles, **own}, 24, 8).values()) for own in sets]
             for sets in (constants, ({}, *kernel.candidates))
         )
-        assert ran == list(dict.fromkeys(possible)) and (len(ran) < len(possible)) == name.startswith("p_db")
-    rendered = tmp_path / "x.toml"
-    basics = {"title": "a", "source": "b", "memory_gb_per_s": 1.0, "launch_us": 1.0, "host_us": 1.0}
-    tune._write(rendered, {**basics, "kernel_host_us": 1.0, "tflops": dict.fromkeys(DTYPE_NAMES, 1.0), **data})
-    device = load_device(os.fspath(rendered))
-    for name, rows in data["tiles"]["fp16"].items():
-        ((*at, best),) = rows
-        assert device.tiles_for("bf16")[name] == ((tuple(at), best),)
+        assert ran == list(dict.fromkeys(possible)) and (len(ran) < len(possible)) == key.startswith("p_db")
+    tune._write(tmp_path / "x.toml", profile)
+    device = load_device(os.fspath(tmp_path / "x.toml"))
+    assert device.tiles_for("bf16") == {key: tuple(best.items()) for key, best in profile.tiles["fp16"].items()}
 
 
 def test_progress_goes_to_stderr(run, machine: Machine, tmp_path: Path) -> None:
@@ -225,7 +232,8 @@ def test_progress_goes_to_stderr(run, machine: Machine, tmp_path: Path) -> None:
     assert outcome.out == f"{tmp_path / 'x.toml'}\n" and "1/1" in outcome.err
 
 
-ONE = "Y = X Wᵀ + b"
+ONE = "Y = X @ W.T + b"
+ONE_WORK = "TI,OI->TO biased"
 POINT = tune.Point(16, 24, 40, 4)
 
 
@@ -238,9 +246,10 @@ class TestAgreement:
 
         def measured(slowness: Callable[[str | None, int, float], float]) -> tuple[dict, dict]:
             machine.slowness = slowness
-            profile: dict = {"times": {}, "tiles": {}}
+            profile = begun()
             unsettled = tune._measure(bench, profile, "fp32", POINT)
-            written = {name: row[-1] for name, (row,) in profile["times"].get("fp32", {}).items()}
+            known = profile.times.get("fp32", {})
+            written = {str(WORKS[key]): time for key, times in known.items() for time in times.values()}
             named = {tune._described(trial): [figure * 1e6 for figure in unsettled[trial]] for trial in unsettled}
             assert len(written) + len(named) == 18 and written.keys().isdisjoint(named)
             return written, named
@@ -285,7 +294,7 @@ class TestAgreement:
             lambda what, batch, now: 188 * 1.2 ** (batch - first) if what == ONE and batch in batches else 1
         )
         assert not named and all(40 <= row <= 41 for row in written.values())
-        assert machine.batches(ONE) == 2 + count and machine.batches("G = dYᵀ X") == 2
+        assert machine.batches(ONE) == 2 + count and machine.batches("G = dY.T @ X") == 2
 
     def test_a_slow_drift(self, measured) -> None:
         """What differs by less than the tolerance is one figure."""
@@ -322,12 +331,13 @@ class TestAgreement:
         monkeypatch.setattr(bench, "kernels", True)
         monkeypatch.setattr(bench, "takes_large_tiles", lambda *_: True)
         candidates = KERNELS["merge"].candidates
-        never = f"merge: M = W + s B A with BO = {candidates[0]['BO']}"
+        name = "merge: M = W + s * B @ A"
+        never = f"{name} with BO = {candidates[0]['BO']}"
         machine.slowness = lambda what, batch, now: factor * 1.15**batch if what == never else 1
-        profile: dict = {"times": {}, "tiles": {}}
+        profile = begun()
         unsettled = tune._measure(bench, profile, "fp16", POINT)
-        for rows in (profile["times"]["fp16"], profile["tiles"]["fp16"]):
-            assert ("merge: M = W + s B A" in rows) == (factor > 1)
+        for found in (profile.times["fp16"], profile.tiles["fp16"]):
+            assert (work(LINEAR.parse(name)) in found) == (factor > 1)
         assert [tune._described(trial) for trial in unsettled] == ([never] if factor < 1 else [])
 
     @pytest.mark.parametrize(
@@ -361,27 +371,25 @@ class TestAgreement:
         assert (first.code, first.out) == (0, f"{path}\n")
         left_out, warning = first.err.splitlines()
         assert re.fullmatch(
-            r"left out: fp32 16:24x40 r[48]: Y = X Wᵀ \+ b took (\d+\.?\d*, ){11}\d+\.?\d* µs in batches that "
+            r"left out: fp32 16:24x40 r[48]: Y = X @ W\.T \+ b took (\d+\.?\d*, ){11}\d+\.?\d* µs in batches that "
             "never agreed; run again on an idle machine, what is finished is kept",
             left_out,
         )
-        assert warning.startswith("warning: fp32: Y = X Wᵀ + b has no time at any size")
-        half = tomllib.loads(path.read_text(encoding="utf-8"))["times"]["fp32"]
-        assert len(half) == 17 and ONE not in half
+        assert warning.startswith("warning: fp32: Y = X @ W.T + b has no time at any size")
+        half = read(path).times["fp32"]
+        assert len(half) == 17 and ONE_WORK not in half
         machine.slowness = lambda *_: 1
         machine.timings.clear()
         run(*command).ok()
         assert machine.timings.keys() == {None, ONE}, "what is known is not measured again"
-        whole = tomllib.loads(path.read_text(encoding="utf-8"))["times"]["fp32"]
-        assert {name: row for name, row in whole.items() if name != ONE} == half
-        assert whole[ONE][0][:-1] == [16, 24, 40]
+        whole = read(path).times["fp32"]
+        assert list(whole.pop(ONE_WORK)) == [(16, 24, 40)] and whole == half
 
     def test_what_another_size_made_up_for_is_not_named(self, run, machine: Machine, tmp_path: Path) -> None:
-        delta = "D = s B A"  # no token has a part in it
+        delta = "D = s * B @ A"  # no token has a part in it
         machine.slowness = lambda what, batch, now: 1.15**batch if what == delta and batch < tune.BATCHES else 1
         run(*ON_CPU[:-3], "16,32", *ON_CPU[-2:], "-o", tmp_path / "x.toml").ok()
-        data = tomllib.loads((tmp_path / "x.toml").read_text(encoding="utf-8"))
-        assert [row[:-1] for row in data["times"]["fp32"][delta]] == [[24, 40, 4]]
+        assert list(read(tmp_path / "x.toml").times["fp32"]["OR,RI->OI scaled"]) == [(24, 40, 4)]
 
     def test_nothing_is_priced_without_the_basics(self, run, machine: Machine, tmp_path: Path) -> None:
         machine.slowness = lambda what, batch, now: 1.15**batch
@@ -406,6 +414,13 @@ class TestBadInput:
         path.write_text(tuned.read_text(encoding="utf-8").replace("torch ", "tensor "), encoding="utf-8")
         assert "is not of this machine" in self.refused(run, path)
 
+    def test_a_file_of_an_older_version(self, run, tuned: Path, tmp_path: Path, small: tuple[str, ...]) -> None:
+        path = tmp_path / "x.toml"
+        path.write_text(tuned.read_text(encoding="utf-8").replace("format = 2\n", ""), encoding="utf-8")
+        again = "its tables are of an older version of runlora-gen; measure the machine again, into another file"
+        assert f"x.toml' is no profile: {again}" in self.refused(run, path)
+        assert f"x.toml': not a device profile: {again}" in run(*small, "--device", path, "-o", tmp_path).error()
+
     @pytest.mark.parametrize("text", ["x = ", "a" + ".a" * 50_000 + " = 1", "x = " + "[" * 50_000], ids=len)
     def test_no_profile(self, run, tmp_path: Path, text: str) -> None:
         path = tmp_path / "x.toml"
@@ -421,13 +436,13 @@ class TestBadInput:
 
     def test_a_fifo_where_the_file_is_staged(self, tuned: Path, tmp_path: Path, odd: Callable[[Path], None]) -> None:
         """It is removed, not written to; a folder is neither."""
-        data = {"tiles": {}, **tomllib.loads(tuned.read_text(encoding="utf-8"))}
+        profile = read(tuned)
         odd(tmp_path / ".x.toml.new")
         if (tmp_path / ".x.toml.new").is_dir() and not (tmp_path / ".x.toml.new").is_symlink():
             with pytest.raises(SpecError, match=r"^--output: cannot write '[^\n]*x.toml': [^\n]+$"):
-                tune._write(tmp_path / "x.toml", data)
+                tune._write(tmp_path / "x.toml", profile)
         else:
-            tune._write(tmp_path / "x.toml", data)
+            tune._write(tmp_path / "x.toml", profile)
             assert (tmp_path / "x.toml").read_bytes() == tuned.read_bytes()
 
     @pytest.mark.parametrize(

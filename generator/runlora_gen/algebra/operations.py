@@ -347,14 +347,6 @@ def biases(operation: Operation) -> tuple[Symbol, ...]:
 
 
 @lru_cache(maxsize=4096)
-def signature(operation: Operation) -> str:
-    """What is the same for operations that do the same work: the formula, with M and D, which have W's shape, as W."""
-    result, _, value = operation.formula.partition("= ")
-    text = result + "= " + re.sub(r"\b[MD](?=ᵀ|\b)", "W", value)
-    return f"{operation.kernel}: {text}" if isinstance(operation, Fused) else text
-
-
-@lru_cache(maxsize=4096)
 def dimensions(operation: Operation) -> tuple[str, ...]:
     """The indices that an operation has, in the order T, I, O, R; after them others."""
     used = {dim for symbol in (*operation.reads, *operation.outputs) for dim in symbol.shape}

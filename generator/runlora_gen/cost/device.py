@@ -1,12 +1,4 @@
-"""Device profiles: data files with what the prices need to know of a machine.
-
-Keys of a file: ``title``, ``source``, ``compute_capability`` (of a GPU),
-``memory_gb_per_s``, ``launch_us``, ``host_us``, ``kernel_host_us`` (absent
-where no Triton kernels run), ``multiprocessors`` (of a GPU), ``[tflops]`` by dtype. A file that ``runlora-gen tune``
-wrote has more: ``[times.DTYPE]``, by the signature of an operation rows of its dimensions (in the order T, I, O, R)
-and measured microseconds, and ``[tiles.DTYPE]``, rows of dimensions and a kernel's best constants. ``measured_on``
-names another profile whose measurements stand in, as ratios to that machine's roofline.
-"""
+"""Devices: machines as the prices see them, read from their profiles (``devices/*.toml`` and users' files)."""
 
 from __future__ import annotations
 
@@ -19,33 +11,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import tomllib
-
-from ..algebra.operations import dimensions, signature
-from ..kernels.registry import KERNELS
-from ..kernels.sites import OPERATIONS
 from ..request.errors import SpecError, nearest, shorten
 from ..request.files import read_if_there
-from ..request.workload import DTYPE_NAMES
+from .profile import MAX_PROFILE_BYTES, Constants, Size, parse_toml, read_profile
 
 _FOLDER = Path(__file__).parent / "devices"
-#: Thirty times the largest profile that was measured.
-MAX_PROFILE_BYTES = 4 << 20
-#: A key of more parts than any here: tomllib's time and memory grow with their square. Searched for outside of strings,
-#: which end where tomllib ends them, or where it will stop with an error.
-_DEEP_KEY = re.compile(r"(?:\.[ \t]*+[A-Za-z0-9_-]++[ \t]*+){4}")
-_STRING_OR_COMMENT = re.compile(
-    r'"""(?:[^"\\]|\\.|"(?!""))*+(?:"{3,5})?'
-    r"|'''(?:[^']|'(?!''))*+(?:'{3,5})?"
-    r'|"(?:[^"\\\n]|\\.)*+"?'
-    r"|'[^'\n]*+'?"
-    r"|#[^\n]*+",
-    re.DOTALL,
-)
 
-#: Dimensions of a measured operation, and what was measured.
-Times = Mapping[str, tuple[tuple[tuple[int, ...], float], ...]]
-Tiles = Mapping[str, tuple[tuple[tuple[int, ...], Mapping[str, int]], ...]]
+#: Sizes of a measured operation, and what was measured.
+Times = Mapping[str, tuple[tuple[Size, float], ...]]
+Tiles = Mapping[str, tuple[tuple[Size, Constants], ...]]
 
 
 @dataclass(frozen=True, eq=False)  # one object a name: compared and hashed by identity
@@ -64,7 +38,7 @@ class DeviceProfile:
         multiprocessors: of a GPU: how many tiles of a kernel run at once; None where that is not known.
         compute_capability: of a GPU of NVIDIA; None where that is not known.
         digest: of all its data, also of what it takes from another profile.
-        times: seconds by dtype and signature of an operation, at the dimensions where it was measured.
+        times: seconds by dtype and work, at the sizes where it was measured, in their order.
         tiles: the best constants of kernels, likewise.
         measured_on: the profile whose ``times`` and ``tiles`` hold, if not this one's.
     """
@@ -135,7 +109,7 @@ def load_device(name: str) -> DeviceProfile:
     if data is None:
         raise SpecError(f"--device: there is no file {shorten(name)}")
     try:
-        return parse_profile(name, parse_toml(data))
+        return device_of(name, parse_toml(data))
     except ValueError as error:
         raise SpecError(f"{label}: not a device profile: {error}") from None
 
@@ -167,70 +141,34 @@ def nearest_profile(name: str, capability: tuple[int, int]) -> tuple[str, str]:
     return profile, f"priced for another GPU, {title}: {shorten(name)} has no profile; `runlora-gen tune` makes one"
 
 
-def parse_toml(data: bytes) -> dict[str, Any]:
-    """The data of a profile's file.
-
-    Raises:
-        ValueError: it is no TOML, or TOML that no profile needs; one line.
-    """
-    text = data.decode("utf-8")
-    if _DEEP_KEY.search(_STRING_OR_COMMENT.sub("s", text)):
-        raise ValueError("a key of more than four parts")
-    try:
-        return tomllib.loads(text)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-
-
-def parse_profile(name: str, data: Mapping[str, Any]) -> DeviceProfile:
-    """A profile from the data of its file.
+def device_of(name: str, data: Mapping[str, Any]) -> DeviceProfile:
+    """A device from the data of its profile's file.
 
     Raises:
         ValueError: it is not what a profile must be; one line that names what is wrong.
     """
-    try:
-        return _profile(name, data)
-    except SpecError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
-        what = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
-        raise ValueError(" ".join(what.split())) from None
-
-
-def _profile(name: str, data: Mapping[str, Any]) -> DeviceProfile:
-    def positive(key: str, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 1e-6 <= value <= 1e12:
-            raise ValueError(f"{key}: {shorten(value)} is not allowed; give a number from 1e-6 to 1e12")
-        return float(value)
-
-    rates = {dtype: positive(f"tflops.{dtype}", data["tflops"][dtype]) * 1e12 for dtype in DTYPE_NAMES}
-    times = {
-        dtype: {
-            name: tuple((_dimensions(name, row[:-1]), positive(f"times of {name}", row[-1]) * 1e-6) for row in rows)
-            for name, rows in by_signature.items()
-        }
-        for dtype, by_signature in data.get("times", {}).items()
-    }
-    meter = _meter(str(data["measured_on"])) if "measured_on" in data else None
+    profile = read_profile(data)
+    meter = _meter(profile.measured_on) if profile.measured_on is not None else None
+    major, _, minor = (profile.compute_capability or "").partition(".")
     return DeviceProfile(
         name=name,
         digest=_digest(data, meter),
-        title=check_title(data["title"]),
-        source=str(data["source"]),
-        flops_per_s=rates,
-        bytes_per_s=positive("memory_gb_per_s", data["memory_gb_per_s"]) * 1e9,
-        launch_s=positive("launch_us", data["launch_us"]) * 1e-6,
-        host_s=positive("host_us", data["host_us"]) * 1e-6,
-        kernel_host_s=positive("kernel_host_us", data["kernel_host_us"]) * 1e-6 if "kernel_host_us" in data else None,
-        multiprocessors=(_count(data["multiprocessors"]) if "multiprocessors" in data else None),
-        compute_capability=(check_capability(data["compute_capability"]) if "compute_capability" in data else None),
-        times=times,
+        title=profile.title,
+        source=profile.source,
+        flops_per_s={dtype: rate * 1e12 for dtype, rate in profile.tflops.items()},
+        bytes_per_s=profile.memory_gb_per_s * 1e9,
+        launch_s=profile.launch_us * 1e-6,
+        host_s=profile.host_us * 1e-6,
+        kernel_host_s=profile.kernel_host_us * 1e-6 if profile.kernel_host_us is not None else None,
+        multiprocessors=profile.multiprocessors,
+        compute_capability=(int(major), int(minor)) if profile.compute_capability is not None else None,
+        times={
+            dtype: {key: tuple((size, time * 1e-6) for size, time in times.items()) for key, times in by_work.items()}
+            for dtype, by_work in profile.times.items()
+        },
         tiles={
-            dtype: {
-                name: tuple((_dimensions(name, row[:-1]), _constants(name, row[-1])) for row in rows)
-                for name, rows in by_signature.items()
-            }
-            for dtype, by_signature in data.get("tiles", {}).items()
+            dtype: {key: tuple(tiles.items()) for key, tiles in by_work.items()}
+            for dtype, by_work in profile.tiles.items()
         },
         measured_on=meter,
     )
@@ -238,6 +176,7 @@ def _profile(name: str, data: Mapping[str, Any]) -> DeviceProfile:
 
 def _digest(data: Mapping[str, Any], meter: DeviceProfile | None) -> str:
     text = json.dumps([data, meter.digest if meter else None], sort_keys=True, default=str)
+    text = re.sub(" +", " ", text)  # however the columns of tables are set
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -248,58 +187,3 @@ def _meter(name: str) -> DeviceProfile:
     if "measured_on" in (_FOLDER / f"{name}.toml").read_text(encoding="utf-8"):
         raise ValueError(f"measured_on: {name} was not measured itself")
     return load_device(name)
-
-
-def _count(value: Any) -> int:
-    if type(value) is not int or not 0 < value <= 4096:
-        raise ValueError(f"multiprocessors: {shorten(value)} is not allowed; give a whole number from 1 to 4096")
-    return value
-
-
-def check_capability(value: object) -> tuple[int, int]:
-    """A compute capability such as "9.0".
-
-    Raises:
-        ValueError: it is none.
-    """
-    if not isinstance(value, str) or not re.fullmatch(r"[0-9]{1,2}\.[0-9]", value):
-        raise ValueError(f"compute_capability: {shorten(value)} is not allowed; give a text such as 9.0")
-    major, _, minor = value.partition(".")
-    return int(major), int(minor)
-
-
-#: What a profile's title may be: it stands in docstrings and comments of generated code.
-_TITLE = re.compile(r"[A-Za-z0-9 ()@.,:+/_-]{1,60}")
-
-
-def check_title(title: object) -> str:
-    """A profile's title, if it may stand in generated code.
-
-    Raises:
-        ValueError: it holds other characters than letters, digits and some punctuation, or is longer than 60.
-    """
-    if not isinstance(title, str) or not _TITLE.fullmatch(title):
-        raise ValueError(f"title: {shorten(title)} is not allowed; give up to 60 letters, digits and ()@.,:+/_-")
-    return title
-
-
-_DIMENSIONS = {signature(operation): dimensions(operation) for operation in OPERATIONS}
-
-
-def _dimensions(name: str, values: list[Any]) -> tuple[int, ...]:
-    if name not in _DIMENSIONS:
-        raise ValueError(f"there is no operation {shorten(name)}")
-    if len(values) != len(_DIMENSIONS[name]) or not all(type(value) is int and 0 < value <= 2**31 for value in values):
-        raise ValueError(
-            f"{name}: {shorten(values)} is not allowed; give {', '.join(_DIMENSIONS[name])} from 1 to 2^31"
-        )
-    return tuple(values)
-
-
-def _constants(name: str, constants: Mapping[str, Any]) -> Mapping[str, int]:
-    """A kernel's best constants: only what its record allows."""
-    try:
-        KERNELS[name.split(":")[0]].check(constants)
-    except ValueError as error:
-        raise ValueError(f"tiles of {name}: {error}") from None
-    return dict(constants)

@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
 
-from ..algebra.operations import Contract, Dims, Fused, Operation, dimensions, signature
+from ..algebra.operations import Contract, Dims, Fused, Operation, dimensions
 from ..kernels.registry import KERNELS
 from ..kernels.sites import OPERATIONS
 from .device import DeviceProfile
 from .roofline import roofline
 from .setting import DType, Setting
+from .work import work
 
 
 @lru_cache(maxsize=65536)
@@ -46,10 +47,10 @@ def _aligned(operation: Operation, at: tuple[int, ...], dtype: DType) -> bool:
 
 
 def measured_as(operation: Operation) -> str:
-    """The signature under which a profile holds an operation's times."""
+    """The work under which a profile holds an operation's times."""
     if isinstance(operation, Fused) and (stand_in := KERNELS[operation.kernel].priced_as) is not None:
-        return signature(replace(operation, kernel=stand_in))
-    return signature(operation)
+        return work(replace(operation, kernel=stand_in))
+    return work(operation)
 
 
 @lru_cache(maxsize=4096)
@@ -67,7 +68,7 @@ def _ratios(
         measured = tuple(
             other
             for other in OPERATIONS
-            if isinstance(other, Contract) and dimensions(other) == dimensions(operation) and signature(other) in times
+            if isinstance(other, Contract) and dimensions(other) == dimensions(operation) and work(other) in times
         )
     names = dimensions(operation)
 
@@ -91,7 +92,7 @@ def setting_at(dims: Dims, dtype: DType, device: DeviceProfile) -> Setting:
 def tuned_constants(operation: Fused, setting: Setting) -> Mapping[str, int] | None:
     """What to replace of a kernel's constants: the best at the nearest size where it was tuned; None if never."""
     at = tuple(setting.dims[d] for d in dimensions(operation))
-    tuned = setting.device.meter.tiles_for(setting.dtype.name).get(signature(operation), ())
+    tuned = setting.device.meter.tiles_for(setting.dtype.name).get(work(operation), ())
     return min(tuned, key=lambda row: (distance(row[0], at), row[0]))[1] if tuned else None
 
 

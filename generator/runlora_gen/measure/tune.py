@@ -18,7 +18,6 @@ import concurrent.futures
 import contextlib
 import datetime
 import importlib.util
-import json
 import math
 import multiprocessing
 import os
@@ -27,11 +26,10 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import click
 import torch
@@ -41,8 +39,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..algebra.enumerate import Program, enumerate_programs
 from ..algebra.linear import LINEAR
 from ..algebra.liveness import wanted_operations
-from ..algebra.operations import Convert, Fused, Operation, Symbol, dimensions, signature
-from ..cost.device import MAX_PROFILE_BYTES, check_title, parse_profile, parse_toml
+from ..algebra.operations import Convert, Fused, Operation, Symbol, dimensions
+from ..cost.profile import MAX_PROFILE_BYTES, Profile, Size, check_title, parse_toml, read_profile, render_profile
+from ..cost.work import work
 from ..emit.code import line, tiles_key
 from ..kernels.registry import KERNELS
 from ..kernels.sites import draws, operations_of, serves
@@ -106,6 +105,10 @@ GRID: Mapping[str, tuple[tuple[tuple[int, int], ...], tuple[int, ...], tuple[int
 }
 
 
+#: Times of a dtype that are known, by work and size.
+Known = Mapping[str, Mapping[Size, float]]
+
+
 @dataclass(frozen=True)
 class Trial:
     """One thing to time: an operation, with constants in place of its kernel's own."""
@@ -156,24 +159,24 @@ def tune(
     torch.backends.cuda.matmul.allow_tf32 = False
     machine = torch.device(device)
     profile = _read(output, _source(machine))
-    if profile and title is not None:
-        profile["title"] = title
+    if profile is not None and title is not None:
+        profile = replace(profile, title=title)
         _write(output, profile)
     folder = next(parent for parent in output.absolute().parents if parent.exists())
     if not (folder.is_dir() and os.access(folder, os.W_OK)):
         raise SpecError(f"--output: cannot write into {shorten(str(folder))}")
     with _Workbench(machine) as bench, _progress(quiet) as progress:
-        if not profile:
+        if profile is None:
             basics = progress.add_task("bandwidth, rates, launches", total=None)
-            profile = {"title": title or _plain(machine_name(machine)), "source": _source(machine), **_basics(bench)}
+            profile = _basics(bench, title or _plain(machine_name(machine)))
             _write(output, profile)
             progress.remove_task(basics)
-        bench.bytes_per_s = profile["memory_gb_per_s"] * 1e9
-        missing = [(d, point) for d in dtypes for point in sizes if bench.trials(d, point, profile)]
+        bench.bytes_per_s = profile.memory_gb_per_s * 1e9
+        missing = [(d, point) for d in dtypes for point in sizes if bench.trials(d, point, profile.times.get(d, {}))]
         task = progress.add_task("kernels", total=len(missing))
         if bench.kernels:
             _compile_ahead(missing)
-        left_out: dict[tuple[str, Operation, tuple[int, ...]], str] = {}
+        left_out: dict[tuple[str, Operation, Size], str] = {}
         for dtype, point in missing:
             label = f"{dtype} {point.tokens}:{point.in_features}x{point.out_features} r{point.rank}"
             progress.update(task, description=label)
@@ -191,10 +194,12 @@ def tune(
                 Console(stderr=True).print(f"left out: {label} does not fit the memory", highlight=False)
             progress.advance(task)
     for (dtype, operation, at), named in left_out.items():
-        if not _is_known(operation, at, profile["times"].get(dtype, {})):  # a size that shares its dimensions may have
+        if at not in profile.times.get(dtype, {}).get(
+            work(operation), {}
+        ):  # a size that shares its dimensions may have
             click.echo(named, err=True)
     for dtype in dtypes:
-        for name in bench.never_timed(profile["times"].get(dtype, {})):
+        for name in bench.never_timed(profile.times.get(dtype, {})):
             click.echo(
                 f"warning: {dtype}: {name} has no time at any size: its price is a bare roofline beside measured ones",
                 err=True,
@@ -203,7 +208,7 @@ def tune(
 
 def _described(trial: Trial) -> str:
     constants = ", ".join(f"{name} = {value}" for name, value in trial.constants)
-    return signature(trial.operation) + (f" with {constants}" if constants else "")
+    return str(trial.operation) + (f" with {constants}" if constants else "")
 
 
 def _disagreement(figures: Sequence[float]) -> str:
@@ -226,7 +231,7 @@ class _Workbench:
         self.module = module_of_everything(self.workload, Path(self._folder.name) / f"everything_{os.getpid()}")
         timed = [op for op in operations_of(LINEAR) if not draws(op) and not isinstance(op, Convert)]
         # One for all that do the same work.
-        self._operations = tuple({signature(op): op for op in reversed(timed)}.values())
+        self._operations = tuple({work(op): op for op in reversed(timed)}.values())
         #: Rate of a copy of memory on this machine at rest; None before it was measured.
         self.bytes_per_s: float | None = None
 
@@ -267,17 +272,16 @@ class _Workbench:
             time.sleep(0.2)
             at_once = False
 
-    def never_timed(self, known: Mapping[str, Any]) -> list[str]:
-        """Signatures of torch's operations without a row, where others have some."""
-        names = (signature(op) for op in self._operations if not isinstance(op, Fused))
-        return [name for name in names if known and name not in known]
+    def never_timed(self, known: Known) -> list[str]:
+        """Torch's operations without a time, where others have some."""
+        single = (operation for operation in self._operations if not isinstance(operation, Fused))
+        return [str(operation) for operation in single if known and work(operation) not in known]
 
-    def trials(self, dtype: str, point: Point, profile: Mapping[str, Any]) -> list[Trial]:
+    def trials(self, dtype: str, point: Point, known: Known) -> list[Trial]:
         """What is to be timed at a size: what is not known of it, kernels with all their constants."""
         found = []
-        known = profile["times"].get(dtype, {})
         for operation in self._operations:
-            if _is_known(operation, _at(operation, point), known):
+            if _at(operation, point) in known.get(work(operation), {}):
                 continue
             if not isinstance(operation, Fused):
                 found.append(Trial(operation))
@@ -335,14 +339,14 @@ class _Workbench:
         ]
 
 
-def _measure(bench: _Workbench, profile: dict[str, Any], dtype: str, point: Point) -> dict[Trial, list[float]]:
+def _measure(bench: _Workbench, profile: Profile, dtype: str, point: Point) -> dict[Trial, list[float]]:
     """Time what is not known of one size, and put it into the profile.
 
     Returns:
         what was left out, with the medians of its batches, in seconds. A kernel is left out where the constants with
         the lowest time never agreed: nobody knows whether they are the best.
     """
-    trials = bench.trials(dtype, point, profile)
+    trials = bench.trials(dtype, point, profile.times.get(dtype, {}))
     sets = bench.sets(point, trials, TORCH_DTYPES[dtype])
     pool = torch.cuda.graph_pool_handle() if bench.on_gpu else None
     timed: dict[Trial, Run] = {}
@@ -368,19 +372,15 @@ def _measure(bench: _Workbench, profile: dict[str, Any], dtype: str, point: Poin
         return agreed[trial] or min(figures[trial], default=0.0)
 
     unsettled = {}
-    times = profile["times"].get(dtype, {})
     for operation in dict.fromkeys(trial.operation for trial in figures):
         best = min((trial for trial in figures if trial.operation == operation), key=at_best)
         median, at = agreed[best], _at(operation, point)
         if median is None:
             unsettled[best] = figures[best]
             continue
-        times.setdefault(signature(operation), []).append([*at, float(f"{median * 1e6:.4g}")])
+        profile.times.setdefault(dtype, {}).setdefault(work(operation), {})[at] = float(f"{median * 1e6:.4g}")
         if isinstance(operation, Fused) and bench.takes_large_tiles(dtype, point):
-            tiles = profile["tiles"].setdefault(dtype, {}).setdefault(signature(operation), [])
-            tiles.append([*at, dict(best.constants)])
-    if times:
-        profile["times"][dtype] = times
+            profile.tiles.setdefault(dtype, {}).setdefault(work(operation), {})[at] = dict(best.constants)
     return unsettled
 
 
@@ -415,12 +415,8 @@ def _agreed(figures: Sequence[float], device: torch.device) -> float | None:
     return statistics.mean(lowest) if agree else None
 
 
-def _at(operation: Operation, point: Point) -> tuple[int, ...]:
+def _at(operation: Operation, point: Point) -> Size:
     return tuple(point.dims[dim] for dim in dimensions(operation))
-
-
-def _is_known(operation: Operation, at: tuple[int, ...], times: Mapping[str, Sequence[Sequence[Any]]]) -> bool:
-    return any(tuple(row[:-1]) == at for row in times.get(signature(operation), ()))
 
 
 def _compile_ahead(missing: Sequence[tuple[str, Point]]) -> None:
@@ -450,18 +446,17 @@ def _start_compiler() -> None:
 def _compile(dtype: str, rank: int, share: int, of: int) -> None:
     """Run a share of the kernels' trials of one rank, in both ways in which a last wave of tiles may fill up."""
     assert _compiler is not None
-    nothing: dict[str, Any] = {"times": {}}
     for tokens, features in ((2048, 2048), (4096, 5120), (512, 512)):
         point = Point(tokens, features, features, rank)
-        trials = [t for t in _compiler.trials(dtype, point, nothing) if isinstance(t.operation, Fused)]
+        trials = [t for t in _compiler.trials(dtype, point, {}) if isinstance(t.operation, Fused)]
         for trial in trials[share::of]:
             with contextlib.suppress(Exception):  # what fails here fails again, and loudly, when it is measured
                 _compiler.runner(trial, _compiler.sets(point, [trial], TORCH_DTYPES[dtype])[:1], TORCH_DTYPES[dtype])()
     torch.cuda.synchronize()
 
 
-def _basics(bench: _Workbench) -> dict[str, Any]:
-    """Copy bandwidth, matrix rates, and what a launch costs device and host.
+def _basics(bench: _Workbench, title: str) -> Profile:
+    """A profile of copy bandwidth, matrix rates, and what a launch costs device and host.
 
     Raises:
         SpecError: one of them never agreed with itself, or the machine stays busy.
@@ -479,17 +474,17 @@ def _basics(bench: _Workbench) -> dict[str, Any]:
     run = repeated(lambda: torch.add(tiny, tiny, out=tiny), calls)
     launch_s = _basic(bench, f"{calls} launches", captured(run) if on_gpu else run, device) / calls
     plain, kernels = _host_seconds(bench)
-    return {
-        "date": datetime.date.today().isoformat(),
-        "memory_gb_per_s": round(bench.bytes_per_s / 1e9, 1),
-        "launch_us": round(launch_s * 1e6, 2),
-        "host_us": round(plain * 1e6, 2),
-        **({"multiprocessors": torch.cuda.get_device_properties(device).multi_processor_count} if on_gpu else {}),
-        **({"kernel_host_us": round(kernels * 1e6, 2)} if kernels is not None else {}),
-        "tflops": rates,
-        "times": {},
-        "tiles": {},
-    }
+    return Profile(
+        title=title,
+        source=_source(device),
+        date=datetime.date.today().isoformat(),
+        memory_gb_per_s=round(bench.bytes_per_s / 1e9, 1),
+        launch_us=round(launch_s * 1e6, 2),
+        host_us=round(plain * 1e6, 2),
+        multiprocessors=torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else None,
+        kernel_host_us=None if kernels is None else round(kernels * 1e6, 2),
+        tflops=rates,
+    )
 
 
 def _basic(bench: _Workbench, name: str, run: Run, device: torch.device) -> float:
@@ -540,59 +535,32 @@ def _host_seconds(bench: _Workbench) -> tuple[float, float | None]:
     return operator_s, (step_seconds(fused.id) - operators * operator_s) / sum(launches)
 
 
-def _read(path: Path, source: str) -> dict[str, Any]:
-    """A profile that an earlier run began, or nothing."""
+def _read(path: Path, source: str) -> Profile | None:
+    """A profile that an earlier run began, if there is one."""
     label = f"--output: {shorten(str(path))}"
-    text = read_if_there(path, label=label, limit=MAX_PROFILE_BYTES, kind="profile")
-    if text is None:
-        return {}
+    data = read_if_there(path, label=label, limit=MAX_PROFILE_BYTES, kind="profile")
+    if data is None:
+        return None
     try:
-        data = parse_toml(text)
+        profile = read_profile(parse_toml(data))
     except ValueError as error:
         raise SpecError(f"{label} is no profile: {error}") from None
-    if data.get("source") != source:
-        raise SpecError(
-            f"{label} is not of this machine: its source is {shorten(data.get('source'))}; give another file"
-        )
-    try:
-        parse_profile(path.name, data)
-    except ValueError as error:
-        raise SpecError(f"{label} is no profile: {error}") from None
-    return {"times": {}, "tiles": {}, **data, "date": str(data.get("date", ""))}
+    if profile.source != source:
+        raise SpecError(f"{label} is not of this machine: its source is {shorten(profile.source)}; give another file")
+    return profile
 
 
-def _write(path: Path, profile: Mapping[str, Any]) -> None:
-    """Write a profile as TOML, whole or not at all."""
-    scalars = {key: value for key, value in profile.items() if not isinstance(value, dict)}
-    parts = ["".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in scalars.items())]
-    parts.append("[tflops]\n" + "".join(f"{key} = {value}\n" for key, value in profile["tflops"].items()))
-    titles = {
-        "times": "# T, I, O, R as far as an operation has them, and microseconds.\n",
-        "tiles": "# The best constants of kernels.\n",
-    }
-    for kind, title in titles.items():
-        for dtype, by_signature in profile[kind].items():
-            text = f"{title}[{kind}.{dtype}]\n"
-            for name, measured in sorted(by_signature.items()):
-                lines = "".join(f"    {_row(row)},\n" for row in sorted(measured, key=lambda row: row[:-1]))
-                text += f"{json.dumps(name, ensure_ascii=False)} = [\n{lines}]\n"
-            parts.append(text)
+def _write(path: Path, profile: Profile) -> None:
+    """Write a profile, whole or not at all."""
     staged = path.with_name(f".{path.name}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         staged.unlink(missing_ok=True)  # whatever it is: to open a FIFO would wait for a reader
         with staged.open("x", encoding="utf-8") as file:
-            file.write("\n".join(parts))
+            file.write(render_profile(profile))
         staged.replace(path)
     except OSError as error:
         raise SpecError(f"--output: cannot write {shorten(str(path))}: {reason(error)}") from None
-
-
-def _row(row: Sequence[Any]) -> str:
-    last = row[-1]
-    if isinstance(last, Mapping):
-        last = "{" + ", ".join(f"{name} = {value}" for name, value in last.items()) + "}"
-    return f"[{', '.join(map(str, (*row[:-1], last)))}]"
 
 
 def _plain(name: str) -> str:

@@ -1,0 +1,103 @@
+"""The keys of work: equal for equal work alone, and of structure, not of names."""
+
+from __future__ import annotations
+
+import itertools
+import re
+
+from runlora_gen.algebra.linear import LINEAR
+from runlora_gen.algebra.operations import Operation, Symbol, parse
+from runlora_gen.cost.work import WORKS, work
+from runlora_gen.kernels.sites import OPERATIONS
+
+#: What stands in the profiles of users: no change of a formula, of its print or of a symbol's name may change it.
+KEYS = {
+    "S = s * X @ A.T": "TI,RI->TR scaled",
+    "M = W + s * B @ A": "OR,RI->OI scaled added",
+    "D = s * B @ A": "OR,RI->OI scaled",
+    "A = cast(lora_A)": "RI->RI cast",
+    "B = cast(lora_B)": "OR->OR cast",
+    "Y = X @ W.T + b": "TI,OI->TO biased",
+    "Y = X @ M.T + b": "TI,OI->TO biased",
+    "Y += X @ W.T": "TI,OI->TO accumulated",
+    "Y += X @ D.T": "TI,OI->TO accumulated",
+    "Y = S @ B.T + b": "TR,OR->TO biased",
+    "Y += S @ B.T": "TR,OR->TO accumulated",
+    "fused_gemm: Y = S @ B.T + b; Y += X @ W.T": "fused_gemm: TR,OR->TO biased; TI,OI->TO accumulated",
+    "P = s * dY @ B": "TO,OR->TR scaled",
+    "G = dY.T @ X": "TO,TI->OI",
+    "dX = dY @ W": "TO,OI->TI",
+    "dX = dY @ M": "TO,OI->TI",
+    "dX += dY @ W": "TO,OI->TI accumulated",
+    "dX += dY @ D": "TO,OI->TI accumulated",
+    "dX = P @ A": "TR,RI->TI",
+    "dX += P @ A": "TR,RI->TI accumulated",
+    "fused_gemm: dX = P @ A; dX += dY @ W": "fused_gemm: TR,RI->TI; TO,OI->TI accumulated",
+    "dA = P.T @ X": "TR,TI->RI",
+    "dA = s * B.T @ G": "OR,OI->RI scaled",
+    "dB = dY.T @ S": "TO,TR->OR",
+    "dB = s * G @ A.T": "OI,RI->OR scaled",
+    "p_db: P = s * dY @ B; dB = dY.T @ S": "p_db: TO,OR->TR scaled; TO,TR->OR",
+    "db = sum(dY)": "TO->O sum",
+    "x_at: S = s * X @ A.T": "x_at: TI,RI->TR scaled",
+    "pt_x: dA = P.T @ X": "pt_x: TR,TI->RI",
+    "merge: M = W + s * B @ A": "merge: OR,RI->OI scaled added",
+    "merge_stochastic: M = W + s * B @ A": "merge_stochastic: OR,RI->OI scaled added",
+}
+
+
+def test_the_keys_that_profiles_hold() -> None:
+    assert {formula: work(LINEAR.parse(formula)) for formula in KEYS} == KEYS
+    assert set(map(work, OPERATIONS)) == set(KEYS.values()) == WORKS.keys()
+    assert all(work(operation) == key for key, operation in WORKS.items())
+
+
+def same(first: Operation, second: Operation) -> bool:
+    """Whether they compute the same of matrices that are alike: M and D are alike W."""
+
+    def of_w(operation: Operation) -> str:
+        return re.sub(r"\b[MD]\b(?! \+?=)", "W", str(operation))
+
+    return of_w(first) == of_w(second)
+
+
+def test_equal_work_has_one_key_and_other_work_another() -> None:
+    pairs = list(itertools.combinations(OPERATIONS, 2))
+    assert sum(same(first, second) for first, second in pairs) >= len(OPERATIONS) - len(WORKS) > 0
+    for first, second in pairs:
+        assert (work(first) == work(second)) == same(first, second), f"{first}, {second}"
+
+
+def test_names_are_of_no_matter() -> None:
+    names = {name: f"v{number}" for number, name in enumerate(LINEAR.symbols)}
+    symbols = {names[name]: Symbol(names[name], s.shape, s.store) for name, s in LINEAR.symbols.items()}
+    for formula, key in KEYS.items():
+        other = re.sub(r"\w+", lambda word: names.get(word[0], word[0]), formula)
+        assert other != formula and work(parse(other, symbols)) == key
+
+
+def test_what_other_sites_hold() -> None:
+    """Indices of a group's linears, a stack of matrices, a mask, and what stays within a kernel."""
+    symbols = (
+        Symbol("X", ("T", "I")),
+        Symbol("K", ("T", "I"), store="bit"),
+        Symbol("H", ("T", "I")),
+        Symbol("Wq", ("O_q", "I"), store="weight"),
+        Symbol("Wk", ("O_k", "I"), store="weight"),
+        Symbol("Yq", ("T", "O_q")),
+        Symbol("Yk", ("T", "O_k")),
+        Symbol("W", ("E", "O", "I"), store="weight"),
+        Symbol("Y", ("T", "O")),
+        Symbol("seed", (), store="seed"),
+    )
+    known = {symbol.name: symbol for symbol in symbols}
+    keys = {
+        "Yq = X @ Wq.T": "TI,OI->TO",
+        "Yk = X @ Wk.T": "TI,OI->TO",
+        "Y = X @ W[e].T": "TI,EOI->TO",
+        "H = drop(X, K)": "TI,TI->TI drop",
+        "K = draw(seed)": "->TI draw",
+        "both: Yq = X @ Wq.T; Yk = X @ Wk.T": "both: TI,O1I->TO1; TI,O2I->TO2",
+        "dropped: H := drop(X, K); Yq = H @ Wq.T": "dropped: TI,TI->TI drop inner; TI,OI->TO",
+    }
+    assert {formula: work(parse(formula, known)) for formula in keys} == keys
