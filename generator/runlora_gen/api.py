@@ -18,11 +18,13 @@ import sys
 import types
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .generation import Request, dtype_name, generated, of_model, read_request
 from .request.errors import SpecError, shorten
+from .request.layout import STANDALONE, parse_layout
 from .request.workload import make_workload
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ def generate(
     rank: int | Sequence[int] | None = None,
     output: str | os.PathLike[str] = "generated",
     name: str | None = None,
+    layout: str = STANDALONE,
     force: bool = False,
     **workload: Any,
 ) -> tuple[Path, ...]:
@@ -50,6 +53,7 @@ def generate(
         rank: of the adapters, one or several; None for those of a PeftModel.
         output: the folder to write into: a package for each rank.
         name: of the packages; None for that of the model.
+        layout: ``standalone``, for modules each of which works alone, or ``folder``, for what they share to stand once.
         force: overwrite files that were not generated.
         workload: fields of ``Workload``: tokens, dtype, adapter_dtype, device, target_modules, ... A live model gives
             its own dtypes and device.
@@ -60,14 +64,19 @@ def generate(
     Raises:
         SpecError: a value that is not allowed, named in one line; nothing is written then.
     """
-    request = read_request(model, rank=rank, name=name, **workload)
+    request = read_request(model, rank=rank, name=name, layout=layout, **workload)
     for line in request.architecture.left_out_lines():
         print(line, file=sys.stderr)
     return generated(request, Path(output), force=force)
 
 
 def accelerate(
-    model: nn.Module, output: str | os.PathLike[str] | None = None, *, strict: bool = False, **workload: Any
+    model: nn.Module,
+    output: str | os.PathLike[str] | None = None,
+    *,
+    strict: bool = False,
+    layout: str = STANDALONE,
+    **workload: Any,
 ) -> Any:
     """Generate what the LoRA linears of a PEFT model need, and run them on it.
 
@@ -80,6 +89,7 @@ def accelerate(
         output: the folder for the generated packages, one a rank, which can be vendored; None for one in the user's
             cache, which the report names. What is there and up to date is used as it is.
         strict: raise where a layer would be left to PEFT; the model stays as it was.
+        layout: of the packages, as for ``generate``.
         workload: fields of ``Workload`` in place of what the model says (dtypes, device) and of the tokens of short and
             long batches (2048 and 16384 a step).
 
@@ -96,7 +106,7 @@ def accelerate(
         live = read_model(model)
     if live is None or not live.adapted:
         return _left_to_peft(model, strict=strict)
-    packages = _packages(model, live, live.adapted, output, workload)
+    packages = _packages(model, live, live.adapted, output, layout, workload)
     layers = packages[0].with_peft.lora_layers(model)
     # Each layer to the package of its rank: another one would say that this rank is not there.
     groups: list[dict[str, Any]] = [{} for _ in packages]
@@ -119,6 +129,7 @@ def inject_lora(
     adapter_dtype: torch.dtype | None = None,
     use_rslora: bool = False,
     output: str | os.PathLike[str] | None = None,
+    layout: str = STANDALONE,
     **workload: Any,
 ) -> Any:
     """Generate LoRA layers for a model, replace its linears by them, and freeze all else: LoRA without PEFT.
@@ -131,7 +142,7 @@ def inject_lora(
             or "all-linear" for all but output embeddings and heads.
         adapter_dtype: of lora_A and lora_B; None for float32 over a 16-bit base, else the base's.
         use_rslora: scale by lora_alpha / sqrt(r).
-        output, workload: as for ``accelerate``.
+        output, layout, workload: as for ``accelerate``.
 
     Returns:
         A report: ``accelerated`` (names), ``left`` (name to reason), ``folders``, ``modules``; it prints well.
@@ -150,7 +161,7 @@ def inject_lora(
     architecture = live.architecture.restricted(wanted) if wanted else live.architecture
     if adapter_dtype is not None:
         workload = {"adapter_dtype": dtype_name(adapter_dtype), **workload}
-    (package,) = _packages(model, live, {r: architecture}, output, workload)
+    (package,) = _packages(model, live, {r: architecture}, output, layout, workload)
     report = package.inject_lora(
         model, r, lora_alpha, target_modules, adapter_dtype=adapter_dtype, use_rslora=use_rslora
     )
@@ -163,7 +174,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], **options:
     Args:
         model: with generated layers, or without any; or a PeftModel, which loads it itself.
         directory: with adapter_config.json.
-        options: for a PeftModel ``adapter_name``; for new layers ``output`` and fields of ``Workload``.
+        options: for a PeftModel ``adapter_name``; for new layers ``output``, ``layout`` and fields of ``Workload``.
 
     Raises:
         ValueError: the adapter has what generated layers don't, or other layers, ranks or shapes than the model.
@@ -182,9 +193,9 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], **options:
         rank = config.get("r")
         if not isinstance(rank, int):
             raise SpecError(f"adapter_config.json: r = {shorten(rank)} is not allowed; give a whole number")
-        output = options.pop("output", None)
+        output, layout = options.pop("output", None), options.pop("layout", STANDALONE)
         live = read_model(model)
-        (package,) = _packages(model, live, {rank: live.architecture}, output, options)
+        (package,) = _packages(model, live, {rank: live.architecture}, output, layout, options)
         options = {}
     package.load_adapter(model, directory, **options)
 
@@ -251,11 +262,12 @@ def _packages(
     live: LiveModel,
     by_rank: Mapping[int, Architecture],
     output: str | os.PathLike[str] | None,
+    layout: str,
     workload: Mapping[str, Any],
 ) -> list[Any]:
     """The packages for a model, generated where they are not there or stale, and imported."""
     options, note = of_model(model, live)
-    request = Request(by_rank, make_workload(**{**options, **workload})).checked()
+    request = Request(by_rank, make_workload(**{**options, **workload}), parse_layout("layout", layout)).checked()
     if note and "device" not in workload:
         warnings.warn(note, stacklevel=3)
     if output is not None:
@@ -265,8 +277,8 @@ def _packages(
     folders: list[Path] = []
     for rank, architecture in by_rank.items():
         # A folder for each request: models that are trained in turns don't overwrite each other's.
-        key = package_digest(architecture, rank, request.workload).removeprefix("sha256:")[:12]
-        folders += generated(Request({rank: architecture}, request.workload), _cache() / key)
+        key = package_digest(architecture, rank, request.workload, layout=layout).removeprefix("sha256:")[:12]
+        folders += generated(replace(request, by_rank={rank: architecture}), _cache() / key)
     return [_imported(folder) for folder in folders]
 
 

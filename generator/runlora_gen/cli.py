@@ -19,6 +19,7 @@ from .generation import MAX_RANK, Request, built, read_request
 from .request.architecture import architecture_names, load_architecture
 from .request.errors import SpecError, one_line, reason, shorten
 from .request.layers import layers
+from .request.layout import LAYOUTS, STANDALONE
 from .request.workload import (
     CHOICES,
     DTYPE_NAMES,
@@ -129,6 +130,7 @@ def _read_spec(options: dict[str, Any]) -> Request:
         rank=options["rank"],
         name=options.get("name"),
         target_modules=options["target_modules"],
+        layout=options.get("layout", STANDALONE),
         prefix="--",
         tokens=options["tokens"] or None,
         input_grad=not options["no_input_grad"],
@@ -149,6 +151,13 @@ def _read_spec(options: dict[str, Any]) -> Request:
 @click.option("--dry-run", is_flag=True, help="Write nothing; say what would be written.")
 @click.option("--force", is_flag=True, help="Overwrite files that were not generated.")
 @click.option("--all-variants", is_flag=True, help="Every enumerated pair in each module, selectable by id.")
+@click.option(
+    "--layout",
+    type=click.Choice(LAYOUTS),
+    default=STANDALONE,
+    show_default=True,
+    help="Modules that work alone, or that share one base class and one set of kernels in their folder.",
+)
 @click.option("--line-length", metavar="N", help="Columns of a line. [the repository's [tool.black], else 88]")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
 @click.option("-v", "--verbose", is_flag=True, help="Also print every file and every choice.")

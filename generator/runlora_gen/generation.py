@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from .request.architecture import Architecture, architecture_of, load_architecture
 from .request.errors import SpecError, shorten
+from .request.layout import STANDALONE, parse_layout
 from .request.workload import DTYPE_ALIASES, Workload, make_workload, parse_counts, parse_name, parse_targets
 
 if TYPE_CHECKING:
@@ -35,10 +36,12 @@ class Request:
     Attributes:
         by_rank: the linears of each rank: adapters of a live model may differ in them.
         workload: what they are chosen for.
+        layout: whether each module has what they share, or their folder.
     """
 
     by_rank: Mapping[int, Architecture]
     workload: Workload
+    layout: str = STANDALONE
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -72,6 +75,7 @@ def read_request(
     rank: Any = None,
     name: str | None = None,
     target_modules: Any = (),
+    layout: str = STANDALONE,
     prefix: str = "",
     **fields: Any,
 ) -> Request:
@@ -83,6 +87,7 @@ def read_request(
         rank: of the adapters, one or several; None for those of a PeftModel.
         name: of the packages; None for that of the model.
         target_modules: names of projections; none or "all-linear" for all.
+        layout: ``standalone``, for modules that work alone, or ``folder``, for what they share to stand once.
         prefix: what errors put before a name: ``--`` for options.
         fields: of ``Workload``; a live model gives its own dtypes and device.
 
@@ -120,7 +125,7 @@ def read_request(
     # The architecture's order, each name once: the same modules are the same command and digest.
     names = dict.fromkeys(p.name for a in by_rank.values() for p in a.projections) if targets else ()
     workload = make_workload(prefix=prefix, target_modules=tuple(names), **{**options, **fields})
-    return Request(by_rank, workload).checked()
+    return Request(by_rank, workload, parse_layout(f"{prefix}layout", layout)).checked()
 
 
 def of_model(model: Any, live: LiveModel) -> tuple[dict[str, Any], str]:
@@ -170,6 +175,7 @@ def built(
             out=out,
             line_length=line_length,
             all_variants=all_variants,
+            layout=request.layout,
             reuse=reuse,
         )
         for rank, architecture in request.by_rank.items()
@@ -190,10 +196,10 @@ def generated(request: Request, out: Path, *, force: bool = False) -> tuple[Path
         for rank, architecture in request.by_rank.items():
             folder = out / folder_name(architecture, rank)
             folders.append(folder)
-            if not force and is_current(folder, architecture, rank, request.workload):
+            if not force and is_current(folder, architecture, rank, request.workload, layout=request.layout):
                 continue
             print(f"runlora-gen: generating LoRA linears of rank {rank} into {folder}", file=sys.stderr)
-            publish(out, built(Request({rank: architecture}, request.workload), out), force=force)
+            publish(out, built(replace(request, by_rank={rank: architecture}), out), force=force)
     return tuple(folders)
 
 

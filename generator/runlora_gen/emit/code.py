@@ -40,17 +40,20 @@ def _helpers(step: Step) -> frozenset[str]:
             assert_never(step)
 
 
-def line(operation: Operation, *, tiles: str | None = None) -> str:
+def line(operation: Operation, owner: str = "", *, tiles: str | None = None) -> str:
     """The statement that computes an operation; a cast only where the backward makes it.
 
-    ``tiles``: by which the constants of its kernel go, in place of :func:`tiles_key`.
+    Args:
+        operation: of any kind that modules have.
+        owner: of the constants of its kernel: see :func:`tiles_key`.
+        tiles: by which they go, in place of that.
 
     Raises:
         ValueError: it is of a kind that no site which modules are generated for has.
     """
     match operation:
         case Fused():
-            return f"{results_of(operation)} = {_call(operation, tiles or tiles_key(operation))}"
+            return f"{results_of(operation)} = {_call(operation, tiles or tiles_key(operation, owner))}"
         case Reduce():
             return f"{operation.out} = {operation.operands[0]}.sum(0)"
         case Convert(function="cast"):
@@ -83,9 +86,9 @@ def results_of(operation: Operation) -> str:
     return ", ".join(map(str, operation.outputs))
 
 
-def tiles_key(operation: Fused) -> str:
-    """By which the constants of its kernel go in a module: what it computes."""
-    return results_of(operation)
+def tiles_key(operation: Fused, owner: str = "") -> str:
+    """By which the constants of its kernel go: what it computes, after whose they are where modules share a table."""
+    return f"{owner} {results_of(operation)}".lstrip()
 
 
 def _call(operation: Fused, tiles: str) -> str:

@@ -19,15 +19,19 @@ Tiles = tuple[tuple[str, tuple[tuple[str, int], ...]], ...]
 
 @dataclass(frozen=True)
 class KernelCall:
-    """A kernel's operation in a setting: what it computes, and for which sizes it is tuned."""
+    """A kernel's operation in a setting: what it computes, and for which sizes it is tuned.
+
+    ``owner``: the module that it is of, where the modules share a table of constants, else empty.
+    """
 
     operation: Fused
     setting: Setting
+    owner: str
 
     @property
     def key(self) -> str:
         """By which its constants go."""
-        return tiles_key(self.operation)
+        return tiles_key(self.operation, self.owner)
 
     @property
     def tiles(self) -> tuple[tuple[str, int], ...]:

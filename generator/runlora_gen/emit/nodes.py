@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import textwrap
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -14,6 +15,7 @@ from ..algebra.operations import Fused
 from ..kernels.registry import KERNELS
 from ..kernels.sites import draws, seeded
 from ..request.layers import Layer
+from ..request.layout import FOLDER, STANDALONE
 from ..request.workload import Workload
 from ..search.candidates import goals
 from ..search.choose import Decision, ForwardDecision
@@ -87,6 +89,7 @@ class SharedNode:
         lossy_merge: whether 16-bit weights may be merged.
         helpers: functions that lines call, and what the kernels need of their common code.
         calls: of fused kernels.
+        folder: whether what they share stands once in their folder, and not in each of them.
         width: columns of a line.
     """
 
@@ -98,6 +101,7 @@ class SharedNode:
     lossy_merge: bool
     helpers: frozenset[str]
     calls: tuple[KernelCall, ...]
+    folder: bool
     width: int
 
     @property
@@ -165,20 +169,29 @@ class _Variant:
 
 
 def module_node(
-    choice: LayerChoice, rank: int, workload: Workload, *, width: int, all_variants: bool = False
+    choice: LayerChoice,
+    rank: int,
+    workload: Workload,
+    *,
+    width: int,
+    all_variants: bool = False,
+    layout: str = STANDALONE,
 ) -> ModuleNode:
     """The module of a layer: the chosen variants, or all that were enumerated.
 
     ``width``: columns of a line.
     """
     layer = choice.layer
+    folder = layout == FOLDER
+    owner = layer.name if folder else ""
     variants = _variants(choice, all_variants)
     alone = len(variants) == 1
     programs = {"_LoRALinearFunction" if alone else _class_name(v.program): v.program for v in variants}
     functions = tuple(
-        _function(variant, workload, class_name, width) for variant, class_name in zip(variants, programs, strict=True)
+        _function(variant, workload, class_name, owner, width)
+        for variant, class_name in zip(variants, programs, strict=True)
     )
-    forwards, forward_ranges = _forwards(choice, workload, programs, width)
+    forwards, forward_ranges = _forwards(choice, workload, programs, owner, width)
     operations = [operation for program in programs.values() for operation in program.operations]
     operations += [operation for phase in forwards for operation in phase.operations]
     fused = list(dict.fromkeys(op for op in operations if isinstance(op, Fused)))
@@ -204,9 +217,18 @@ def module_node(
         wide_adapter=workload.adapter_dtype == "fp32",
         lossy_merge=workload.allow_lossy_merge,
         helpers=frozenset[str]().union(*(KERNELS[op.kernel].helpers for op in fused), *map(helpers_of, operations)),
-        calls=tuple(KernelCall(op, setting) for op in fused),
+        calls=tuple(KernelCall(op, setting, owner) for op in fused),
+        folder=folder,
         width=width,
     )
+
+
+def shared_node(modules: Sequence[ModuleNode]) -> SharedNode:
+    """What all of these modules, of one workload and rank, take from the files of their folder."""
+    values = {field.name: getattr(modules[0], field.name) for field in dataclasses.fields(SharedNode)}
+    values["helpers"] = frozenset[str]().union(*(module.helpers for module in modules))
+    values["calls"] = tuple(call for module in modules for call in module.calls)
+    return SharedNode(**values)
 
 
 def _variants(choice: LayerChoice, all_variants: bool) -> tuple[_Variant, ...]:
@@ -271,7 +293,7 @@ def _class_name(program: Program) -> str:
 
 
 def _forwards(
-    choice: LayerChoice, workload: Workload, programs: Mapping[str, Program], width: int
+    choice: LayerChoice, workload: Workload, programs: Mapping[str, Program], owner: str, width: int
 ) -> tuple[Mapping[Phase, ForwardNode], tuple[RangeNode, ...]]:
     """The functions that compute Y alone, where the forward of no variant does just that, and which to use when."""
     made: dict[Phase, ForwardNode] = {}
@@ -286,7 +308,7 @@ def _forwards(
             made[phase] = ForwardNode(
                 name,
                 tuple(forward_text(phase, decision, workload, width)),
-                forward_statements(phase, decision.setting),
+                forward_statements(phase, decision.setting, owner),
                 seeded(phase),
             )
         return made[phase].name
@@ -304,7 +326,7 @@ def _forwards(
     return made, tuple(parts)
 
 
-def _function(variant: _Variant, workload: Workload, class_name: str, width: int) -> FunctionNode:
+def _function(variant: _Variant, workload: Workload, class_name: str, owner: str, width: int) -> FunctionNode:
     program, setting = variant.program, variant.decision.setting
     site = program.derivation
     needed_by = dependents(program.backward)
@@ -321,7 +343,7 @@ def _function(variant: _Variant, workload: Workload, class_name: str, width: int
         class_name=class_name,
         id=program.id,
         doc=tuple(program_text(variant.candidate, variant.decision, workload, variant.note, width)),
-        forward=forward_statements(program.forward, setting),
+        forward=forward_statements(program.forward, setting, owner),
         outputs=("Y", *made),
         inputs=", ".join(a.name if a.name in used else "_" for a in site.arguments),
         needs=unpack_needs(
@@ -329,7 +351,7 @@ def _function(variant: _Variant, workload: Workload, class_name: str, width: int
         ),
         saves=saves,
         backward_needs=unpack_needs(site, set(gradients)),
-        backward=backward_blocks(program.backward, setting, needed_by),
+        backward=backward_blocks(program.backward, setting, needed_by, owner),
         gradients=gradients,
         returns=tuple(a.gradient if a.gradient in gradients else "None" for a in site.arguments),
         keeps_scaling=keeps_scaling,

@@ -16,10 +16,11 @@ from ..cost.device import load_device
 from ..request.architecture import GENERATOR, LIVE, Architecture
 from ..request.files import read_text
 from ..request.layers import layers
+from ..request.layout import FOLDER, STANDALONE
 from ..request.workload import Workload
 from ..search.ranges import LayerChoice, decide_model
-from .nodes import module_name, module_node
-from .render import MAX_GENERATED_BYTES, Header, render, render_test, template_digest
+from .nodes import ModuleNode, module_name, module_node, shared_node
+from .render import MAX_GENERATED_BYTES, SHARED, Header, render, render_test, template_digest
 from .report import SCHEMA_VERSION, choice_data
 from .style import Style, style_of
 
@@ -84,17 +85,26 @@ def folder_name(architecture: Architecture, rank: int) -> str:
     return f"{architecture.slug}_r{rank}"
 
 
-def package_digest(architecture: Architecture, rank: int, workload: Workload, *, all_variants: bool = False) -> str:
+def package_digest(
+    architecture: Architecture,
+    rank: int,
+    workload: Workload,
+    *,
+    all_variants: bool = False,
+    layout: str = STANDALONE,
+) -> str:
     """Of everything that a package's choice and text follow from, but for the style of its place."""
-    return _digest(architecture, rank, workload, _public(workload), all_variants)
+    return _digest(architecture, rank, workload, _public(workload), all_variants, layout)
 
 
-def is_current(folder: Path, architecture: Architecture, rank: int, workload: Workload) -> bool:
+def is_current(
+    folder: Path, architecture: Architecture, rank: int, workload: Workload, *, layout: str = STANDALONE
+) -> bool:
     """Whether a folder holds just what would be generated for this, by its manifest; nothing is chosen anew."""
     with contextlib.suppress(ValueError, OSError, KeyError, TypeError, AttributeError):
         manifest = json.loads(read_text(folder / MANIFEST, label=MANIFEST, limit=MAX_GENERATED_BYTES, kind="manifest"))
         if (manifest["digest"], manifest["generator_version"]) != (
-            package_digest(architecture, rank, workload),
+            package_digest(architecture, rank, workload, layout=layout),
             __version__,
         ):
             return False
@@ -119,6 +129,7 @@ def build_package(
     out: Path,
     line_length: int | None = None,
     all_variants: bool = False,
+    layout: str = STANDALONE,
     reuse: bool = True,
 ) -> Package:
     """Choose and render everything for one rank.
@@ -128,6 +139,7 @@ def build_package(
         out: the folder that will hold the package: the text is formatted as the repository around it.
         line_length: in place of that repository's.
         all_variants: every enumerated program in each module.
+        layout: ``standalone`` or ``folder``: whether each module has what they share, or their folder.
         reuse: take files of an earlier package there where they would be the same.
 
     Raises:
@@ -137,17 +149,26 @@ def build_package(
     style = style_of(out / folder, line_length)
     public = _public(workload)
     header = Header(
-        command=_command(architecture, rank, public, all_variants, line_length),
-        digest=_digest(architecture, rank, workload, public, all_variants),
+        command=_command(architecture, rank, public, all_variants, layout, line_length),
+        digest=_digest(architecture, rank, workload, public, all_variants, layout),
     )
     decided = decide_model(workload, layers(architecture), rank)
     nodes = [
-        module_node(choice, rank, workload, width=style.line_length, all_variants=all_variants) for choice in decided
+        module_node(choice, rank, workload, width=style.line_length, all_variants=all_variants, layout=layout)
+        for choice in decided
     ]
     rendered = {f"{node.name}.py": render("linear.py.jinja", {"header": header, "module": node}) for node in nodes}
-    context = {"header": header, "title": architecture.slug, "modules": nodes}
+    shared = _shared(nodes, header) if layout == FOLDER else {}
+    context = {
+        "header": header,
+        "title": architecture.slug,
+        "modules": nodes,
+        "folder": layout == FOLDER,
+        "kernels": "kernels" in shared,
+    }
+    rendered |= {f"{name}.py": text for name, text in shared.items()}
     rendered |= {f"{name}.py": render(f"{name}.py.jinja", context) for name in OF_MODELS}
-    rendered["test_equivalence.py"] = render_test([node.name for node in nodes], header=header)
+    rendered["test_equivalence.py"] = render_test([node.name for node in nodes], shared=shared, header=header)
     former = _Former(out / folder if reuse else None, style)
     files = {name: former.format(name, source) for name, source in rendered.items()}
     files["py.typed"] = ""
@@ -156,8 +177,20 @@ def build_package(
     return Package(folder, files, decided)
 
 
+def _shared(modules: Sequence[ModuleNode], header: Header) -> Mapping[str, str]:
+    """The files of what these modules share, by name."""
+    node = shared_node(modules)
+    names = [name for name in SHARED if name != "kernels" or node.kernels]
+    return {name: render(f"{name}.py.jinja", {"header": header, "module": node}) for name in names}
+
+
 def _command(
-    architecture: Architecture, rank: int, workload: Workload, all_variants: bool, line_length: int | None
+    architecture: Architecture,
+    rank: int,
+    workload: Workload,
+    all_variants: bool,
+    layout: str,
+    line_length: int | None,
 ) -> str:
     """The command that makes this package when run in the folder above it; only what is not a default."""
     default = Workload()
@@ -190,12 +223,16 @@ def _command(
         words.append("--allow-lossy-merge")
     if all_variants:
         words.append("--all-variants")
+    if layout != STANDALONE:
+        words += ["--layout", layout]
     if line_length is not None:
         words += ["--line-length", str(line_length)]
     return shlex.join([*words, "-o", "."])
 
 
-def _digest(architecture: Architecture, rank: int, workload: Workload, public: Workload, all_variants: bool) -> str:
+def _digest(
+    architecture: Architecture, rank: int, workload: Workload, public: Workload, all_variants: bool, layout: str
+) -> str:
     """Of everything that the choice and the text follow from."""
     spec = {
         "projections": [asdict(projection) for projection in architecture.projections],
@@ -205,6 +242,8 @@ def _digest(architecture: Architecture, rank: int, workload: Workload, public: W
         "all_variants": all_variants,
         "templates": template_digest(),
     }
+    if layout != STANDALONE:
+        spec["layout"] = layout
     return _sha256(json.dumps(spec, sort_keys=True))
 
 

@@ -41,18 +41,29 @@ def guard(wanted: Iterable[Symbol], site: Derivation) -> str:
     return " or ".join(f"need_{gradient}" for gradient in site.gradients if gradient in wanted)
 
 
-def forward_statements(phase: Phase, setting: Setting) -> tuple[str, ...]:
-    """The statements of a forward; the adapter's casts are made before it is called."""
+def forward_statements(phase: Phase, setting: Setting, owner: str) -> tuple[str, ...]:
+    """The statements of a forward; the adapter's casts are made before it is called.
+
+    ``owner``: of the constants of kernels: see :func:`.code.tiles_key`.
+    """
     lines = []
     for step in schedule(phase, setting.bytes_of).steps:
         if step.operation.outputs[0] not in phase.held:
-            lines.append(line(step.operation))
+            lines.append(line(step.operation, owner))
             lines += [f"del {symbol}" for symbol in step.frees]
     return tuple(lines)
 
 
-def backward_blocks(phase: Phase, setting: Setting, needed_by: Mapping[Symbol, frozenset[Symbol]]) -> tuple[Block, ...]:
-    """The statements of a backward, under the wishes for gradients; ``needed_by``: what each symbol is computed for."""
+def backward_blocks(
+    phase: Phase, setting: Setting, needed_by: Mapping[Symbol, frozenset[Symbol]], owner: str
+) -> tuple[Block, ...]:
+    """The statements of a backward, under the wishes for gradients.
+
+    Args:
+        phase, setting: what runs, and at which sizes.
+        needed_by: the gradients that each symbol is computed for.
+        owner: of the constants of kernels: see :func:`.code.tiles_key`.
+    """
     blocks: list[Block] = []
 
     def add(condition: str, text: str) -> None:
@@ -64,17 +75,17 @@ def backward_blocks(phase: Phase, setting: Setting, needed_by: Mapping[Symbol, f
     for step in schedule(phase, setting.bytes_of).steps:
         guards = {symbol: guard(needed_by[symbol], phase.derivation) for symbol in step.operation.outputs}
         if len(set(guards.values())) == 1:
-            add(guards[step.operation.outputs[0]], line(step.operation))
+            add(guards[step.operation.outputs[0]], line(step.operation, owner))
         else:
             # Each result is wanted for other gradients: the kernel where all are, else the one product.
             blocks.append(
                 Block(
                     " and ".join(f"({each})" if " or " in each else each for each in guards.values()),
-                    (line(step.operation),),
+                    (line(step.operation, owner),),
                 )
             )
             for product in products(step.operation):
-                blocks.append(Block(guards[product.outputs[0]], (line(product),), "elif"))
+                blocks.append(Block(guards[product.outputs[0]], (line(product, owner),), "elif"))
         for symbol in step.frees:
             add(guard(needed_by[symbol], phase.derivation), f"del {symbol}")
     return tuple(blocks)

@@ -12,6 +12,7 @@ import importlib.util
 import itertools
 import json
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -24,7 +25,7 @@ from typing import Any
 import hypothesis
 import pytest
 
-from ..emit.render import render_test
+from ..emit.render import SHARED, render_test
 from ..request.errors import one_line
 
 #: The two parts of a proof.
@@ -33,6 +34,8 @@ TORCH, KERNELS = "torch", "kernels"
 _OF_KERNELS = "test_kernels_"
 _LEFT_OUT = ("test_kernels_run_in_a_process_of_their_own",)
 _PACKAGE = "_runlora_gen_verified"
+#: How a line begins that imports from a file of the same folder.
+_SIBLING = re.compile(rb"^from \.", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,9 @@ class Check:
 
 
 def load(modules: Mapping[str, Path]) -> None:
-    """Import module files by names, as members of a package of our own; each must work alone.
+    """Import module files of one folder by names, as members of a package of our own.
+
+    Each must work alone, or with the other files of its folder if it says that it takes something from them.
 
     Raises:
         BaseException: whatever an import raises.
@@ -53,7 +58,7 @@ def load(modules: Mapping[str, Path]) -> None:
     for name in [name for name in sys.modules if name.split(".")[0] == _PACKAGE]:
         del sys.modules[name]
     package = ModuleType(_PACKAGE)
-    package.__path__ = []
+    package.__path__ = [str(path.parent) for path in modules.values() if _SIBLING.search(path.read_bytes())][:1]
     sys.modules[_PACKAGE] = package
     for name, path in modules.items():
         spec = importlib.util.spec_from_file_location(f"{_PACKAGE}.{name}", path)
@@ -80,7 +85,8 @@ def checks(modules: Sequence[str], part: str, examples: int) -> Iterator[Check]:
     tests = ModuleType(f"{_PACKAGE}.test_equivalence")
     tests.__package__ = _PACKAGE
     sys.modules[tests.__name__] = tests  # hypothesis looks modules up by name
-    exec(compile(ast.parse(render_test(modules)), "<properties>", "exec"), tests.__dict__)
+    shared = [name for name in SHARED if f"{_PACKAGE}.{name}" in sys.modules]
+    exec(compile(ast.parse(render_test(modules, shared=shared)), "<properties>", "exec"), tests.__dict__)
     properties = [value for name, value in vars(tests).items() if name.startswith("test_") and name not in _LEFT_OUT]
     for function in properties:
         if function.__name__.startswith(_OF_KERNELS) == (part == KERNELS):
