@@ -75,6 +75,21 @@ def test_both_follow_their_schemas(both) -> None:
     assert package.MANIFEST_SCHEMA == "manifest.schema.json"
 
 
+def test_the_layout_is_in_the_command_alone(run, tmp_path: Path) -> None:
+    found = []
+    for layout in ("standalone", "folder"):
+        run(*SMALL, "--rank", "4", "--no-kernels", "--layout", layout, "-o", tmp_path / layout).ok()
+        found.append(json.loads((tmp_path / layout / "llama_9m_r4" / "manifest.json").read_text()))
+        validator("manifest").validate(found[-1])
+    standalone, folder = found
+    assert folder["command"] == standalone["command"].replace(" -o .", " --layout folder -o .")
+    assert folder["files"].keys() - standalone["files"].keys() == {"autograd.py", "base.py", "products.py"}
+    for manifest in found:
+        for key in ("command", "digest", "files", "rendered"):
+            del manifest[key]
+    assert standalone == folder
+
+
 def test_ranges_follow_the_schema(generated_once: Path) -> None:
     manifest = json.loads((generated_once / "llama_9m_r4" / "manifest.json").read_text())
     validator("manifest").validate(manifest)

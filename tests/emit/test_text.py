@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
 import inspect
 import itertools
@@ -22,7 +23,7 @@ import black
 import pytest
 from runlora_gen.cost import device
 from runlora_gen.emit.package import OF_MODELS
-from runlora_gen.emit.render import MARKER, OUTPUT_LICENCE, template_folder
+from runlora_gen.emit.render import MARKER, OUTPUT_LICENCE, SHARED, template_folder
 from runlora_gen.emit.style import DEFAULT_LINE_LENGTH, Style
 
 CONFIG: dict[str, Any] = {
@@ -51,6 +52,11 @@ SPECS = {
         "--target-modules",
         "k_proj,down_proj",
     ),
+    "folder": ("--arch", "my.model/config.json", "--layout", "folder", *NARROW, "--no-kernels"),
+    "folder with kernels": (
+        *("--arch", "llama-9m", "--launch", "graph", "--tokens", "65536", "--layout", "folder", *NARROW),
+        *("--all-variants", "--no-input-grad", "--train", "b", "--target-modules", "q_proj,up_proj"),
+    ),
     "model type": ("--arch", "llama-3-8b", "--model-type", "mistral", "--target-modules", "v_proj, q_proj", *NARROW),
 }
 EVERYWHERE = {"__future__", "collections.abc", "typing"}
@@ -76,10 +82,23 @@ def sources(folder: Path) -> dict[str, str]:
     return {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.py")}
 
 
+def is_folder(made: Path) -> bool:
+    """Whether it has the layout in which modules share files."""
+    return "--layout folder" in json.loads((made / "manifest.json").read_text())["command"]
+
+
+def shared_files(made: Path) -> set[str]:
+    """Of a package the names of files that modules may take something from."""
+    return {name for name in SHARED if (made / f"{name}.py").exists()}
+
+
 def test_files_are_those_of_the_contract(made: Path) -> None:
     modules = {path.name for path in made.glob("linear_*.py")}
     assert modules and all(re.fullmatch(r"linear_\d+x\d+_r4\.py", name) for name in modules)
     rest = {"manifest.json", "py.typed", "test_equivalence.py", *(f"{name}.py" for name in OF_MODELS)}
+    if is_folder(made):
+        has_kernels = any("@triton.jit" in text for text in sources(made).values())
+        rest |= {f"{name}.py" for name in SHARED if name != "kernels" or has_kernels}
     assert {path.name for path in made.iterdir()} == modules | rest
     assert (made / "py.typed").read_bytes() == b""
 
@@ -129,11 +148,40 @@ def test_imports(made: Path) -> None:
         assert found - set(sys.stdlib_module_names) <= {"torch", "triton"} | extra
         if "triton" in found:  # guarded: without it everything runs through torch
             assert "except ImportError:\n        triton = None" in text
-        if name.startswith("linear_"):
-            assert not siblings  # usable alone
+        if name.startswith("linear_") or name.removesuffix(".py") in SHARED:
+            assert siblings <= shared_files(made)  # usable alone where there is none
         elif name in ("__init__.py", "shapes.py", "test_equivalence.py"):
             assert siblings >= {path.stem for path in made.glob("linear_*.py")}
         assert siblings <= {path.stem for path in made.glob("*.py")}
+
+
+def test_what_is_imported_is_there_and_used(made: Path) -> None:
+    trees = {name: ast.parse(text) for name, text in sources(made).items()}
+    defined = {name.removesuffix(".py"): names_of(tree) for name, tree in trees.items()}
+    for name, tree in trees.items():
+        read = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        read |= {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}  # __all__
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import | ast.ImportFrom) and getattr(node, "module", "") != "__future__":
+                for alias in node.names:
+                    bound = (alias.asname or alias.name).partition(".")[0]
+                    assert bound in read or alias.asname == alias.name, (name, bound)
+                    if isinstance(node, ast.ImportFrom) and node.level:
+                        known = defined[node.module] if node.module else defined.keys()
+                        assert alias.name in known, (name, node.module, alias.name)
+
+
+def names_of(tree: ast.Module) -> set[str]:
+    """What a file defines or imports, under whatever condition."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {alias.asname or alias.name for alias in node.names}
+    return names
 
 
 def test_what_only_some_need_is_imported_within_functions(made: Path) -> None:
@@ -146,7 +194,8 @@ def test_docstrings_are_the_derivation(made: Path) -> None:
     manifest = json.loads((made / "manifest.json").read_text())
     for layer in manifest["layers"]:
         text = (made / f"{layer['module']}.py").read_text()
-        assert f"IN_FEATURES = {layer['in_features']}\nOUT_FEATURES = {layer['out_features']}\nRANK = 4\n" in text
+        assert f"\nIN_FEATURES = {layer['in_features']}\nOUT_FEATURES = {layer['out_features']}\n" in text
+        assert "\nRANK = 4\n" in (made / ("base.py" if is_folder(made) else f"{layer['module']}.py")).read_text()
         for part in {part["chosen"]: part for part in reversed(layer["ranges"])}.values():
             start = text.index(f'"""Variant {part["chosen"]}.')
             doc = text[start : text.index('"""', start + 3)]
@@ -172,8 +221,17 @@ def test_docstrings_are_the_derivation(made: Path) -> None:
 
 
 def load(path: Path, name: str) -> ModuleType:
-    """Import a file under a name; Triton wants its kernels in files."""
+    """Import a file under a name, or where it shares others its folder; Triton wants its kernels in files."""
     pytest.importorskip("torch")
+    if shared_files(path.parent):
+        package = ModuleType(name)
+        package.__path__ = [str(path.parent)]
+        sys.modules[name] = package
+        try:
+            return importlib.import_module(f"{name}.{path.stem}")
+        finally:
+            for found in [found for found in sys.modules if found.partition(".")[0] == name]:
+                del sys.modules[found]
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -207,8 +265,9 @@ def test_every_module_says_what_it_is(made: Path, request: pytest.FixtureRequest
         assert list(module.TRAINS) == trains
         listed = " and ".join([", ".join(trains[:-1]), trains[-1]])
         assert f"\n    Differentiable in {listed}.\n" in module.lora_linear.__doc__
+        doc = next(kind.__doc__ for kind in reversed(module.LoRALinear.__mro__) if kind.__name__ == "LoRALinear")
         for name, frozen in (("lora_A", "lora_A" not in trains), ("lora_B", "lora_B" not in trains)):
-            (line,) = re.findall(rf"^ +{name}: \((?:r, in|out)_features.*$", module.LoRALinear.__doc__, re.M)
+            (line,) = re.findall(rf"^ +{name}: \((?:r, in|out)_features.*$", doc, re.M)
             assert ("frozen" in line) == frozen
         assert module.LOSSY_MERGE is workload["allow_lossy_merge"]
         wanted = {name for part in layer["ranges"] for name in (part["chosen"], part["on_16_bit_weights"])}
@@ -219,16 +278,19 @@ def test_every_module_says_what_it_is(made: Path, request: pytest.FixtureRequest
         text = path.read_text(encoding="utf-8")
         has_kernels = "@triton.jit" in text
         assert has_kernels == ("RUNLORA_KERNELS" in text) == ("triton" in text)
+        if is_folder(made):
+            assert not has_kernels
+            has_kernels = "\nfrom .kernels import KERNELS, _" in text
         assert ("#: Whether fused kernels run: this module has none.\nKERNELS = False\n" in text) == (not has_kernels)
         assert isinstance(module.KERNELS, bool) and (has_kernels or not module.KERNELS)
         wide = workload["adapter_dtype"] == "fp32"
-        assert ("by default float32 over a 16-bit base" in " ".join(module.LoRALinear.__doc__.split())) == wide
+        assert ("by default float32 over a 16-bit base" in " ".join(doc.split())) == wide
 
 
 def test_the_specs_have_kernels_and_have_none(made: Path, request: pytest.FixtureRequest) -> None:
     text = "".join(sources(made).values())
-    if request.node.callspec.id in ("kernels", "plain"):
-        assert ("@triton.jit" in text) == (request.node.callspec.id == "kernels")
+    if request.node.callspec.id in ("kernels", "folder with kernels", "plain"):
+        assert ("@triton.jit" in text) == (request.node.callspec.id != "plain")
 
 
 def test_the_adapter_s_dtype_is_in_the_command_where_it_is_no_default(made: Path) -> None:
@@ -271,7 +333,7 @@ def test_no_two_names_give_one_namespace(with_kernels: Path) -> None:
 
 def test_modules_have_no_effects_at_import(made: Path) -> None:
     allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign, ast.If)
-    for path in made.glob("linear_*.py"):
+    for path in (*made.glob("linear_*.py"), *(made / f"{name}.py" for name in shared_files(made))):
         body = ast.parse(path.read_text()).body
         assert isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant)
         assert all(isinstance(statement, allowed) for statement in body[1:])
@@ -307,6 +369,7 @@ def test_digest_follows_spec_and_templates(run, small, tmp_path: Path, monkeypat
         ("--launch", "graph"),
         ("--all-variants", "--train", "b", "--no-input-grad"),
         ("--train", "b", "--no-input-grad"),
+        ("--layout", "folder"),
     )
     monkeypatch.setattr(Style, "format", lambda self, source: source)
     digests = [digest(*options) for options in variations]

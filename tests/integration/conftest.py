@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from runlora_gen import api
+from runlora_gen.request.layout import LAYOUTS, STANDALONE
 from torch import Tensor
 
 for name in ("transformers", "peft"):
@@ -30,10 +31,18 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(former)
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """What a package does to a model it does in both layouts."""
+    if "package" in metafunc.fixturenames and metafunc.module.__name__.endswith(("with_peft", "without_peft")):
+        metafunc.parametrize("package", LAYOUTS, indirect=True, scope="session")
+
+
 @pytest.fixture(scope="session")
-def package(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def package(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Generated once: the shapes of the model at ``RANK``."""
-    (folder,) = api.generate(llama(), rank=RANK, tokens=64, kernels=False, output=tmp_path_factory.mktemp("packages"))
+    layout = getattr(request, "param", STANDALONE)
+    out = tmp_path_factory.mktemp("packages")
+    (folder,) = api.generate(llama(), rank=RANK, tokens=64, kernels=False, layout=layout, output=out)
     return api._imported(folder)
 
 
