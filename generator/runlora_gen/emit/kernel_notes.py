@@ -26,7 +26,7 @@ class KernelCall:
 
     operation: Fused
     setting: Setting
-    owner: str
+    owner: str = ""
 
     @property
     def key(self) -> str:
