@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from runlora_gen.algebra.linear import LINEAR
-from runlora_gen.algebra.operations import Fused
+from runlora_gen.algebra.operations import Fused, Symbol, parse
 from runlora_gen.cost.device import DeviceProfile, load_device
 from runlora_gen.cost.measured import setting_at, tuned_constants
 from runlora_gen.cost.price import price_operation
@@ -182,6 +182,24 @@ def test_16_bit_dtypes_stand_for_each_other_and_fp32_does_not(measured: DevicePr
 
 def test_the_merged_weight_is_as_fast_as_the_weight(measured: DeviceProfile) -> None:
     assert price_operation(LINEAR.parse("Y = X @ M.T + b"), setting(measured, 1024)).device_s == pytest.approx(30e-6)
+
+
+def test_a_linear_of_a_group_is_as_fast_as_a_linear(measured: DeviceProfile) -> None:
+    """Their indices have other names; the work is the same."""
+    shapes = {
+        "X": ("T", "I"),
+        "Wq": ("O_q", "I"),
+        "Yq": ("T", "O_q"),
+        "dYq": ("T", "O_q"),
+        "dX": ("T", "I"),
+        "b": ("O_q",),
+    }
+    symbols = {name: Symbol(name, shape) for name, shape in shapes.items()}
+    for ours, lone in (("Yq = X @ Wq.T + b", "Y = X @ W.T + b"), ("dX = dYq @ Wq", "dX = dY @ W")):
+        for tokens in (1024, 3000):
+            case = setting(measured, tokens)
+            group = replace(case, out_features=1, sizes={"O_q": 512})
+            assert price_operation(parse(ours, symbols), group) == price_operation(LINEAR.parse(lone), case)
 
 
 def test_another_machine_s_ratios_stand_in() -> None:

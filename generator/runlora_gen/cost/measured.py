@@ -12,13 +12,14 @@ from ..algebra.operations import Contract, Dims, Fused, Operation, dimensions
 from ..kernels.registry import KERNELS
 from ..kernels.sites import OPERATIONS
 from .device import DeviceProfile
+from .profile import Size
 from .roofline import roofline
 from .setting import DType, Setting
 from .work import work
 
 
 @lru_cache(maxsize=65536)
-def correction(operation: Operation, at: tuple[int, ...], dtype: DType, device: DeviceProfile) -> float:
+def correction(operation: Operation, at: Size, dtype: DType, device: DeviceProfile) -> float:
     """Measured time over roofline, at some dimensions; 1 if the operation was never measured.
 
     Sizes whose rows start off 16 bytes are another class: cuBLAS is up to four times slower there.
@@ -40,9 +41,9 @@ def is_priced(operation: Operation, dtype: DType, device: DeviceProfile) -> bool
     return not measured or measured_as(operation) in measured
 
 
-def _aligned(operation: Operation, at: tuple[int, ...], dtype: DType) -> bool:
+def _aligned(operation: Operation, at: Size, dtype: DType) -> bool:
     """Whether the rows of its large matrices start on 16 bytes."""
-    features = [size for name, size in zip(dimensions(operation), at, strict=True) if name in "IO"]
+    features = [size for name, size in zip(dimensions(operation), at, strict=True) if name[0] in "IO"]
     return dtype.on_16_bytes(*features)
 
 
@@ -54,9 +55,7 @@ def measured_as(operation: Operation) -> str:
 
 
 @lru_cache(maxsize=4096)
-def _ratios(
-    operation: Operation, dtype: DType, device: DeviceProfile
-) -> tuple[tuple[tuple[int, ...], bool, float], ...]:
+def _ratios(operation: Operation, dtype: DType, device: DeviceProfile) -> tuple[tuple[Size, bool, float], ...]:
     """Where an operation was measured, whether on 16 bytes, and the logarithms of measured time over roofline there.
 
     A product of torch's that was never measured takes the ratios of those of the same dimensions: the bare roofline
@@ -68,13 +67,13 @@ def _ratios(
         measured = tuple(
             other
             for other in OPERATIONS
-            if isinstance(other, Contract) and dimensions(other) == dimensions(operation) and work(other) in times
+            if isinstance(other, Contract) and _kinds(other) == _kinds(operation) and work(other) in times
         )
-    names = dimensions(operation)
 
-    def ratio(of: Operation, at: tuple[int, ...], time_s: float) -> float:
+    def ratio(of: Operation, at: Size, time_s: float) -> float:
         # Measured with everything in one dtype: the ratio holds for an adapter in another one as well.
-        return math.log(time_s / roofline(of, setting_at(dict(zip(names, at, strict=True)), dtype, device)).device_s)
+        dims = dict(zip(dimensions(of), at, strict=True))
+        return math.log(time_s / roofline(of, setting_at(dims, dtype, device)).device_s)
 
     return tuple(
         (at, _aligned(operation, at, dtype), ratio(of, at, time_s))
@@ -83,10 +82,15 @@ def _ratios(
     )
 
 
+def _kinds(operation: Operation) -> tuple[str, ...]:
+    """Its dimensions, those of a group's linears as those of one."""
+    return tuple(dim[0] for dim in dimensions(operation))
+
+
 def setting_at(dims: Dims, dtype: DType, device: DeviceProfile) -> Setting:
     """The setting in which operations are measured: everything in one dtype, no bias."""
     tokens, in_features, out_features, rank = (dims.get(dim, 1) for dim in "TIOR")
-    return Setting(tokens, in_features, out_features, rank, dtype, dtype, False, frozenset(), device)
+    return Setting(tokens, in_features, out_features, rank, dtype, dtype, False, frozenset(), device, sizes=dims)
 
 
 def tuned_constants(operation: Fused, setting: Setting) -> Mapping[str, int] | None:
@@ -96,11 +100,11 @@ def tuned_constants(operation: Fused, setting: Setting) -> Mapping[str, int] | N
     return min(tuned, key=lambda row: (distance(row[0], at), row[0]))[1] if tuned else None
 
 
-def distance(first: tuple[int, ...], second: tuple[int, ...]) -> float:
+def distance(first: Size, second: Size) -> float:
     """How far apart two sizes are: the Euclidean distance of the logarithms (base 2) of their dimensions."""
     return math.dist(_logarithms(first), _logarithms(second))
 
 
 @lru_cache(maxsize=65536)
-def _logarithms(size: tuple[int, ...]) -> tuple[float, ...]:
+def _logarithms(size: Size) -> tuple[float, ...]:
     return tuple(map(math.log2, size))
