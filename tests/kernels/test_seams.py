@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import itertools
 import re
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
 from runlora_gen.emit import render as rendering
 from runlora_gen.emit.kernel_notes import KernelNode
 from runlora_gen.emit.nodes import module_node
@@ -26,9 +30,8 @@ TEMPLATE = rendering._environment().get_template(SOURCE)
 SEAMS = {name: "".join(block(TEMPLATE.new_context(OWN))) for name, block in TEMPLATE.blocks.items()}
 
 
-def filled(kernel: str = "fused_gemm", **seams: str) -> str:
+def filled(blocks: str = "", kernel: str = "fused_gemm") -> str:
     """The source with seams filled, as a kernel's own template does it."""
-    blocks = "".join(f"{{% block {name} %}}\n{text}{{% endblock %}}\n" for name, text in seams.items())
     template = rendering._environment().from_string(f'{{% extends "{SOURCE}" %}}\n{blocks}')
     return template.render(kernel=KernelNode(kernel))
 
@@ -50,7 +53,7 @@ def test_what_nothing_fills_is_what_is_emitted(text: str) -> None:
 @pytest.mark.parametrize("seam", SEAMS)
 def test_a_filled_seam_changes_its_place_alone(seam: str) -> None:
     mark = "@@@"
-    changed = filled(**{seam: mark})
+    changed = filled(f"{{% block {seam} %}}\n{mark}{{% endblock %}}")
     assert changed.count(mark) == 1 and changed.replace(mark, SEAMS[seam]) == filled()
 
 
@@ -64,8 +67,8 @@ def test_a_kernel_of_another_name_defines_nothing_twice() -> None:
     def defined(text: str) -> set[str]:
         return {node.name for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)}
 
-    other = filled("scaled_gemm", epilogue="    acc = acc * 2.0\n")
-    assert defined(filled()).isdisjoint(defined(other)) and "_scaled_gemm_kernel" in defined(other)
+    other = filled("{% block epilogue %}\n    acc = acc * 2.0\n{% endblock %}", "doubled_gemm")
+    assert defined(filled()).isdisjoint(defined(other)) and "_doubled_gemm_kernel" in defined(other)
     called = {node.func.id for node in ast.walk(ast.parse(other)) if isinstance(node, ast.Call) and _is_own(node)}
     assert called <= defined(other) | {"_load_tile", "_store_tile"}
 
@@ -84,35 +87,133 @@ def imported(text: str, path: Path) -> ModuleType:
     return module
 
 
-#: X one more, W doubled, nothing below zero: small whole numbers, of which every sum is exact in 16 bits.
-FILLS = {
-    "load_left": "{{ super() }}\n            if step < k_steps:\n                left_tile = (left_tile + 1)\n",
-    "load_x": "{{ super() }}\n            x_tile = tl.where((k + tl.arange(0, BK) < K)[None, :], x_tile + 1, x_tile)\n",
-    "load_right": "{{ super() }}\n            if step < k_steps:\n                right_tile = right_tile * 2\n",
-    "load_w": "{{ super() }}\n            w_tile = w_tile * 2\n",
-    "epilogue": "{{ super() }}\n    acc = tl.maximum(acc, 0.0)\n",
-}
+#: X one more, W doubled, nothing below zero.
+CHANGED = """
+{% block load_left %}
+{{ super() }}
+            if step < k_steps:
+                left_tile = left_tile + 1
+{% endblock %}
+{% block load_x %}
+{{ super() }}
+            x_tile = tl.where((k + tl.arange(0, BK) < K)[None, :], x_tile + 1, x_tile)
+{% endblock %}
+{% block load_right %}
+{{ super() }}
+            if step < k_steps:
+                right_tile = right_tile * 2
+{% endblock %}
+{% block load_w %}
+{{ super() }}
+            w_tile = w_tile * 2
+{% endblock %}
+{% block epilogue %}
+{{ super() }}
+    acc = tl.maximum(acc, 0.0)
+{% endblock %}
+"""
+#: W in codes, with a scale for each of its rows.
+QUANTIZED = """
+{% block tensors %}
+    scales,
+{% endblock %}
+{% block factors %}
+    scales,
+{% endblock %}
+{% block operands %}
+{{ super() }}
+            scales,
+{% endblock %}
+{% block part_operands %}
+{{ super() }}
+                scales,
+{% endblock %}
+{% block load_right %}
+{{ super() }}
+            if step < k_steps:
+                row = n + tl.arange(0, BN)
+                right_tile = right_tile * tl.load(scales + row, mask=row < N, other=0.0)[None, :]
+{% endblock %}
+{% block load_w %}
+{{ super() }}
+            row = n + tl.arange(0, BN)
+            w_tile = w_tile * tl.load(scales + row, mask=row < N, other=0.0)[None, :]
+{% endblock %}
+"""
+#: Two weights side by side, each of 256 rows: whole tiles are of one or of the other.
+GROUP = """
+{% block tensors %}
+    other,
+{% endblock %}
+{% block tile %}
+        chosen = w
+        row = n
+        if n >= 256:
+            chosen = other
+            row = n - 256
+{% endblock %}
+{% block factors %}
+    row,
+{% endblock %}
+{% block operands %}
+            x, chosen, s, b, m, n, M, N, K, x_stride, w_stride, s_stride, b_stride, row,
+{% endblock %}
+{% block part_operands %}
+{{ super() }}
+                n,
+{% endblock %}
+{% block load_w %}
+            w_tile = _load_tile(w, row, k, 256, K, w_stride, BN, BK, False).T
+{% endblock %}
+"""
+
+
+@pytest.fixture
+def module(text: str, tmp_path: Path) -> Callable[..., Any]:
+    """A module with seams filled, whose launches take more tensors."""
+    pytest.importorskip("triton", minversion="3.4")
+    number = itertools.count()
+
+    def module(blocks: str, *more: torch.Tensor) -> ModuleType:
+        changed = text
+        for old, new in (
+            (textwrap.indent(filled(), "    ").rstrip(), textwrap.indent(filled(blocks), "    ").rstrip()),
+            ("    launch(x, w, s, b, y, w, b, y, bias)", "    launch(x, w, s, b, y, w, b, y, bias, *MORE)"),
+        ):
+            assert changed.count(old) == 1
+            changed = changed.replace(old, new)
+        made = imported(changed, tmp_path / f"{tmp_path.name}_{next(number)}.py")
+        made.MORE = more  # type: ignore[attr-defined]
+        return made
+
+    return module
+
+
+def draw(seed: int, *shape: int) -> torch.Tensor:
+    """Small whole numbers: every sum of products of two is exact in 16 bits."""
+    values = torch.randint(-2, 3, shape, generator=torch.Generator().manual_seed(seed))
+    return values.to("cuda" if torch.cuda.is_available() else "cpu", torch.float16)
 
 
 @pytest.mark.parametrize("features", [64, 63], ids=["descriptors", "pointers"])
-def test_filled_seams_compute_what_they_say(text: str, tmp_path: Path, features: int) -> None:
-    """A load that changes each operand and an epilogue, through descriptors and through pointers."""
-    torch = pytest.importorskip("torch")
-    pytest.importorskip("triton", minversion="3.4")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    source = textwrap.indent(filled(), "    ").rstrip()
-    changed = text.replace(source, textwrap.indent(filled(**FILLS), "    ").rstrip())
-    plain, ours = (
-        imported(source, tmp_path / f"seams_{name}_{features}.py") for name, source in (("a", text), ("b", changed))
-    )
-    generator = torch.Generator().manual_seed(features)
+def test_filled_seams_compute_what_they_say(module: Callable[..., Any], features: int) -> None:
+    """Loads that change an operand, and an epilogue; a base in codes; and none of it where nothing is filled."""
+    x, w, s, b, bias = draw(0, 40, features), draw(1, 48, features), draw(2, 40, 8), draw(3, 48, 8), draw(4, 48)
+    low = s @ b.t() + bias
 
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randint(-3, 4, shape, generator=generator).to(device, torch.float16)
+    def run(made: ModuleType) -> torch.Tensor:
+        result: torch.Tensor = made._fused_gemm(x, w, s, b, bias, tiles="Y")
+        return result
 
-    x, w, s, b, bias = draw(40, features), draw(48, features), draw(40, 8), draw(48, 8), draw(48)
-    expected = x @ w.t() + s @ b.t() + bias
-    assert torch.equal(plain._fused_gemm(x, w, s, b, bias, tiles="Y"), expected)
-    expected = ((x + 1) @ (2 * w).t() + s @ b.t() + bias).clamp(min=0)
-    assert torch.equal(ours._fused_gemm(x, w, s, b, bias, tiles="Y"), expected)
-    assert expected.count_nonzero() not in (0, expected.numel())
+    assert torch.equal(run(module("")), x @ w.t() + low)
+    assert torch.equal(run(module(CHANGED)), ((x + 1) @ (2 * w).t() + low).clamp(min=0))
+    scales = draw(5, 48)
+    assert torch.equal(run(module(QUANTIZED, scales)), x @ (scales[:, None] * w).t() + low)
+
+
+def test_a_tile_chooses_its_operands(module: Callable[..., Any]) -> None:
+    """As a group's does: the rows of two weights, which lie apart, are multiplied with one X in one launch."""
+    x, w, other, s, b = draw(0, 40, 63), draw(1, 256, 63), draw(2, 256, 63), draw(3, 40, 8), draw(4, 512, 8)
+    both = torch.cat([w, torch.full_like(other, float("nan"))])  # the launch takes the sizes from it
+    made = module(GROUP, other)
+    assert torch.equal(made._fused_gemm(x, both, s, b, None, tiles="Y"), x @ torch.cat([w, other]).t() + s @ b.t())
