@@ -13,6 +13,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from runlora_gen.algebra.paper import paper_labels
 from runlora_gen.request.architecture import architecture_names, load_architecture
 from runlora_gen.request.layers import layers
 from runlora_gen.request.workload import CHOICES, Workload
@@ -65,7 +66,7 @@ def _digest(decision: Decision) -> str:
         # Sums in another order differ in their last bits.
         near = (f"{value:.9g}" for value in (cost.device_s, cost.host_s, cost.update_error))
         on_front = priced.program.id in decision.front
-        return " ".join(map(str, (priced.program.id, *priced.program.paper, *exact, *near, on_front)))
+        return " ".join(map(str, (priced.program.id, *paper_labels(priced.program), *exact, *near, on_front)))
 
     return _short("\n".join(map(line, decision.candidates)))
 

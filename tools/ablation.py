@@ -20,7 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from runlora_gen.algebra.enumerate import Program
+from runlora_gen.algebra.lookup import Asked
+from runlora_gen.algebra.operations import Fused
 from runlora_gen.cost.price import price
+from runlora_gen.cost.setting import Setting
 from runlora_gen.measure.clock import captured, interleaved
 from runlora_gen.measure.machine import machine_name
 from runlora_gen.measure.memory import peak_bytes, saved_bytes
@@ -32,24 +36,43 @@ from runlora_gen.search.choose import decide
 from runlora_gen.search.criterion import Priced
 
 FROZEN = "frozen linear"
+_SPLIT = {"Y": "base_first", "dX": "base_first", "dA": "pt_x", "dB": "dyt_s"}
+_MERGED = {**_SPLIT, "Y": "merged", "dX": "merged"}
+_FUSED = {**_SPLIT, "Y": "fused", "dX": "fused", "dB": "one_pass"}
 #: What is compared: how people call it, and the program.
 VARIANTS = {
-    "split, S kept": "base_first/base_first-pt_x-dyt_s/keep-s",
-    "split, S recomputed": "base_first/base_first-pt_x-dyt_s/keep-nothing",
-    "split, low-rank product first, S kept": "lowrank_first/lowrank_first-pt_x-dyt_s/keep-s",
-    "merged, S and M kept": "merged/merged-pt_x-dyt_s/keep-s-m",
-    "merged, M kept, S recomputed": "merged/merged-pt_x-dyt_s/keep-m",
-    "merged, nothing kept": "merged/merged-pt_x-dyt_s/keep-nothing",
-    "full gradient, nothing kept": "base_first/base_first-bt_g-g_at/keep-nothing",
-    "fused, S kept": "fused/fused-pt_x-one_pass/keep-s",
-    "fused GEMMs only, S kept": "fused/fused-pt_x-dyt_s/keep-s",
-    "fused, nothing kept": "fused/fused-pt_x-one_pass/keep-nothing",
+    "split, S kept": Asked(_SPLIT, keeps=("S",)),
+    "split, S recomputed": Asked(_SPLIT),
+    "split, low-rank product first, S kept": Asked({**_SPLIT, "Y": "lowrank_first", "dX": "lowrank_first"}, ("S",)),
+    "merged, S and M kept": Asked(_MERGED, keeps=("S", "M")),
+    "merged, M kept, S recomputed": Asked(_MERGED, keeps=("M",)),
+    "merged, nothing kept": Asked(_MERGED),
+    "full gradient, nothing kept": Asked({**_SPLIT, "dA": "bt_g", "dB": "g_at"}),
+    "fused, S kept": Asked(_FUSED, keeps=("S",)),
+    "fused GEMMs only, S kept": Asked({**_FUSED, "dB": "dyt_s"}, keeps=("S",)),
+    "fused, nothing kept": Asked(_FUSED),
 }
 SHAPES = {
     "cuda": "2048:5120x5120 16384:5120x5120 8192:5120x13824 8192:13824x5120",
     "cpu": "256:768x768 2048:768x768 2048:768x2560 2048:2560x768",
 }
 ROUNDS = 15
+
+
+def compared(workload: Workload, setting: Setting) -> dict[str, Program]:
+    """The programs by their names; those with fused kernels where such can serve.
+
+    Raises:
+        ValueError: one of them is not there, or not one program.
+    """
+    programs = enumerated(workload, setting)
+    served = {kernel for program in programs for kernel in program.kernels}
+
+    def kernels_of(asked: Asked) -> set[str]:
+        operations = (operation for way in asked.rows(setting.derivation) for operation in way.operations)
+        return {operation.kernel for operation in operations if isinstance(operation, Fused)}
+
+    return {name: asked.among(programs) for name, asked in VARIANTS.items() if kernels_of(asked) <= served}
 
 
 def measure_shape(text: str, rank: int, dtype: str, profile: str, device: torch.device) -> dict[str, dict[str, float]]:
@@ -64,9 +87,10 @@ def measure_shape(text: str, rank: int, dtype: str, profile: str, device: torch.
         allow_lossy_merge=True,
     )
     setting = point.setting(workload)
-    programs = [p for p in enumerated(workload, setting) if p.id in VARIANTS.values()]
+    programs = compared(workload, setting)
     decision = replace(
-        decide(workload, setting), candidates=tuple(Priced(program, price(program, setting)) for program in programs)
+        decide(workload, setting),
+        candidates=tuple(Priced(program, price(program, setting)) for program in programs.values()),
     )
     torch.manual_seed(0)
 
@@ -75,7 +99,7 @@ def measure_shape(text: str, rank: int, dtype: str, profile: str, device: torch.
         place = Path(folder) / text.replace(":", "_")
         module = render_module(one_choice(point.layer, workload, decision), rank, workload, place, all_variants=True)
         named: dict[str, str | None] = {FROZEN: None}
-        named |= {name: variant for name, variant in VARIANTS.items() if variant in module.VARIANTS}
+        named |= {name: program.id for name, program in programs.items()}
         pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         runs: dict[str, Callable[[], object]] = {}
         for name, variant in named.items():

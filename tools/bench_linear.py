@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from runlora_gen.algebra.paper import paper_labels
 from runlora_gen.measure.clock import Run, captured, interleaved, repeated
 from runlora_gen.measure.machine import machine_name
 from runlora_gen.measure.memory import peak_bytes, saved_bytes
@@ -147,7 +148,7 @@ def generate(
     choice = decide_model(workload, (layer,), rank, alone=True)[0]
     if paper:
         decision = choice.ranges[-1].decision
-        labelled = [c for c in decision.candidates if c.program.paper and not c.program.lossy_in_16_bit]
+        labelled = [c for c in decision.candidates if paper_labels(c.program) and not c.program.lossy_in_16_bit]
         best = min(labelled, key=lambda candidate: (candidate.cost.time_s, candidate.program.id))
         choice = one_choice(layer, workload, replace(decision, chosen=best, fallback=best))
     chosen = _decision(choice).chosen

@@ -18,6 +18,7 @@ from runlora_gen.algebra.enumerate import (
 )
 from runlora_gen.algebra.linear import LINEAR
 from runlora_gen.algebra.operations import Contract, Convert, Fused
+from runlora_gen.algebra.paper import paper_labels
 from runlora_gen.kernels.sites import seeded, serves
 
 WIDE = frozenset({CAST_ADAPTER})
@@ -89,7 +90,9 @@ def test_casts_are_made_by_the_forward_and_kept_or_made_again() -> None:
 
 @pytest.mark.parametrize("casts", [False, True])
 def test_the_paper_s_pairs_are_all_found_once(casts: bool) -> None:
-    labels = [label for program in enumerate_programs(LINEAR, ALL, facts=FACTS[casts]) for label in program.paper]
+    labels = [
+        label for program in enumerate_programs(LINEAR, ALL, facts=FACTS[casts]) for label in paper_labels(program)
+    ]
     assert sorted(labels) == sorted(PAPER)
 
 

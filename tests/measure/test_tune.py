@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from runlora_gen.algebra.enumerate import enumerate_programs
 from runlora_gen.algebra.linear import LINEAR
 from runlora_gen.algebra.operations import Convert, Fused, dimensions
 from runlora_gen.cost.device import load_device
@@ -25,6 +26,7 @@ from runlora_gen.measure import clock, tune
 from runlora_gen.measure.modules import module_of_everything
 from runlora_gen.request.errors import SpecError
 from runlora_gen.request.workload import DTYPE_NAMES, Workload
+from runlora_gen.search.candidates import goals
 
 SIZE = ("--shapes", "24x40", "--tokens", "16", "--rank", "4")
 ON_CPU = ("tune", "--device", "cpu", "-q", *SIZE)
@@ -225,6 +227,12 @@ def test_kernels_are_measured_with_all_their_constants(tmp_path: Path, monkeypat
     tune._write(tmp_path / "x.toml", profile)
     device = load_device(os.fspath(tmp_path / "x.toml"))
     assert device.tiles_for("bf16") == {key: tuple(best.items()) for key, best in profile.tiles["fp16"].items()}
+
+
+def test_the_host_is_asked_with_and_without_kernels() -> None:
+    programs = enumerate_programs(LINEAR, goals(Workload()))
+    plain, fused = (asked.among(programs) for asked in (tune._PLAIN, tune._FUSED))
+    assert not plain.kernels and fused.kernels == {"fused_gemm", "p_db"} and plain.kept == fused.kept
 
 
 def test_progress_goes_to_stderr(run, machine: Machine, tmp_path: Path) -> None:

@@ -142,20 +142,6 @@ class Program:
         """Whether it rounds a merged weight, which in 16 bits drops small updates."""
         return self.forward.lossy_in_16_bit or self.backward.lossy_in_16_bit
 
-    @cached_property
-    def paper(self) -> tuple[str, ...]:
-        """The paper's labels, like ``forward1/backward5``; empty for a program that it left out.
-
-        The paper keeps no intermediate, but its adapters need no cast: with them goes what casts once.
-        """
-        site = self.derivation
-        goals = {goal: self.backward.way_of(goal).name for goal in self.backward.goals}
-        backward = site.paper_backwards.get(tuple(goals.get(goal, "") for goal in site.paper_goals))
-        casts_again = any(out in site.casts for operation in self.backward.operations for out in operation.outputs)
-        if backward is None or casts_again or not set(self.kept) <= site.casts.keys():
-            return ()
-        return tuple(f"{forward}/{backward}" for forward in self.forward.way_of(site.outputs[0]).paper)
-
 
 def enumerate_phases(
     derivation: Derivation,

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from ..algebra.paper import paper_labels
 from ..cost.device import load_device
 from ..cost.price import price_frozen
 from ..cost.vector import DEVICE_BOUND, HOST_BOUND
@@ -29,14 +30,15 @@ SCHEMA_VERSION = 2
 def variant_data(candidate: Priced, decision: Decision) -> dict[str, Any]:
     """One candidate: what it is, its whole cost vector, and whether it is on the Pareto front."""
     program = candidate.program
+    labels = paper_labels(program)
     return {
         "id": program.id,
         "forward": program.forward.name,
         "backward": program.backward.name,
         "keeps": [str(symbol) for symbol in program.kept],
         "by_kernel": [str(symbol) for symbol in program.by_kernel],
-        "paper": program.paper[0] if program.paper else None,
-        "paper_labels": list(program.paper),
+        "paper": labels[0] if labels else None,
+        "paper_labels": list(labels),
         **candidate.cost.as_dict(),
         "pareto": program.id in decision.front,
     }
@@ -244,13 +246,14 @@ def explain_table(layer: Layer, rank: int, decision: Decision, *, show_all: bool
     ranked = sorted(decision.candidates, key=lambda c: (c.cost.time_s, c.program.id))
     for candidate in ranked:
         program, cost = candidate.program, candidate.cost
+        labels = paper_labels(program)
         on_front, is_chosen = program.id in decision.front, program == decision.chosen.program
-        if not (show_all or on_front or program.paper or is_chosen):
+        if not (show_all or on_front or labels or is_chosen):
             continue
         table.add_row(
             ("→" if is_chosen else " ") + ("*" if on_front else " "),
             program.id,
-            _paper(program.paper),
+            _paper(labels),
             show_count(cost.flops),
             show_bytes(cost.saved_bytes),
             show_bytes(cost.workspace_bytes),

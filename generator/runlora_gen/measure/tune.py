@@ -39,6 +39,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..algebra.enumerate import Program, enumerate_programs
 from ..algebra.linear import LINEAR
 from ..algebra.liveness import wanted_operations
+from ..algebra.lookup import Asked
 from ..algebra.operations import Convert, Fused, Operation, Symbol, dimensions
 from ..cost.profile import MAX_PROFILE_BYTES, Profile, Size, check_title, parse_toml, read_profile, render_profile
 from ..cost.work import work
@@ -77,8 +78,9 @@ LEAST_S = 2e-4
 MOST_SETS = 8
 #: Bytes of the last-level cache that is assumed of a CPU.
 _CPU_CACHE = 2**25
-#: The variants whose eager steps give the host's share: of torch's products alone, and with kernels.
-_HOST_VARIANTS = ("base_first/base_first-pt_x-dyt_s/keep-s", "fused/fused-pt_x-one_pass/keep-s")
+#: The programs whose eager steps give the host's share: of torch's products alone, and with kernels.
+_PLAIN = Asked({"Y": "base_first", "dX": "base_first", "dA": "pt_x", "dB": "dyt_s"}, keeps=("S",))
+_FUSED = Asked({"Y": "fused", "dX": "fused", "dA": "pt_x", "dB": "one_pass"}, keeps=("S",))
 #: Sizes (in_features, out_features), tokens and ranks that are measured where none are given, by the type of device.
 GRID: Mapping[str, tuple[tuple[tuple[int, int], ...], tuple[int, ...], tuple[int, ...]]] = {
     "cuda": (
@@ -517,10 +519,8 @@ def _host_seconds(bench: _Workbench) -> tuple[float, float | None]:
 
         return _basic(bench, f"{steps} steps of {variant}", run, torch.device("cpu")) / steps
 
-    programs = {
-        p.id: p for p in enumerate_programs(LINEAR, goals(bench.workload), table=LINEAR.rows(lambda _: bench.kernels))
-    }
-    plain = programs[_HOST_VARIANTS[0]]
+    programs = enumerate_programs(LINEAR, goals(bench.workload), table=LINEAR.rows(lambda _: bench.kernels))
+    plain = _PLAIN.among(programs)
     wanted = frozenset({"dX", "dA", "dB"})
 
     def running(program: Program) -> list[Operation]:
@@ -529,7 +529,7 @@ def _host_seconds(bench: _Workbench) -> tuple[float, float | None]:
     operator_s = step_seconds(plain.id) / len(running(plain))
     if not bench.kernels:
         return operator_s, None
-    fused = programs[_HOST_VARIANTS[1]]
+    fused = _FUSED.among(programs)
     launches = [KERNELS[op.kernel].launches for op in running(fused) if isinstance(op, Fused)]
     operators = len(running(fused)) - len(launches)
     return operator_s, (step_seconds(fused.id) - operators * operator_s) / sum(launches)
