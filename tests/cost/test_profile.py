@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from runlora_gen.algebra.operations import Fused, dimensions
 from runlora_gen.cost.device import load_device
@@ -77,6 +77,7 @@ def profiles(draw: st.DrawFn) -> Profile:
     )
 
 
+@settings(max_examples=40, deadline=None)
 @given(profile=profiles())
 def test_what_is_written_is_read(profile: Profile) -> None:
     text = render_profile(profile)
