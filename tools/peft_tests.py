@@ -82,13 +82,14 @@ class Plugin:
 
     def _switch_on(self) -> None:
         from peft.tuners import lora
-        from runlora_gen import api
+        from runlora_gen import generate
+        from runlora_gen.into_model.packages import imported
 
         folder = Path(tempfile.mkdtemp())
-        (path,) = api.generate(
+        (path,) = generate(
             "llama-9m", rank=4, output=folder, target_modules=["q_proj"], dtype="fp32", device="cpu", kernels=False
         )
-        with_peft = api._imported(path).with_peft
+        with_peft = imported(path).with_peft
         (linear,) = with_peft.LINEARS.values()
         shutil.rmtree(folder)
         self._linears = with_peft.LINEARS = _AnyShape(linear)

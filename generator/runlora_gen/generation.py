@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,6 +67,41 @@ class Request:
         for architecture, ranks in groups.items():
             check_request(architecture, ranks, self.workload)
         return self
+
+
+def generate(
+    model: Any,
+    *,
+    rank: int | Sequence[int] | None = None,
+    output: str | os.PathLike[str] = "generated",
+    name: str | None = None,
+    layout: str = STANDALONE,
+    force: bool = False,
+    **workload: Any,
+) -> tuple[Path, ...]:
+    """Generate the LoRA linears of a model, as the command line does.
+
+    Args:
+        model: a ``torch.nn.Module`` (also on the meta device; a PeftModel also gives its ranks), a config of
+            Transformers, or what ``--arch`` takes: a name, a config.json or its folder.
+        rank: of the adapters, one or several; None for those of a PeftModel.
+        output: the folder to write into: a package for each rank.
+        name: of the packages; None for that of the model.
+        layout: ``standalone``, for modules each of which works alone, or ``folder``, for what they share to stand once.
+        force: overwrite files that were not generated.
+        workload: fields of ``Workload``: tokens, dtype, adapter_dtype, device, target_modules, ... A live model gives
+            its own dtypes and device.
+
+    Returns:
+        The folders of the packages, one a rank.
+
+    Raises:
+        SpecError: a value that is not allowed, named in one line; nothing is written then.
+    """
+    request = read_request(model, rank=rank, name=name, layout=layout, **workload)
+    for line in request.architecture.left_out_lines():
+        print(line, file=sys.stderr)
+    return generated(request, Path(output), force=force)
 
 
 def read_request(

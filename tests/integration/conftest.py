@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import runlora_gen
 import torch
-from runlora_gen import api
+from runlora_gen.into_model.packages import imported
 from runlora_gen.request.layout import LAYOUTS, STANDALONE
 from torch import Tensor
 
@@ -42,8 +43,8 @@ def package(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """Generated once: the shapes of the model at ``RANK``."""
     layout = getattr(request, "param", STANDALONE)
     out = tmp_path_factory.mktemp("packages")
-    (folder,) = api.generate(llama(), rank=RANK, tokens=64, kernels=False, layout=layout, output=out)
-    return api._imported(folder)
+    (folder,) = runlora_gen.generate(llama(), rank=RANK, tokens=64, kernels=False, layout=layout, output=out)
+    return imported(folder)
 
 
 @pytest.fixture

@@ -10,8 +10,10 @@ from typing import Any
 
 import peft
 import pytest
+import runlora_gen
 import torch
 import transformers
+from runlora_gen.into_model.packages import imported
 from torch import Tensor
 
 from .models import RANK, filled, gradients, llama, with_lora
@@ -176,11 +178,9 @@ def test_a_hook_that_comes_later_is_called(package: Any, tokens: Tensor) -> None
 @pytest.mark.filterwarnings("ignore:.*tie_word_embeddings.*", "ignore:.*tied.*")
 def test_a_tied_weight_is_used_as_it_is(tmp_path: Any, tokens: Tensor) -> None:
     """The head has the embeddings' weight: both go on having it."""
-    from runlora_gen import api
-
     model = with_lora(llama(tie_word_embeddings=True), target_modules=["lm_head", "q_proj"])
     wanted, found = model(tokens).logits, gradients(model, tokens)
-    package = api._imported(api.generate(model, output=tmp_path, tokens=64, kernels=False)[0])
+    package = imported(runlora_gen.generate(model, output=tmp_path, tokens=64, kernels=False)[0])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         report = package.accelerate(model)
@@ -287,27 +287,25 @@ def test_generate(package: Any, tokens: Tensor) -> None:
 
 def test_conv1d(tmp_path: Any) -> None:
     """GPT-2: weights are in_features x out_features, with a bias."""
-    from runlora_gen import api
-
     torch.manual_seed(0)
     base = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=20)).eval()
     model = with_lora(base, target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True).eval()
     tokens = torch.randint(20, (2, 5))
     wanted = model(tokens).logits
-    report = api.accelerate(model, tmp_path, strict=True, kernels=False, tokens=64)
+    report = runlora_gen.accelerate(model, tmp_path, strict=True, kernels=False, tokens=64)
     assert len(report.accelerated) == 4
     torch.testing.assert_close(model(tokens).logits, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_what_was_generated_frozen_is_not_trained_on_it(tmp_path: Any, tokens: Tensor) -> None:
-    from runlora_gen import api
-
     model = with_lora(target_modules=["q_proj"])
     with pytest.warns(UserWarning, match="2 left: lora_A is trained, and llama_r4 was generated with it frozen"):
-        api.accelerate(model, tmp_path, kernels=False, tokens=64, train="b")
+        runlora_gen.accelerate(model, tmp_path, kernels=False, tokens=64, train="b")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_B" in name)
-    assert len(api.accelerate(model, tmp_path, strict=True, kernels=False, tokens=64, train="b").accelerated) == 2
+    assert (
+        len(runlora_gen.accelerate(model, tmp_path, strict=True, kernels=False, tokens=64, train="b").accelerated) == 2
+    )
     assert len(gradients(model, tokens)) == 2
 
 
@@ -322,8 +320,6 @@ def test_kernels_that_are_missing_are_named(package: Any, monkeypatch: pytest.Mo
 
 def test_generated_for_each_rank(tmp_path: Any, tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """``runlora_gen.accelerate``: a package a rank in the cache, generated once."""
-    import runlora_gen
-
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     model = with_lora(target_modules=["q_proj", "down_proj"], rank_pattern={"down_proj": 2})
     wanted = model(tokens).logits

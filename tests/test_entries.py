@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import runlora_gen
 import torch
-from runlora_gen import api
+from runlora_gen.into_model.packages import imported
 from runlora_gen.request.errors import SpecError
 from torch import nn
 
@@ -33,9 +33,9 @@ def manifest(folder: Path) -> Any:
 
 
 def test_the_package_has_the_names_of_what_it_generates() -> None:
-    sample = api._imported(Path(__file__).parents[1] / "generated" / "llama_13b_r8")
+    sample = imported(Path(__file__).parents[1] / "generated" / "llama_13b_r8")
     entries = {name for name in sample.__all__ if not name.startswith("LoRALinear")} - {"Report"}
-    assert entries == set(runlora_gen.__all__) - {"generate"}
+    assert entries == set(runlora_gen.__all__) - {"generate", "read_model"}
     assert all(callable(getattr(runlora_gen, name)) for name in runlora_gen.__all__)
     with pytest.raises(AttributeError, match="no attribute 'other'"):
         _ = runlora_gen.other
@@ -84,6 +84,12 @@ def test_a_package_is_generated_anew_from_its_manifest(tmp_path: Path, run: Any)
     for projections in ([], [{"name": "a\nb"}], [{**manifest(folder)["projections"][0], "in_features": 2**40}]):
         broken.write_text(json.dumps({**manifest(folder), "projections": projections}))
         assert "projections = " in run("--arch", broken, "--rank", "4", "-o", tmp_path / "none").error()
+
+
+def test_a_model_is_read() -> None:
+    read = runlora_gen.read_model(Small())
+    shapes = {p.name: (p.in_features, p.out_features) for p in read.architecture.projections}
+    assert shapes == {"up_proj": (8, 24), "down_proj": (24, 8)} and read.left_out == {"embed": "embedding"}
 
 
 def test_a_config(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Generated modules into a model: where they are generated, imported and put in."""

@@ -1,0 +1,111 @@
+"""The packages that serve a model: generated where they are not there or stale, and imported."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import importlib.util
+import os
+import sys
+import types
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..generation import Request, generated, of_model
+from ..request.errors import SpecError
+from ..request.layout import parse_layout
+from ..request.workload import make_workload
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..from_model.live import LiveModel
+    from ..request.architecture import Architecture
+
+
+def packages_for(
+    model: Any,
+    live: LiveModel,
+    by_rank: Mapping[int, Architecture],
+    output: str | os.PathLike[str] | None,
+    layout: str,
+    workload: Mapping[str, Any],
+) -> list[Any]:
+    """The packages for a model, generated where they are not there or stale, and imported."""
+    options, note = of_model(model, live)
+    request = Request(by_rank, make_workload(**{**options, **workload}), parse_layout("layout", layout)).checked()
+    if note and "device" not in workload:
+        warnings.warn(note, stacklevel=3)
+    if output is not None:
+        return [imported(folder) for folder in generated(request, Path(output))]
+    from ..emit.package import package_digest
+
+    folders: list[Path] = []
+    for rank, architecture in by_rank.items():
+        # A folder for each request: models that are trained in turns don't overwrite each other's.
+        key = package_digest(architecture, rank, request.workload, layout=layout).removeprefix("sha256:")[:12]
+        folders += generated(replace(request, by_rank={rank: architecture}), _cache() / key)
+    return [imported(folder) for folder in folders]
+
+
+def _cache() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "runlora_gen"
+
+
+def imported(folder: Path) -> Any:
+    """A package by its folder, as a module with its submodules; imported once, and anew if the files changed."""
+    real = folder.resolve()
+    content = hashlib.sha256(str(real).encode() + (real / "manifest.json").read_bytes()).hexdigest()
+    name = f"runlora_gen_{real.name}_{content[:12]}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(
+            name, real / "__init__.py", submodule_search_locations=[str(real)]
+        )
+        assert spec is not None and spec.loader is not None
+        package = importlib.util.module_from_spec(spec)
+        sys.modules[name] = package
+        try:
+            spec.loader.exec_module(package)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
+
+
+def package_of(model: nn.Module) -> Any:
+    """The package of the generated layers in a model, or None."""
+    for module in model.modules():
+        kind = type(module)
+        if hasattr(kind, "replaces") or (hasattr(kind, "from_linear") and hasattr(module, "lora_A")):
+            return importlib.import_module(kind.__module__.rpartition(".")[0])
+    return None
+
+
+def needed(model: nn.Module) -> Any:
+    package = package_of(model)
+    if package is None:
+        raise SpecError("model: no generated layers in it; put them in first, with accelerate or inject_lora")
+    return package
+
+
+def of_rank(layer: Any, packages: Sequence[Any]) -> int:
+    """Which of the packages is for the rank of a layer's active adapter, else of another one; the first if none is."""
+    active = [layer.r[name] for name in layer.active_adapters if name in layer.r]
+    known = [package.shapes.RANK for package in packages]
+    return next((known.index(rank) for rank in [*active, *layer.r.values()] if rank in known), 0)
+
+
+@functools.cache
+def of_template(name: str) -> Any:
+    """What every package says of a model: a file of it that depends on no linear, without a package."""
+    from ..emit.render import Header, render
+
+    module = types.ModuleType(f"{__package__}._{name}")
+    sys.modules[module.__name__] = module  # dataclasses look a class's module up
+    exec(render(f"{name}.py.jinja", {"header": Header("", "")}), vars(module))
+    return module
