@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 from runlora_gen.algebra.linear import LINEAR
+from runlora_gen.algebra.work import work
 from runlora_gen.cost.profile import parse_toml, read_profile
-from runlora_gen.cost.work import work
 
 ROOT = Path(__file__).parents[1]
 README = "".join(

@@ -32,10 +32,10 @@ from typing import Any
 import torch
 from runlora_gen.algebra.enumerate import Program
 from runlora_gen.algebra.operations import Fused
+from runlora_gen.algebra.work import work
 from runlora_gen.cost.lower import choices, with_kernels
 from runlora_gen.cost.price import price
 from runlora_gen.cost.setting import Setting
-from runlora_gen.cost.work import work
 from runlora_gen.emit.code import tiles_key
 from runlora_gen.emit.kernel_notes import kernel_constants
 from runlora_gen.measure.clock import captured, interleaved, seconds

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from runlora_gen.algebra.operations import Fused, dimensions
 from runlora_gen.cost.device import load_device
 from runlora_gen.cost.profile import Profile, parse_toml, read_profile, render_profile
-from runlora_gen.cost.work import WORKS
 from runlora_gen.kernels.registry import KERNELS
+from runlora_gen.kernels.sites import WORKS
 from runlora_gen.request.errors import SpecError
 from runlora_gen.request.workload import DTYPE_NAMES
 

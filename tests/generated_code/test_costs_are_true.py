@@ -28,7 +28,7 @@ from runlora_gen.cost.measured import setting_at
 from runlora_gen.cost.price import price
 from runlora_gen.cost.roofline import roofline
 from runlora_gen.cost.setting import DTYPES, Setting
-from runlora_gen.cost.work import WORKS
+from runlora_gen.kernels.sites import WORKS
 from runlora_gen.measure.problem import TORCH_DTYPES
 from runlora_gen.request.workload import Workload
 from torch.utils._python_dispatch import TorchDispatchMode

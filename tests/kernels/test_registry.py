@@ -7,12 +7,15 @@ from types import MappingProxyType
 
 import pytest
 from runlora_gen.algebra.linear import LINEAR
-from runlora_gen.algebra.operations import Contract, Fused
+from runlora_gen.algebra.operations import Fused
+from runlora_gen.algebra.work import work
 from runlora_gen.emit.code import line
 from runlora_gen.kernels import sites
 from runlora_gen.kernels.record import Kernel
 from runlora_gen.kernels.registry import FOLDER, KERNELS
 from runlora_gen.kernels.sites import OPERATIONS, alternatives, draws, operations_of
+
+from ..algebra.sketches import dropout
 
 FUSED = {operation.kernel: operation for operation in operations_of(LINEAR) if isinstance(operation, Fused)}
 
@@ -57,7 +60,20 @@ def test_alternatives_are_of_products_that_the_table_has() -> None:
     assert [operation.kernel for operation in alternatives(LINEAR, "stochastic")] == ["merge_stochastic"]
     for operation in (*alternatives(LINEAR, "cheaper"), *alternatives(LINEAR, "stochastic")):
         (product,) = operation.parts
-        assert product in LINEAR.operations and str(product) in KERNELS[operation.kernel].replaces
+        assert product in LINEAR.operations and work(product) == KERNELS[operation.kernel].replaces
+
+
+def test_a_kernel_serves_a_product_by_its_work() -> None:
+    """Whatever a site calls it, and wherever it has it: under dropout S is made of what is left of X, too."""
+    site = dropout()
+    served = {str(operation.parts[0]): operation.kernel for operation in alternatives(site, "cheaper")}
+    assert served == {
+        "S = s * X @ A.T": "x_at",
+        "S = s * H @ A.T": "x_at",
+        "dA = P.T @ H": "pt_x",
+        "dA = P.T @ X": "pt_x",
+        "M = W + s * B @ A": "merge",
+    }
 
 
 def test_every_operation_is_there_once() -> None:
@@ -69,7 +85,7 @@ def test_every_operation_is_there_once() -> None:
 
 def test_two_kernels_for_one_product_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where both are to be had under the same condition, no id would tell which one runs."""
-    product = next(op for op in LINEAR.operations if isinstance(op, Contract) and str(op) in KERNELS["x_at"].replaces)
+    product = LINEAR.parse("S = s * X @ A.T")
     monkeypatch.setattr(sites, "KERNELS", MappingProxyType({**KERNELS, "x_at_too": KERNELS["x_at"]}))
     with pytest.raises(ValueError) as error:
         alternatives.__wrapped__(LINEAR, "cheaper")

@@ -17,11 +17,11 @@ import pytest
 from runlora_gen.algebra.enumerate import enumerate_programs
 from runlora_gen.algebra.linear import LINEAR
 from runlora_gen.algebra.operations import Convert, Fused, dimensions
+from runlora_gen.algebra.work import work
 from runlora_gen.cost.device import load_device
 from runlora_gen.cost.profile import Profile, parse_toml, read_profile
-from runlora_gen.cost.work import WORKS, work
 from runlora_gen.kernels.registry import KERNELS
-from runlora_gen.kernels.sites import operations_of
+from runlora_gen.kernels.sites import WORKS, operations_of
 from runlora_gen.measure import clock, tune
 from runlora_gen.measure.modules import module_of_everything
 from runlora_gen.request.errors import SpecError

@@ -9,13 +9,13 @@ from dataclasses import replace
 from functools import lru_cache
 
 from ..algebra.operations import Contract, Dims, Fused, Operation, dimensions
+from ..algebra.work import work
 from ..kernels.registry import KERNELS
 from ..kernels.sites import OPERATIONS
 from .device import DeviceProfile
 from .profile import Size
 from .roofline import roofline
 from .setting import DType, Setting
-from .work import work
 
 
 @lru_cache(maxsize=65536)

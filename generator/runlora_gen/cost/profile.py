@@ -27,8 +27,8 @@
     constants = [{}, {BI = 128}]      # of a kernel, in place of its own
     best = '''…'''                    # which of them, counted from 0
 
-What a key says is in ``work.py``. A table has a column for every token count T and rank R, as far as the work has them,
-and a line for every other size, I x O as far as it has them; ``-`` is where nothing was measured.
+What a key says is in ``algebra/work.py``. A table has a column for every token count T and rank R, as far as the work
+has them, and a line for every other size, I x O as far as it has them; ``-`` is where nothing was measured.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ import tomllib
 
 from ..algebra.operations import Fused, dimensions
 from ..kernels.registry import KERNELS
+from ..kernels.sites import WORKS
 from ..request.errors import shorten
 from ..request.workload import DTYPE_NAMES
-from .work import WORKS
 
 #: What files with tables say in ``format``; those of format 1 said nothing.
 FORMAT = 2

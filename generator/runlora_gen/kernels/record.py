@@ -65,8 +65,8 @@ class Kernel:
         largest_rank: above it the kernel is no candidate.
         helpers: what it uses of the helpers in ``support.jinja`` and ``tiles.jinja``, which kernels share, and ``F``
             for torch.nn.functional.
-        replaces: formulas of the single products whose place it may take, in every site whose table has one. A kernel
-            for several products replaces none: it is in a row of the table.
+        replaces: the work, see ``algebra/work.py``, of the single products whose place it may take, whatever a site
+            calls their symbols. A kernel of several products replaces none: it is in a row of the table.
         when: it takes the place of these.
         priced_as: the kernel whose measured efficiency stands for its own.
         seeded: whether it draws random numbers, from the emitted code's variable ``seed``.
@@ -82,7 +82,7 @@ class Kernel:
     dtypes: frozenset[str] = frozenset({"bf16", "fp16", "fp32"})
     largest_rank: int | None = None
     helpers: frozenset[str] = frozenset()
-    replaces: tuple[str, ...] = ()
+    replaces: str | None = None
     when: When = "cheaper"
     priced_as: str | None = None
     seeded: bool = False

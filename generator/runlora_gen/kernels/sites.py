@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 
 from ..algebra.derivation import Derivation
 from ..algebra.enumerate import Phase, Program
 from ..algebra.operations import Fused, Operation, Step, dimensions
 from ..algebra.sites import DERIVATIONS
+from ..algebra.work import work
 from .record import When
 from .registry import KERNELS
 
@@ -31,7 +33,7 @@ def alternatives(derivation: Derivation, when: When) -> tuple[Fused, ...]:
     found: dict[Step, Fused] = {}
     for product in sorted(products, key=lambda product: "T" not in dimensions(product)):
         for name, kernel in KERNELS.items():
-            if kernel.when == when and str(product) in kernel.replaces:
+            if kernel.when == when and work(product) == kernel.replaces:
                 if product in found:
                     raise ValueError(f"{found[product].kernel} and {name} both take the place of {product}")
                 found[product] = Fused(name, (product,))
@@ -45,8 +47,10 @@ def operations_of(derivation: Derivation) -> tuple[Operation, ...]:
     return tuple(dict.fromkeys((*derivation.operations, *single)))
 
 
-#: Every operation that a program of any site may hold, each once: what a device profile knows times of.
+#: Every operation that a program of any site may hold, each once.
 OPERATIONS: tuple[Operation, ...] = tuple(dict.fromkeys(op for site in DERIVATIONS for op in operations_of(site)))
+#: All work that a profile may hold measurements of, each by the first operation that does it.
+WORKS: Mapping[str, Operation] = {work(operation): operation for operation in reversed(OPERATIONS)}
 
 
 def draws(operation: Operation) -> bool:

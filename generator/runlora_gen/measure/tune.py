@@ -41,8 +41,8 @@ from ..algebra.linear import LINEAR
 from ..algebra.liveness import wanted_operations
 from ..algebra.lookup import Asked
 from ..algebra.operations import Convert, Fused, Operation, Symbol, dimensions
+from ..algebra.work import work
 from ..cost.profile import MAX_PROFILE_BYTES, Profile, Size, check_title, parse_toml, read_profile, render_profile
-from ..cost.work import work
 from ..emit.code import line, tiles_key
 from ..kernels.registry import KERNELS
 from ..kernels.sites import draws, operations_of, serves

@@ -10,7 +10,7 @@ KERNEL = Kernel(
     tiles={"BO": 32, "BI": 128, "WARPS": 4, "STAGES": 3},
     dtypes=frozenset({"bf16", "fp16"}),
     helpers=frozenset({"merged_tile"}),
-    replaces=("M = W + s * B @ A",),
+    replaces="OR,RI->OI scaled added",
     when="stochastic",
     priced_as="merge",
     seeded=True,

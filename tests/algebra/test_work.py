@@ -7,8 +7,8 @@ import re
 
 from runlora_gen.algebra.linear import LINEAR
 from runlora_gen.algebra.operations import Operation, Symbol, parse
-from runlora_gen.cost.work import WORKS, work
-from runlora_gen.kernels.sites import OPERATIONS
+from runlora_gen.algebra.work import work
+from runlora_gen.kernels.sites import OPERATIONS, WORKS
 
 #: What stands in the profiles of users: no change of a formula, of its print or of a symbol's name may change it.
 KEYS = {

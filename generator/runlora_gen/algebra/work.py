@@ -20,8 +20,7 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import assert_never
 
-from ..algebra.operations import Contract, Convert, Draw, Fused, Map, Operation, Reduce, Step, Symbol, products
-from ..kernels.sites import OPERATIONS
+from .operations import Contract, Convert, Draw, Fused, Map, Operation, Reduce, Step, Symbol, products
 
 
 @lru_cache(maxsize=4096)
@@ -71,7 +70,3 @@ def _words(step: Step, inner: tuple[Symbol, ...]) -> Iterator[str]:
             assert_never(step)
     if step.out in inner:
         yield "inner"
-
-
-#: All work that a profile may hold measurements of, each by the first operation that does it.
-WORKS: Mapping[str, Operation] = {work(operation): operation for operation in reversed(OPERATIONS)}
