@@ -30,6 +30,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from runlora_gen.algebra.paper import paper_labels
+from runlora_gen.from_model import meta
 from runlora_gen.measure.clock import Run, captured, interleaved, repeated
 from runlora_gen.measure.machine import machine_name
 from runlora_gen.measure.memory import peak_bytes, saved_bytes
@@ -283,7 +284,7 @@ def wanted(options: argparse.Namespace) -> Iterator[tuple[int, Layer, int]]:
                 point = Point.parse(text, rank)
                 yield point.tokens, point.layer, rank
         else:
-            for layer in layers(load_architecture(options.arch)):
+            for layer in layers(load_architecture(options.arch, others=meta)):
                 for tokens in map(int, options.tokens.split(",")):
                     yield tokens, layer, rank
 

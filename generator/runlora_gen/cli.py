@@ -15,6 +15,7 @@ import click
 from click.core import ParameterSource
 
 from . import __version__
+from .from_model import meta
 from .generation import MAX_RANK, Request, built, read_request
 from .request.architecture import architecture_names, load_architecture
 from .request.errors import SpecError, one_line, reason, shorten
@@ -462,7 +463,9 @@ def tune(
         raise SpecError("--shapes: given beside --arch; give one of both")
     wanted = parse_shapes("--shapes", shapes) if shapes else ()
     if arch is not None:
-        wanted = tuple((layer.in_features, layer.out_features) for layer in layers(load_architecture(arch)))
+        wanted = tuple(
+            (layer.in_features, layer.out_features) for layer in layers(load_architecture(arch, others=meta))
+        )
     counts = parse_counts("--tokens", tokens, maximum=MAX_TOKENS, kilo=True) if tokens else ()
     ranks = parse_counts("--rank", rank, maximum=MAX_RANK) if rank else ()
     try:

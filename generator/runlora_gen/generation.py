@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .from_model import meta
 from .request.architecture import Architecture, architecture_of, load_architecture
 from .request.errors import SpecError, shorten
 from .request.layout import STANDALONE, parse_layout
@@ -133,7 +134,7 @@ def read_request(
     options: dict[str, Any] = {}
     adapted: Mapping[int, Architecture] = {}
     if isinstance(model, str | os.PathLike):
-        architecture = load_architecture(os.fspath(model), model_type=fields.get("model_type"))
+        architecture = load_architecture(os.fspath(model), model_type=fields.get("model_type"), others=meta)
     elif hasattr(model, "named_modules"):
         from .from_model.live import read_model
 
@@ -141,7 +142,7 @@ def read_request(
         options, _ = of_model(model, live)
         architecture, adapted = live.architecture, live.adapted
     elif hasattr(model, "to_dict") and hasattr(model, "model_type"):
-        architecture = architecture_of(model.to_dict())
+        architecture = architecture_of(model.to_dict(), others=meta)
     else:
         kind = type(model).__name__
         raise SpecError(f"model: {shorten(kind)} is not allowed; give a torch module, a config, a name or a path")

@@ -30,7 +30,7 @@ needs_transformers = pytest.mark.skipif(not meta.is_installed(), reason="needs t
 
 def read(folder: Path, config: object, **options: Any) -> Architecture:
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    return load_architecture(str(folder), **options)
+    return load_architecture(str(folder), others=meta, **options)
 
 
 def error_of(folder: Path, config: object, **options: Any) -> str:
@@ -231,8 +231,8 @@ def test_nothing_is_imported_that_a_config_does_not_need(tmp_path: Path) -> None
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     code = (
         "import sys; from runlora_gen.request.architecture import load_architecture;"
-        f"load_architecture({str(tmp_path)!r});"
-        "import runlora_gen.cli, runlora_gen.from_model.meta;"
+        "from runlora_gen.from_model import meta; import runlora_gen.cli;"
+        f"load_architecture({str(tmp_path)!r}, others=meta);"
         "assert not {'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)"
     )
     root = str(Path(module.__file__).parents[2])

@@ -24,7 +24,7 @@ import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import tomllib
 
@@ -106,13 +106,31 @@ def architecture_names() -> tuple[str, ...]:
     return tuple(_catalogue())
 
 
-def load_architecture(name_or_path: str, *, model_type: str | None = None) -> Architecture:
+class OtherFamilies(Protocol):
+    """What reads configs of families without a data file here, if it can: :mod:`..from_model.meta`."""
+
+    def is_installed(self) -> bool:
+        """Whether it can read any."""
+
+    def knows(self, model_type: str) -> bool:
+        """Whether it reads those of a model type."""
+
+    def read_config(
+        self, values: Mapping[str, object], model_type: str, *, file: str, name: str, source: str
+    ) -> Architecture:
+        """The architecture of a config; raises SpecError where it can't be read."""
+
+
+def load_architecture(
+    name_or_path: str, *, model_type: str | None = None, others: OtherFamilies | None = None
+) -> Architecture:
     """Read an architecture by its catalogue name, from a config.json or a folder with one, or from a cached model.
 
     Args:
         name_or_path: such as ``llama-13b``, ``path/to/config.json``, or ``meta-llama/Llama-3.1-8B``, which is looked
             for in the local Hugging Face cache where no such path exists.
         model_type: overrides what the config says, for models that are built like a known one.
+        others: reads families without a data file; None for nothing.
 
     Raises:
         SpecError: there is nothing of that name, or it can't be read.
@@ -121,13 +139,13 @@ def load_architecture(name_or_path: str, *, model_type: str | None = None) -> Ar
     if name in _catalogue():
         file = _catalogue()[name]
         config = _Config(file.name, tomllib.loads(file.read_text(encoding="utf-8")))
-        return _build(config, name=name, source="catalogue", model_type=model_type)
+        return _build(config, name=name, source="catalogue", model_type=model_type, others=others)
     path, cached = _find_config(name_or_path)
     config = _Config(_clean(os.path.basename(path)), _read_json(path))
     if config.values.get("generator") == GENERATOR:
         return _from_manifest(config)
     name, source = (slug(cached.rpartition("/")[2]), cached) if cached else _name_and_source(path)
-    return _build(config, name=name, source=source, model_type=model_type)
+    return _build(config, name=name, source=source, model_type=model_type, others=others)
 
 
 def family_projections(values: Mapping[str, object], model_type: str) -> tuple[Projection, ...]:
@@ -139,15 +157,17 @@ def family_projections(values: Mapping[str, object], model_type: str) -> tuple[P
         return ()
 
 
-def architecture_of(values: Mapping[str, object], *, name: str | None = None) -> Architecture:
+def architecture_of(values: Mapping[str, object], *, others: OtherFamilies | None = None) -> Architecture:
     """Read an architecture from the fields of a config, as ``to_dict`` of Transformers gives them.
+
+    ``others``: reads families without a data file; None for nothing.
 
     Raises:
         SpecError: it can't be read.
     """
     kind = values.get("model_type")
-    label = name or (kind if isinstance(kind, str) and kind else "model")
-    return _build(_Config("config", values), name=slug(label), source=LIVE, model_type=None)
+    label = kind if isinstance(kind, str) and kind else "model"
+    return _build(_Config("config", values), name=slug(label), source=LIVE, model_type=None, others=others)
 
 
 def _from_manifest(config: _Config) -> Architecture:
@@ -290,7 +310,9 @@ class _MissingFieldError(SpecError):
     """A config leaves a size to its reader."""
 
 
-def _build(config: _Config, *, name: str, source: str, model_type: str | None) -> Architecture:
+def _build(
+    config: _Config, *, name: str, source: str, model_type: str | None, others: OtherFamilies | None
+) -> Architecture:
     whole, config = config, _text_config(config)
     nested = config is not whole
     own = config.values.get("model_type")
@@ -298,9 +320,9 @@ def _build(config: _Config, *, name: str, source: str, model_type: str | None) -
         model_type = DEFAULT_MODEL_TYPE
         config = replace(config, note=f" (no model_type, so read as {model_type})")
     found = own if model_type is None else model_type
-    # Transformers knows more of a whole model than of its text part, such as its defaults.
+    # Others know more of a whole model than of its text part, such as its defaults.
     candidates = [whole, config] if model_type is None else [_typed(config, found)]
-    other = functools.partial(_read_with_transformers, candidates, name=name, source=source)
+    other = functools.partial(_read_by_others, others, candidates, name=name, source=source)
     parts = [key for key, value in whole.values.items() if key.endswith("_config") and isinstance(value, dict)]
     left_out = {} if not nested else {key: "not of the text model" for key in parts if key not in _OF_THE_TEXT}
     if isinstance(found, str) and found in _families():
@@ -318,10 +340,10 @@ def _build(config: _Config, *, name: str, source: str, model_type: str | None) -
     else:
         read = other()
         if read is None:
-            _refuse_type(config, found)
+            _refuse_type(config, found, others)
         architecture = read
     if found != own and isinstance(own, str):
-        _check_own(config, own, architecture)
+        _check_own(config, own, architecture, others)
     return architecture
 
 
@@ -339,24 +361,25 @@ def _typed(config: _Config, model_type: object) -> _Config:
     return replace(config, values={**config.values, "model_type": model_type})
 
 
-def _read_with_transformers(candidates: Sequence[_Config], *, name: str, source: str) -> Architecture | None:
-    """Read the first config whose type Transformers knows; None if there is none, or no Transformers."""
-    from ..from_model import meta  # only few configs need it
-
-    for config in candidates if meta.is_installed() else ():
+def _read_by_others(
+    others: OtherFamilies | None, candidates: Sequence[_Config], *, name: str, source: str
+) -> Architecture | None:
+    """Read the first config whose type others know; None if there is none, or there are no others."""
+    if others is None or not others.is_installed():
+        return None
+    for config in candidates:
         kind = config.values.get("model_type")
-        if isinstance(kind, str) and meta.knows(kind):
-            return meta.read_config(config.values, kind, file=config.file, name=name, source=source)
+        if isinstance(kind, str) and others.knows(kind):
+            return others.read_config(config.values, kind, file=config.file, name=name, source=source)
     return None
 
 
-def _refuse_type(config: _Config, model_type: object) -> NoReturn:
-    from ..from_model import meta
-
-    others = "" if meta.is_installed() else "; with torch and transformers installed other families can be read, too"
+def _refuse_type(config: _Config, model_type: object, others: OtherFamilies | None) -> NoReturn:
+    could = others is not None and not others.is_installed()
+    hint = "; with torch and transformers installed other families can be read, too" if could else ""
     raise SpecError(
         f"{config.file}: model_type = {shorten(model_type)}: expected one of {', '.join(sorted(_families()))}"
-        f"; --model-type NAME reads the file as one of these if its layers are alike{others}"
+        f"; --model-type NAME reads the file as one of these if its layers are alike{hint}"
     )
 
 
@@ -399,14 +422,13 @@ def _check_fields(config: _Config, model_type: str) -> None:
                     config.fail(name, foreign[name], f"a field of {other}, whose layers {model_type} doesn't have")
 
 
-def _check_own(config: _Config, own: str, read: Architecture) -> None:
+def _check_own(config: _Config, own: str, read: Architecture, others: OtherFamilies | None) -> None:
     """Refuse what was read as another model type than the config's own, if that is known to have no such linears."""
-    from ..from_model import meta
-
     projections = family_projections(config.values, own)
-    if not projections and own not in _families() and meta.is_installed() and meta.knows(own):
+    if not projections and own not in _families():
         with contextlib.suppress(SpecError):  # what can't be read contradicts nothing
-            projections = meta.read_config(config.values, own, file=config.file, name=own, source="").projections
+            known = _read_by_others(others, [_typed(config, own)], name=own, source="")
+            projections = () if known is None else known.projections
     has = {(p.name, p.in_features, p.out_features, p.bias, p.layout): p.count for p in projections}
     for p in read.projections if projections else ():
         if has.get((p.name, p.in_features, p.out_features, p.bias, p.layout)) != p.count:
