@@ -7,6 +7,7 @@ import importlib
 import inspect
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -108,6 +109,17 @@ def test_outputs_and_gradients_are_the_same_bits(
         assert "_plan_fused_gemm" in launched
     if dtype == torch.float64:
         assert not launched
+
+
+@every_shape
+def test_kernels_have_the_constants_of_their_module(packages: dict[str, Any], shape: str) -> None:
+    alone = module_of(packages[STANDALONE], shape)
+    kernels = importlib.import_module(f"{packages[FOLDER].__name__}.kernels")
+    for table in ("_TILES", "_SMALL_TILES"):
+        found = {key: value for key, value in getattr(kernels, table).items() if key.startswith(f"{shape} ")}
+        assert found == {f"{shape} {key}": value for key, value in getattr(alone, table).items()}
+    text = Path(str(module_of(packages[FOLDER], shape).__file__)).read_text(encoding="utf-8")
+    assert set(re.findall(r'tiles="(.*?)"', text)) == {key for key in kernels._TILES if key.startswith(f"{shape} ")}
 
 
 def test_a_layer_of_any_module_is_the_folder_s_lora_linear(packages: dict[str, Any]) -> None:
