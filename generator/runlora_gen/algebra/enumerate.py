@@ -32,8 +32,8 @@ class Phase:
 
     @property
     def is_forward(self) -> bool:
-        """Whether it computes the outputs."""
-        return self.derivation.outputs[0] in self.goals
+        """Whether it computes outputs."""
+        return any(output in self.goals for output in self.derivation.outputs)
 
     @cached_property
     def operations(self) -> tuple[Operation, ...]:
@@ -150,12 +150,18 @@ def enumerate_phases(
     table: Sequence[Way],
     keeps: Sequence[Symbol] = (),
 ) -> Iterator[Phase]:
-    """Every way to reach the goals (and the keeps) from what is given.
+    """Every way to reach the goals (and the keeps) from what is given."""
+    wanted = (*(part for goal in goals for part in derivation.parts_of(goal)), *keeps)
+    for ways in choices(wanted, given, table):
+        yield phase_of(derivation, tuple(goals), tuple(keeps), ways)
+
+
+def choices(wanted: Sequence[Symbol], given: Iterable[Symbol], table: Sequence[Way]) -> Iterator[tuple[Way, ...]]:
+    """Every choice of ways that makes what is wanted from what is given, and nothing that is not used.
 
     A row with several targets is taken only where all of them are wanted.
     """
     given = frozenset(given)
-    wanted = (*(part for goal in goals for part in derivation.parts_of(goal)), *keeps)
 
     def expand(pending: tuple[Symbol, ...], chosen: dict[Symbol, Way]) -> Iterator[dict[Symbol, Way]]:
         if not pending:
@@ -170,11 +176,10 @@ def enumerate_phases(
                 needs = tuple(sorted(way.reads))
                 yield from expand(needs + rest, {**chosen, **dict.fromkeys(way.targets, way)})
 
-    for chosen in expand(wanted, {}):
+    for chosen in expand(tuple(wanted), {}):
         used = set(wanted).union(*(way.reads for way in chosen.values()))
         if used >= chosen.keys() and _acyclic(chosen):
-            ways = tuple(way for way in table if way in chosen.values())
-            yield phase_of(derivation, tuple(goals), tuple(keeps), ways)
+            yield tuple(way for way in table if way in chosen.values())
 
 
 def _acyclic(chosen: dict[Symbol, Way]) -> bool:

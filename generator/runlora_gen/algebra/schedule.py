@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -61,6 +61,20 @@ def workspace(phase: Phase, size: Size) -> int:
     """The peak of :func:`schedule` alone."""
     flow, sizes, held = _flow_of(phase, size)
     return held + _best_order(flow, tuple(sizes.values()))[0]
+
+
+def independent_peaks(
+    operations: Sequence[Operation], persistent: Iterable[Symbol], size: Size
+) -> Iterator[tuple[tuple[Operation, ...], int]]:
+    """Operations in groups that share no temporary and can run one after another, with the least peak of each.
+
+    ``persistent``: what is made and is no temporary.
+    """
+    flow = _flow(tuple((op.reads, op.outputs, op.accumulate) for op in operations), frozenset(persistent))
+    sizes = tuple(map(size, flow.temporaries))
+    for part in flow.parts:
+        peak, _ = _best_order(part.flow, tuple(sizes[n] for n in part.temporaries))
+        yield tuple(operations[i] for i in part.operations), peak
 
 
 @dataclass(frozen=True, eq=False)  # made once by a cache: identity is equality

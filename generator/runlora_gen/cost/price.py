@@ -8,7 +8,7 @@ from functools import lru_cache
 
 from ..algebra.enumerate import Phase, Program
 from ..algebra.liveness import saved_activations, wanted_operations
-from ..algebra.operations import Operation, dimensions
+from ..algebra.operations import Operation, Symbol, dimensions
 from ..algebra.schedule import workspace
 from ..kernels.sites import seeded
 from .measured import correction
@@ -50,7 +50,7 @@ def price(program: Program, setting: Setting, host_share: float = DEVICE_BOUND) 
         forward=price_phase(program.forward, setting),
         backward=price_phase(program.backward, setting),
         saved_bytes=sum(map(setting.bytes_of, saved_activations(program, setting.gradients))),
-        update_error=_update_error(program, setting),
+        update_error=update_error(program.forward.made | program.backward.made, setting, stochastic=seeded(program)),
         host_share=host_share,
     )
 
@@ -72,11 +72,9 @@ def _base_times(setting: Setting, wanted: Collection[str]) -> tuple[float, float
     return sum(cost.device_s for cost in costs), sum(cost.host_s for cost in costs)
 
 
-def _update_error(program: Program, setting: Setting) -> float:
-    made = program.forward.made | program.backward.made
+def update_error(made: Collection[Symbol], setting: Setting, *, stochastic: bool) -> float:
+    """The relative error of the update through what is made and rounded; ``stochastic``: merges are rounded so."""
     delta_std, bits = update_std(setting.in_features, setting.rank), setting.dtype.mantissa_bits
-    if made & program.derivation.lossy:
-        return merge_error(delta_std, bits, stochastic=seeded(program))
-    if made & program.derivation.deltas:
-        return rounding_error(delta_std, bits)
-    return 0.0
+    if not setting.derivation.lossy.isdisjoint(made):
+        return merge_error(delta_std, bits, stochastic=stochastic)
+    return 0.0 if setting.derivation.deltas.isdisjoint(made) else rounding_error(delta_std, bits)

@@ -42,10 +42,10 @@ def setting_for(workload: Workload, in_features: int, out_features: int, rank: i
 def enumerated(workload: Workload, setting: Setting) -> tuple[Program, ...]:
     """Every program that can serve, its single products computed by torch."""
     programs = enumerate_programs(
-        setting.derivation, goals(workload), table=_table(workload, setting), facts=setting.facts
+        setting.derivation, goals(workload), table=rows_for(workload, setting), facts=setting.facts
     )
     if workload.merge_rounding == "stochastic":
-        programs = tuple(with_kernels(p, _replaced(workload, setting)) for p in programs)
+        programs = tuple(with_kernels(p, stochastic_for(workload, setting)) for p in programs)
     return programs
 
 
@@ -57,9 +57,9 @@ def programs_for(workload: Workload, setting: Setting, host_share: float = DEVIC
 
 def forwards_for(workload: Workload, setting: Setting, host_share: float = DEVICE_BOUND) -> tuple[Phase, ...]:
     """The same of forwards that keep nothing."""
-    phases = enumerate_forwards(setting.derivation, table=_table(workload, setting), facts=setting.facts)
+    phases = enumerate_forwards(setting.derivation, table=rows_for(workload, setting), facts=setting.facts)
     if workload.merge_rounding == "stochastic":
-        phases = tuple(phase_with_kernels(phase, _replaced(workload, setting)) for phase in phases)
+        phases = tuple(phase_with_kernels(phase, stochastic_for(workload, setting)) for phase in phases)
     if _kernels(workload, setting):
         phases = tuple(lowered_phase(phase, setting, host_share) for phase in phases)
     return phases
@@ -71,7 +71,11 @@ def paired_phases(workload: Workload, setting: Setting) -> Iterable[tuple[tuple[
     Their single products are computed by torch.
     """
     return _paired(
-        setting.derivation, goals(workload), _table(workload, setting), setting.facts, _replaced(workload, setting)
+        setting.derivation,
+        goals(workload),
+        rows_for(workload, setting),
+        setting.facts,
+        stochastic_for(workload, setting),
     )
 
 
@@ -99,7 +103,7 @@ def _paired(
     )
 
 
-def _table(workload: Workload, setting: Setting) -> tuple[Way, ...]:
+def rows_for(workload: Workload, setting: Setting) -> tuple[Way, ...]:
     """The rows that can serve.
 
     With fused kernels where the device has them and the workload allows them, and where they were measured if
@@ -116,7 +120,7 @@ def _table(workload: Workload, setting: Setting) -> tuple[Way, ...]:
     return setting.derivation.rows(candidate)
 
 
-def _replaced(workload: Workload, setting: Setting) -> tuple[Fused, ...]:
+def stochastic_for(workload: Workload, setting: Setting) -> tuple[Fused, ...]:
     """What takes the place of merges that round to the nearest."""
     return alternatives(setting.derivation, "stochastic") if workload.merge_rounding == "stochastic" else ()
 
