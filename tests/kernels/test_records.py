@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 import re
 from dataclasses import replace
 from types import MappingProxyType
@@ -132,3 +133,17 @@ def test_limits_of_dtype_and_rank() -> None:
     kernel = Kernel(launches=1, call="", tiles={}, dtypes=frozenset({"bf16"}), largest_rank=8)
     assert kernel.takes("bf16", 8) and not kernel.takes("bf16", 9) and not kernel.takes("fp32", 8)
     assert replace(kernel, largest_rank=None).takes("bf16", 10**6)
+
+
+@given(rows=st.integers(1, 20000), columns=st.integers(1, 20000), processors=st.integers(1, 200))
+def test_a_persistent_kernel_is_busy_for_whole_waves(rows: int, columns: int, processors: int) -> None:
+    """Against tiles handed out one by one; a kernel of another kind has none."""
+    tiles = math.ceil(rows / GEMM.tiles["BM"]) * math.ceil(columns / (GEMM.tiles["BN"] // GEMM.tiles["PARTS"]))
+    waves = len(range(0, tiles, processors))
+    assert GEMM.waves(rows, columns, processors) == pytest.approx(waves / (tiles / processors))
+    assert KERNELS["p_db"].waves(rows, columns, processors) == 1
+
+
+def test_what_walks_over_tiles_has_their_sides() -> None:
+    with pytest.raises(ValueError, match="BM, BN and PARTS"):
+        replace(KERNELS["merge"], persistent=True)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from typing import assert_never
 
-from ..algebra.operations import Contract, Convert, Dims, Draw, Fused, Map, Operation, Reduce, biases
+from ..algebra.operations import Contract, Convert, Draw, Fused, Map, Operation, Reduce, biases
 from ..kernels.registry import KERNELS
-from .device import DeviceProfile
 from .setting import Setting
 from .vector import OperationCost
 
@@ -30,8 +28,11 @@ def roofline(operation: Operation, setting: Setting) -> OperationCost:
             for product in operation.products:
                 m, n, k = product.mnk(dims)
                 flops += 2 * m * n * k
-            launches, host_s = KERNELS[operation.kernel].launches, device.kernel_host_s
-            idle = _waves(operation, dims, device)
+            kernel = KERNELS[operation.kernel]
+            launches, host_s = kernel.launches, device.kernel_host_s
+            if device.multiprocessors is not None:
+                rows, columns, _ = operation.products[0].mnk(dims)
+                idle = kernel.waves(rows, columns, device.multiprocessors)
         case Contract():
             m, n, k = operation.mnk(dims)
             flops = 2 * m * n * k
@@ -49,14 +50,3 @@ def roofline(operation: Operation, setting: Setting) -> OperationCost:
         moved += sum(map(setting.bytes_of, biases(operation)))
     busy = max(flops / device.flops_per_s[setting.dtype.name] * idle, moved / device.bytes_per_s)
     return OperationCost(flops, moved, launches, busy + launches * device.launch_s, launches * host_s)
-
-
-def _waves(operation: Fused, dims: Dims, device: DeviceProfile) -> float:
-    """The waves of tiles that a kernel computes its result in, over the part of a wave that would do."""
-    tiles = KERNELS[operation.kernel].tiles
-    if device.multiprocessors is None or not {"BM", "BN", "PARTS"} <= tiles.keys():
-        return 1.0
-    rows, columns, _ = operation.products[0].mnk(dims)
-    # The last wave's tiles are cut into parts.
-    count = math.ceil(rows / tiles["BM"]) * math.ceil(columns / (tiles["BN"] // tiles["PARTS"]))
-    return math.ceil(count / device.multiprocessors) * device.multiprocessors / count

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -70,6 +71,8 @@ class Kernel:
         when: it takes the place of these.
         priced_as: the kernel whose measured efficiency stands for its own.
         seeded: whether it draws random numbers, from the emitted code's variable ``seed``.
+        persistent: whether its programs walk over tiles of BM×BN of the result, those of the last wave cut into PARTS:
+            then it is busy for whole waves.
     """
 
     launches: int
@@ -86,12 +89,15 @@ class Kernel:
     when: When = "cheaper"
     priced_as: str | None = None
     seeded: bool = False
+    persistent: bool = False
 
     def __post_init__(self) -> None:
         for constants in (self.tiles, self.small_tiles, *self.candidates):
             self.check(constants)
         if self.small_tiles and self.small_tiles.keys() != self.tiles.keys():
             raise ValueError(f"small tiles are of {', '.join(self.small_tiles)}, not of {', '.join(self.tiles)}")
+        if self.persistent and not {"BM", "BN", "PARTS"} <= self.tiles.keys():
+            raise ValueError("what walks over tiles has the constants BM, BN and PARTS")
         for names in (self.bounds, self.adapted):
             self.check({name: self.tiles.get(name) for name in names})
 
@@ -112,6 +118,14 @@ class Kernel:
         """What a launch makes of its constants, for so many tokens and a rank."""
         known = {**constants, "T": tokens, "BR": block_rank(rank), "min": min, "max": max}
         return {**constants, **{name: eval(text, {"__builtins__": {}}, known) for name, text in self.adapted.items()}}
+
+    def waves(self, rows: int, columns: int, processors: int) -> float:
+        """The waves of tiles that a result takes on so many processors, over the part of a wave that would do."""
+        if not self.persistent:
+            return 1.0
+        across = self.tiles["BN"] // self.tiles["PARTS"]
+        count = math.ceil(rows / self.tiles["BM"]) * math.ceil(columns / across)
+        return math.ceil(count / processors) * processors / count
 
     def takes(self, dtype: str, rank: int) -> bool:
         """Whether it takes a dtype and a rank."""

@@ -12,5 +12,6 @@ KERNEL = Kernel(
     bounds={"GROUP_M": Bounds(1, 64), "SUBTILES": Bounds(1, 2), "PARTS": Bounds(1, 2)},
     candidates=({"GROUP_M": 16}, {"BN": 128, "SUBTILES": 1}),
     dtypes=frozenset({"bf16", "fp16"}),  # its tiles fill the shared memory with 16-bit operands
+    persistent=True,
     helpers=frozenset({"F", "descriptors", "multiprocessors", "rank_wide"}),
 )
