@@ -86,6 +86,18 @@ def test_a_package_is_generated_anew_from_its_manifest(tmp_path: Path, run: Any)
         assert "projections = " in run("--arch", broken, "--rank", "4", "-o", tmp_path / "none").error()
 
 
+def test_what_is_there_in_another_layout_is_not_what_is_asked_for(tmp_path: Path) -> None:
+    """And what is there in the same one is used as it is."""
+    options = {"rank": 4, "target_modules": ["up_proj"], "output": tmp_path, "kernels": False, "tokens": 64}
+    times = []
+    for layout in ("folder", "folder", "standalone"):
+        (package,) = runlora_gen.generate(Small(), layout=layout, **options)
+        assert (package / "base.py").exists() == (layout == "folder")
+        assert ("--layout folder" in manifest(package)["command"]) == (layout == "folder")
+        times.append((package / "manifest.json").stat().st_mtime_ns)
+    assert times[0] == times[1] != times[2]
+
+
 def test_a_model_is_read() -> None:
     read = runlora_gen.read_model(Small())
     shapes = {p.name: (p.in_features, p.out_features) for p in read.architecture.projections}
@@ -109,6 +121,7 @@ def test_a_config(tmp_path: Path) -> None:
         ({"name": "1"}, "name: '1' is not allowed"),
         ({"tokens": 0}, "tokens: '0' is not allowed"),
         ({"dtype": torch.int8}, "dtype: 'int8' is not allowed"),
+        ({"layout": "flat"}, "layout: 'flat' is not allowed; give one of standalone, folder"),
         ({"launch": "jit"}, "launch: 'jit' is not allowed; give one of eager, graph"),
         ({"kernels": 1}, "kernels: 1 is not allowed; give True or False"),
         ({"token": 1}, "unknown field 'token'; did you mean tokens"),

@@ -14,6 +14,7 @@ import runlora_gen
 import torch
 import transformers
 from runlora_gen.into_model.packages import imported
+from runlora_gen.request.layout import LAYOUTS
 from torch import Tensor
 
 from .models import RANK, filled, gradients, llama, with_lora
@@ -318,17 +319,19 @@ def test_kernels_that_are_missing_are_named(package: Any, monkeypatch: pytest.Mo
     assert said is not None and said.startswith("Triton is not installed")
 
 
-def test_generated_for_each_rank(tmp_path: Any, tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_generated_for_each_rank(tmp_path: Any, tokens: Tensor, monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
     """``runlora_gen.accelerate``: a package a rank in the cache, generated once."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     model = with_lora(target_modules=["q_proj", "down_proj"], rank_pattern={"down_proj": 2})
     wanted = model(tokens).logits
-    report = runlora_gen.accelerate(model, kernels=False, tokens=64)
+    report = runlora_gen.accelerate(model, kernels=False, tokens=64, layout=layout)
+    assert {(path / "base.py").exists() for path in report.folders} == {layout == "folder"}
     assert [path.name for path in report.folders] == ["llama_r2", "llama_r4"] and len(report.accelerated) == 4
     assert all(path.is_relative_to(tmp_path / "runlora_gen") for path in report.folders) and report.modules == 2
     torch.testing.assert_close(model(tokens).logits, wanted, rtol=1e-5, atol=1e-5)
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.py")}
-    assert runlora_gen.accelerate(model, kernels=False, tokens=64) == report
+    assert runlora_gen.accelerate(model, kernels=False, tokens=64, layout=layout) == report
     assert written == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.py")}
     assert len(runlora_gen.restore(model)) == 4
     with pytest.raises(ValueError, match="no LoRA layer of PEFT"):

@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 import transformers
+from runlora_gen.request.layout import LAYOUTS
 from torch import Tensor, nn
 
 from .models import RANK, filled, gradients, llama, with_lora
@@ -115,7 +116,8 @@ def test_gradients_are_peft_s(package: Any, tokens: Tensor, folder: str) -> None
         torch.testing.assert_close(ours[plain], gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_conv1d(tmp_path: Path, tokens: Tensor) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_conv1d(tmp_path: Path, tokens: Tensor, layout: str) -> None:
     """GPT-2, both ways through ``runlora_gen``: weights are in_features x out_features, with a bias."""
     import runlora_gen
 
@@ -124,9 +126,11 @@ def test_conv1d(tmp_path: Path, tokens: Tensor) -> None:
         config = transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=50)
         return transformers.GPT2LMHeadModel(config).eval()
 
-    model, options = gpt2(), {"kernels": False, "tokens": 64}
+    model, options = gpt2(), {"kernels": False, "tokens": 64, "layout": layout}
     report = runlora_gen.inject_lora(model, RANK, 8, output=tmp_path / "packages", **options)
     assert len(report.accelerated) == 4 and set(report.left) == {"lm_head"}
+    (package,) = report.folders
+    assert (package / "base.py").exists() == (layout == "folder")
     filled(model)
     runlora_gen.save_adapter(model, tmp_path / "adapter")
     other = peft.PeftModel.from_pretrained(gpt2(), tmp_path / "adapter", is_trainable=True).eval()
