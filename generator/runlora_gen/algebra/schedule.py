@@ -60,7 +60,7 @@ def schedule(phase: Phase, size: Size) -> Schedule:
 def workspace(phase: Phase, size: Size) -> int:
     """The peak of :func:`schedule` alone."""
     flow, sizes, held = _flow_of(phase, size)
-    return held + _best_order(flow, tuple(sizes.values()))[0]
+    return held + _least_peak(flow, tuple(sizes.values()))
 
 
 def independent_peaks(
@@ -73,7 +73,7 @@ def independent_peaks(
     flow = _flow(tuple((op.reads, op.outputs, op.accumulate) for op in operations), frozenset(persistent))
     sizes = tuple(map(size, flow.temporaries))
     for part in flow.parts:
-        peak, _ = _best_order(part.flow, tuple(sizes[n] for n in part.temporaries))
+        peak = _least_peak(part.flow, tuple(sizes[n] for n in part.temporaries))
         yield tuple(operations[i] for i in part.operations), peak
 
 
@@ -263,6 +263,12 @@ def _best_order(flow: _Flow, numels: tuple[int, ...]) -> tuple[int, tuple[int, .
     # Nothing lives between parts.
     order = tuple(part.operations[i] for part, (_, ordered) in found for i in ordered)
     return max(peak for _, (peak, _) in found), order
+
+
+@lru_cache(maxsize=65536)
+def _least_peak(flow: _Flow, numels: tuple[int, ...]) -> int:
+    """The smallest peak alone: without the ties, what :func:`_within_limits` finds is the same, and found sooner."""
+    return _within_limits(flow, numels)[0] if numels else 0
 
 
 def _by_finished_sets(flow: _Flow, numels: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:

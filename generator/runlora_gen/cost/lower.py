@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
 
@@ -45,27 +45,28 @@ def subsets(kernels: tuple[Fused, ...]) -> tuple[tuple[Fused, ...], ...]:
 
 def lowered(program: Program, setting: Setting, host_share: float = DEVICE_BOUND) -> Program:
     """The program with those kernels for single products that make it fastest in a setting; ties go to torch."""
-    phases = (program.forward, program.backward)
-    return with_kernels(program, _fastest(choices(program, setting), phases, setting, host_share))
+    return with_kernels(program, cheaper(setting, host_share))
 
 
 def lowered_phase(phase: Phase, setting: Setting, host_share: float = DEVICE_BOUND) -> Phase:
     """The same of a forward alone."""
-    return phase_with_kernels(phase, _fastest(choices(phase, setting), (phase,), setting, host_share))
+    return phase_with_kernels(phase, cheaper(setting, host_share))
 
 
-def _fastest(
-    sets: Sequence[tuple[Fused, ...]], phases: Sequence[Phase], setting: Setting, host_share: float
-) -> tuple[Fused, ...]:
-    if len(sets) == 1:
-        return sets[0]
+@lru_cache(maxsize=4096)
+def cheaper(setting: Setting, host_share: float) -> tuple[Fused, ...]:
+    """The kernels for single products that take less time than torch's.
 
-    def key(kernels: tuple[Fused, ...]) -> tuple[float, ...]:
-        times = [phase_time(phase, kernels, setting) for phase in phases]
-        device_s, host_s = (sum(time[i] for time in times) for i in range(2))
-        return rounded(weighted(device_s, host_s, host_share)), rounded(device_s), rounded(host_s), len(kernels)
+    Times add up, so that what is faster in one program is so in all. Of equal times that is less which takes the device
+    less, then the host.
+    """
 
-    return min(sets, key=key)
+    def key(operation: Operation) -> tuple[float, ...]:
+        cost = price_operation(operation, setting)
+        times = (weighted(cost.device_s, cost.host_s, host_share), cost.device_s, cost.host_s)
+        return tuple(map(rounded, times))
+
+    return tuple(kernel for kernel in available(setting) if key(kernel) < key(kernel.parts[0]))
 
 
 def phase_time(phase: Phase, kernels: tuple[Fused, ...], setting: Setting) -> tuple[float, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 #: How much of a program's time is the host's: 0 where the whole step of the model waits for the device, 1 where it
 #: waits for the host.
@@ -53,42 +54,42 @@ class Cost:
     update_error: float
     host_share: float = DEVICE_BOUND
 
-    @property
+    @cached_property
     def flops(self) -> int:
         """FLOPs of forward and backward."""
         return self.forward.flops + self.backward.flops
 
-    @property
+    @cached_property
     def bytes_moved(self) -> int:
         """Bytes read and written in forward and backward."""
         return self.forward.bytes_moved + self.backward.bytes_moved
 
-    @property
+    @cached_property
     def launches(self) -> int:
         """Launches of forward and backward."""
         return self.forward.launches + self.backward.launches
 
-    @property
+    @cached_property
     def workspace_bytes(self) -> int:
         """Peak of temporaries: forward and backward do not run at once."""
         return max(self.forward.workspace_bytes, self.backward.workspace_bytes)
 
-    @property
+    @cached_property
     def memory_bytes(self) -> int:
         """Saved bytes and workspace together."""
         return self.saved_bytes + self.workspace_bytes
 
-    @property
+    @cached_property
     def device_s(self) -> float:
         """Seconds of forward and backward on the device."""
         return self.forward.device_s + self.backward.device_s
 
-    @property
+    @cached_property
     def host_s(self) -> float:
         """Seconds that the host needs to launch forward and backward eagerly."""
         return self.forward.host_s + self.backward.host_s
 
-    @property
+    @cached_property
     def time_s(self) -> float:
         """What it adds to a step of the whole model: the device's seconds or the host's, whichever bounds the step."""
         return self.weighted_s(self.host_share)

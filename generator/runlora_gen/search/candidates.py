@@ -9,7 +9,7 @@ from ..algebra.derivation import Derivation, Facts, Way
 from ..algebra.enumerate import Phase, Program, enumerate_backwards, enumerate_forwards, enumerate_programs
 from ..algebra.operations import Fused, Symbol
 from ..cost.device import load_device
-from ..cost.lower import available, lowered, lowered_phase, phase_with_kernels, with_kernels
+from ..cost.lower import cheaper, lowered, lowered_phase, phase_with_kernels, with_kernels
 from ..cost.measured import is_priced
 from ..cost.setting import DTYPES, Setting
 from ..cost.vector import DEVICE_BOUND
@@ -79,9 +79,9 @@ def paired_phases(workload: Workload, setting: Setting) -> Iterable[tuple[tuple[
     )
 
 
-def singles_for(workload: Workload, setting: Setting) -> tuple[Fused, ...]:
-    """The kernels for single products that may take torch's place."""
-    return available(setting) if _kernels(workload, setting) else ()
+def cheaper_for(workload: Workload, setting: Setting, host_share: float) -> tuple[Fused, ...]:
+    """The kernels for single products that take torch's place."""
+    return cheaper(setting, host_share) if _kernels(workload, setting) else ()
 
 
 @lru_cache

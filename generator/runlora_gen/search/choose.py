@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..algebra.enumerate import Phase, Program, pair
-from ..algebra.operations import Fused
-from ..cost.lower import lowered, phase_time, subsets
+from ..cost.lower import phase_time, with_kernels
 from ..cost.price import price, price_phase
 from ..cost.setting import Setting
 from ..cost.vector import DEVICE_BOUND, rounded, weighted
 from ..request.workload import Workload
-from .candidates import forwards_for, paired_phases, programs_for, singles_for
+from .candidates import cheaper_for, forwards_for, paired_phases, programs_for
 from .criterion import Difference, Priced, difference, pareto_front, ranked
 from .limits import within
 
@@ -74,11 +73,12 @@ def decide(workload: Workload, setting: Setting, host_share: float = DEVICE_BOUN
 def fastest(workload: Workload, setting: Setting, host_share: float = DEVICE_BOUND, *, merging: bool = True) -> Priced:
     """What ``decide`` chooses by time and without a limit on saved bytes, found without pricing every program.
 
-    Times add up: for what is kept, and for kernels in place of single products, the fastest program is the fastest
-    forward with the fastest backward. ``merging``: whether programs that lose updates in 16 bits may win.
+    Times add up: for what is kept, the fastest program is the fastest forward with the fastest backward.
+    ``merging``: whether programs that lose updates in 16 bits may win.
     """
+    kernels = cheaper_for(workload, setting, host_share)
 
-    def timed(phases: Sequence[Phase], kernels: tuple[Fused, ...]) -> list[tuple[float, Phase]]:
+    def timed(phases: Sequence[Phase]) -> list[tuple[float, Phase]]:
         times = [
             (weighted(*phase_time(phase, kernels, setting), host_share), phase)
             for phase in phases
@@ -86,12 +86,7 @@ def fastest(workload: Workload, setting: Setting, host_share: float = DEVICE_BOU
         ]
         return sorted(times, key=lambda pair: pair[0])
 
-    singles = singles_for(workload, setting)
-    pairs = [
-        (timed(forwards, kernels), timed(backwards, kernels))
-        for forwards, backwards in paired_phases(workload, setting)
-        for kernels in subsets(singles)
-    ]
+    pairs = [(timed(forwards), timed(backwards)) for forwards, backwards in paired_phases(workload, setting)]
     pairs = [(forwards, backwards) for forwards, backwards in pairs if forwards and backwards]
     least = rounded(min(forwards[0][0] + backwards[0][0] for forwards, backwards in pairs))
     tied: dict[str, Program] = {}
@@ -102,8 +97,7 @@ def fastest(workload: Workload, setting: Setting, host_share: float = DEVICE_BOU
             for second_s, backward in backwards:
                 if rounded(first_s + second_s) > least:
                     break
-                program = pair(forward, backward)
-                program = lowered(program, setting, host_share) if singles else program
+                program = with_kernels(pair(forward, backward), kernels)
                 tied.setdefault(program.id, program)
     return ranked([Priced(p, price(p, setting, host_share)) for p in tied.values()], "time")[0]
 
