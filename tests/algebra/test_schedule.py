@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import random
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from runlora_gen.algebra import schedule as module
@@ -221,12 +224,12 @@ def _peak(flow: module._Flow, numels: tuple[int, ...], order: tuple[int, ...]) -
 @settings(max_examples=200, deadline=None)
 @given(flows())
 def test_all_searches_find_the_least_peak(found: tuple[module._Flow, tuple[int, ...]]) -> None:
-    """By sets of finished operations; within limits; part by part."""
+    """By all sets of finished operations; by those of the least peaks; part by part."""
     flow, numels = found
     least, order = module._by_finished_sets(flow, numels)
     assert _peak(flow, numels, order) == least
     if numels:
-        peak, order = module._within_limits(flow, numels)
+        peak, order = module._by_peaks(flow, numels)
         assert peak == least == _peak(flow, numels, order)
     parts = [(part, tuple(numels[n] for n in part.temporaries)) for part in flow.parts]
     found_in_parts = [(part, *module._by_finished_sets(part.flow, sizes)) for part, sizes in parts]
@@ -237,3 +240,43 @@ def test_all_searches_find_the_least_peak(found: tuple[module._Flow, tuple[int, 
 def test_a_lone_linear_is_searched_as_a_whole() -> None:
     """Ties are broken by the sets of finished operations there, and what is emitted depends on them."""
     assert max(len(phase.operations) for phase in PHASES) <= module._FEW
+
+
+def _group(count: int, *, one_pass: bool) -> module._Flow:
+    """The backwards of some linears on one X, ten operations each; ``one_pass``: with one S and one dA for all."""
+
+    def symbols(name: str) -> tuple[Symbol, ...]:
+        return tuple(Symbol(f"{name}{j}", ("T",)) for j in range(count))
+
+    x, dx = Symbol("X", ("T",)), Symbol("dX", ("T",))
+    a, b, s, p, g, da, db = map(symbols, ("A", "B", "S", "P", "G", "dA", "dB"))
+    steps = [((x, *a), s, False), ((*p, x), da, False)] if one_pass else []
+    for j, first in enumerate([True] + [False] * (count - 1)):
+        steps += [((), (a[j],), False), ((), (b[j],), False)]
+        if not one_pass:
+            steps += [((x, a[j]), (s[j],), False), ((p[j], x), (da[j],), False)]
+        steps += [
+            ((b[j],), (p[j],), False),
+            ((x,), (g[j],), False),
+            ((), (dx,), not first),
+            ((p[j], a[j]), (dx,), True),
+            ((s[j],), (db[j],), False),
+            ((g[j], a[j]), (Symbol(f"E{j}", ("T",)),), False),
+        ]
+    results = {dx, *da, *db, *(Symbol(f"E{j}", ("T",)) for j in range(count))}
+    return module._flow(tuple(steps), frozenset(results))
+
+
+@pytest.mark.parametrize("one_pass", [False, True])
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_group_is_scheduled_soon(count: int, one_pass: bool) -> None:
+    """Thirty operations: sets of finished ones would be a thousand million; it takes some tens of milliseconds."""
+    flow = _group(count, one_pass=one_pass)
+    assert len(flow.before) == 10 * count - (2 * count - 2 if one_pass else 0)
+    shuffler = random.Random(0)
+    for _ in range(20):
+        numels = tuple(shuffler.choice([1, 2, 10, 100, 1000]) for _ in flow.temporaries)
+        start = time.process_time()
+        peak, order = module._best_order(flow, numels)
+        assert time.process_time() - start < 1
+        assert _peak(flow, numels, order) == peak == module._least_peak(flow, numels)

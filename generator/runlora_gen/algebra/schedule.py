@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -258,7 +259,7 @@ def _best_order(flow: _Flow, numels: tuple[int, ...]) -> tuple[int, tuple[int, .
     if len(flow.before) <= _FEW:
         return _by_finished_sets(flow, numels)
     if len(flow.parts) == 1:
-        return _within_limits(flow, numels)
+        return _by_peaks(flow, numels)
     found = [(part, _best_order(part.flow, tuple(numels[n] for n in part.temporaries))) for part in flow.parts]
     # Nothing lives between parts.
     order = tuple(part.operations[i] for part, (_, ordered) in found for i in ordered)
@@ -267,8 +268,13 @@ def _best_order(flow: _Flow, numels: tuple[int, ...]) -> tuple[int, tuple[int, .
 
 @lru_cache(maxsize=65536)
 def _least_peak(flow: _Flow, numels: tuple[int, ...]) -> int:
-    """The smallest peak alone: without the ties, what :func:`_within_limits` finds is the same, and found sooner."""
-    return _within_limits(flow, numels)[0] if numels else 0
+    """The smallest peak alone, found sooner where ties are of no matter."""
+    peak = max((sum(numels[n] for n in live) for live in flow.live), default=0)
+    if peak == max((sum(numels[n] for n in touched) for touched in flow.touched), default=0):
+        return peak
+    if len(flow.parts) == 1:
+        return _by_peaks(flow, numels)[0]
+    return max(_least_peak(part.flow, tuple(numels[n] for n in part.temporaries)) for part in flow.parts)
 
 
 def _by_finished_sets(flow: _Flow, numels: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
@@ -283,50 +289,58 @@ def _by_finished_sets(flow: _Flow, numels: tuple[int, ...]) -> tuple[int, tuple[
     return best[(1 << len(flow.before)) - 1]
 
 
-def _within_limits(flow: _Flow, numels: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
-    """By depth first within a limit, which is raised to the least that exceeded it until an order is found.
+def _by_peaks(flow: _Flow, numels: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+    """By sets of finished operations as well, but those first that are reached with the least peak.
 
     An operation that makes no temporary beside those that live already runs as soon as it can: nothing lives longer for
-    it, and some of what it reads may be free. Only where none is ready there is a choice, of what to make next; the
-    table's order decides it, and a set of finished operations from which there was no way on is not entered again.
+    it, and some of what it reads may be free. Only where none is ready there is a choice, of what to make next. Of sets
+    with equal peaks the last one found goes first, and of its choices the first in the table.
     """
-    count, full = len(flow.before), (1 << len(flow.before)) - 1
+    full = (1 << len(flow.before)) - 1
     makes = [_of(n for n in touched if flow.makers[n] >> i & 1) for i, touched in enumerate(flow.touched)]
-    limit = max(sum(numels[n] for n in touched) for touched in flow.touched)
-    exceeded, stuck = limit, set[int]()
+    operations = [(i, 1 << i, needed, makes[i]) for i, needed in enumerate(flow.before)]
 
-    def size(temporaries: int) -> int:
-        return sum(numels[n] for n in _numbers(temporaries))
+    touches = [[(1 << n, flow.readers[n], numels[n]) for n in touched] for touched in flow.touched]
 
-    def after(done: int, live: int) -> int:
-        """What still lives."""
-        return _of(n for n in _numbers(live) if flow.readers[n] & ~done)
+    def after(done: int, live: int, size: int, ran: int) -> tuple[int, int]:
+        """What still lives, and its size."""
+        for bit, readers, numel in touches[ran]:
+            if live & bit and not readers & ~done:
+                live, size = live & ~bit, size - numel
+        return live, size
 
-    def run(done: int, live: int) -> list[int] | None:
-        """The rest of an order within the limit: operations in their order, backwards."""
-        nonlocal exceeded
-        if done == full:
-            return []
-        if done in stuck:
-            return None
-        ready = [i for i in range(count) if not (done >> i & 1 or flow.before[i] & ~done)]
-        idle = next((i for i in ready if not makes[i] & ~live), None)
-        for i in ready if idle is None else [idle]:
-            alive = live | makes[i]
-            needed = size(alive)
-            if needed > limit:
-                exceeded = min(exceeded, needed)
-            elif (rest := run(done | 1 << i, after(done | 1 << i, alive))) is not None:
-                return [*rest, i]
-        stuck.add(done)
-        return None
-
+    came: dict[int, tuple[int, int]] = {}  # from which set, by which operation
+    # The peak, the order in which they were found; the set, what lives and its size; whence and by what.
+    waiting = [(0, 0, 0, 0, 0, 0, -1)]
+    found = 0
     while True:
-        stuck.clear()
-        exceeded = sum(numels) + 1
-        if (found := run(0, 0)) is not None:
-            return limit, tuple(reversed(found))
-        limit = exceeded
+        peak, _, done, live, size, whence, by = heapq.heappop(waiting)
+        if done in came:
+            continue
+        came[done] = whence, by
+        while idle := next(
+            ((i, bit) for i, bit, b, m in operations if not (done & bit or b & ~done or m & ~live)), None
+        ):
+            i, bit = idle
+            whence, done = done, done | bit
+            live, size = after(done, live, size, i)
+            if done in came:
+                break
+            came[done] = whence, i
+        else:
+            if done == full:
+                break
+            for i, bit, needed, made in reversed(operations):
+                if not (done & bit or needed & ~done):
+                    found -= 1
+                    alive = size + sum(numel for number, _, numel in touches[i] if made & ~live & number)
+                    entry = (done | bit, *after(done | bit, live | made, alive, i), done, i)
+                    heapq.heappush(waiting, (max(peak, alive), found, *entry))
+    order = []
+    while done:
+        done, by = came[done]
+        order.append(by)
+    return peak, tuple(reversed(order))
 
 
 def _needed_frees(
