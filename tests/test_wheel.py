@@ -115,6 +115,16 @@ def test_generates_what_the_checkout_generates(
     assert (b"triton.jit" in module) == ("--no-kernels" not in options)
 
 
+def test_an_unchanged_run_chooses_nothing(unpacked: Path, small: tuple[str, ...], tmp_path: Path) -> None:
+    """Its version says what it is: nothing of the search is needed, nor black."""
+    first, again = (from_wheel(unpacked, *small, "-o", "out", "-q", cwd=tmp_path) for _ in range(2))
+    assert (first.returncode, again.returncode) == (0, 0)
+    manifest = (tmp_path / "out" / "llama_9m_r4" / "manifest.json").stat()
+    done = from_wheel(unpacked, *small, "-o", "out", cwd=tmp_path)
+    assert done.stdout == f"{Path('out') / 'llama_9m_r4'}: 1 modules, up to date\n" and not done.stderr
+    assert (tmp_path / "out" / "llama_9m_r4" / "manifest.json").stat() == manifest
+
+
 def test_the_other_commands_work(unpacked: Path, run, tmp_path: Path) -> None:
     for arguments in (("archs", "--json"), ("explain", "--arch", "vit-base", "--rank", "4", "--json")):
         done = from_wheel(unpacked, *arguments, cwd=tmp_path)

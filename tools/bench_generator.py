@@ -1,6 +1,8 @@
-"""Wall time of whole generator processes: cold, warm and unchanged, and the largest explanation.
+"""Wall time of whole generator processes: cold and unchanged, and explanations of the largest architecture.
 
-python tools/bench_generator.py --json OUT.json
+    python tools/bench_generator.py --json OUT.json
+
+Of the generator that this Python has installed: from a checkout an unchanged run chooses anew.
 """
 
 from __future__ import annotations
@@ -19,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 GENERATE = ["--arch", "llama-13b", "--rank", "8", "-o"]
-EXPLAIN = ["explain", "--all", "--arch", "llama-3.1-405b", "--rank", "8"]
+EXPLAIN = ["explain", "--arch", "llama-3.1-405b", "--rank", "8"]
 #: Seconds of wall time that each may take.
-TARGETS = {"cold": 1.5, "unchanged": 0.7, "explain": 2.0}
+TARGETS = {"cold": 1.2, "unchanged": 0.5, "explain": 2.0, "explain --all": None}
 
 
 def run(arguments: list[str]) -> float:
@@ -45,6 +47,7 @@ def main() -> None:
             times["cold"].append(run([*GENERATE, str(out)]))
             times["unchanged"].append(run([*GENERATE, str(out)]))
             times["explain"].append(run(EXPLAIN))
+            times["explain --all"].append(run([*EXPLAIN, "--all"]))
     results: dict[str, Any] = {}
     for name, target in TARGETS.items():
         values = times[name]
@@ -54,7 +57,7 @@ def main() -> None:
             "max_s": round(max(values), 3),
             "target_s": target,
         }
-        print(f"{name:<10} {results[name]}")
+        print(f"{name:<13} {results[name]}")
     if options.json:
         report = {"date": datetime.date.today().isoformat(), "python": platform.python_version(), "results": results}
         options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -7,7 +7,7 @@ import json
 import sys
 import textwrap
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,7 +16,7 @@ from click.core import ParameterSource
 
 from . import __version__
 from .from_model import meta
-from .generation import MAX_RANK, Request, built, read_request
+from .generation import MAX_RANK, Request, built, read_request, up_to_date
 from .request.architecture import architecture_names, load_architecture
 from .request.errors import SpecError, one_line, reason, shorten
 from .request.layers import layers
@@ -183,20 +183,27 @@ def main(context: click.Context, /, **options: Any) -> None:
     if not given:
         click.echo(context.get_help())
         return
+    from .emit.package import folder_name
     from .emit.publish import plan_changes, publish
+    from .emit.render import is_installed
     from .emit.style import MAX_LINE_LENGTH
 
     request = _read_spec(options)
     out = Path(options["output"])
-    length = options["line_length"]
+    length, variants = options["line_length"], options["all_variants"]
+    columns = None if length is None else parse_counts("--line-length", (length,), maximum=MAX_LINE_LENGTH)[0]
+    quiet, verbose = options["quiet"], options["verbose"]
+    # What is there is trusted where the generator's version says all, and nobody asks what was chosen.
+    trusting = is_installed() and not (options["check"] or verbose)
+    current = up_to_date(request, out, line_length=columns, all_variants=variants) if trusting else {}
+    stale = {rank: architecture for rank, architecture in request.by_rank.items() if rank not in current}
     packages = built(
-        request,
+        replace(request, by_rank=stale),
         out,
-        line_length=None if length is None else parse_counts("--line-length", (length,), maximum=MAX_LINE_LENGTH)[0],
-        all_variants=options["all_variants"],
+        line_length=columns,
+        all_variants=variants,
         reuse=not options["check"],  # a check trusts nothing that it can make anew
     )
-    quiet, verbose = options["quiet"], options["verbose"]
     if verbose:
         for package in packages:
             for choice in package.layers:
@@ -220,10 +227,12 @@ def main(context: click.Context, /, **options: Any) -> None:
     if verbose or options["dry_run"]:
         for change in changes:
             click.echo(f"{verb if change.text is not None else removed} {change.path}")
-    for package in packages:
-        count = sum(change.path.parent.name == package.folder for change in changes)
+    modules = current | {rank: len(package.layers) for rank, package in zip(stale, packages, strict=True)}
+    for rank, architecture in request.by_rank.items():
+        folder = folder_name(architecture, rank)
+        count = sum(change.path.parent.name == folder for change in changes)
         done = f"{verb} {_files(count)}" if count else "up to date"
-        click.echo(f"{out / package.folder}: {len(package.layers)} modules, {done}")
+        click.echo(f"{out / folder}: {modules[rank]} modules, {done}")
 
 
 def _files(count: int) -> str:

@@ -224,19 +224,41 @@ def generated(request: Request, out: Path, *, force: bool = False) -> tuple[Path
     Raises:
         SpecError: the folder can't be written, or holds something foreign.
     """
-    from .emit.package import folder_name, is_current
+    from .emit.package import folder_name
     from .emit.publish import publish
 
     folders = []
     with _alone():
+        current = {} if force else up_to_date(request, out)
         for rank, architecture in request.by_rank.items():
             folder = out / folder_name(architecture, rank)
             folders.append(folder)
-            if not force and is_current(folder, architecture, rank, request.workload, layout=request.layout):
-                continue
-            print(f"runlora-gen: generating LoRA linears of rank {rank} into {folder}", file=sys.stderr)
-            publish(out, built(replace(request, by_rank={rank: architecture}), out), force=force)
+            if rank not in current:
+                print(f"runlora-gen: generating LoRA linears of rank {rank} into {folder}", file=sys.stderr)
+                publish(out, built(replace(request, by_rank={rank: architecture}), out), force=force)
     return tuple(folders)
+
+
+def up_to_date(
+    request: Request, out: Path, *, line_length: int | None = None, all_variants: bool = False
+) -> dict[int, int]:
+    """The ranks whose packages lie there as this version makes them, with the modules of each; nothing is chosen."""
+    from .emit.package import current_modules, folder_name
+
+    found = {}
+    for rank, architecture in request.by_rank.items():
+        count = current_modules(
+            out / folder_name(architecture, rank),
+            architecture,
+            rank,
+            request.workload,
+            line_length=line_length,
+            all_variants=all_variants,
+            layout=request.layout,
+        )
+        if count is not None:
+            found[rank] = count
+    return found
 
 
 @contextlib.contextmanager

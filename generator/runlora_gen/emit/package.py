@@ -97,23 +97,35 @@ def package_digest(
     return _digest(architecture, rank, workload, _public(workload), all_variants, layout)
 
 
-def is_current(
-    folder: Path, architecture: Architecture, rank: int, workload: Workload, *, layout: str = STANDALONE
-) -> bool:
-    """Whether a folder holds just what would be generated for this, by its manifest; nothing is chosen anew."""
+def current_modules(
+    folder: Path,
+    architecture: Architecture,
+    rank: int,
+    workload: Workload,
+    *,
+    line_length: int | None = None,
+    all_variants: bool = False,
+    layout: str = STANDALONE,
+) -> int | None:
+    """How many modules a folder has that holds just what this version would generate; None if it holds anything else.
+
+    That is seen by its manifest: nothing is chosen anew. The arguments are those of ``build_package``.
+    """
     with contextlib.suppress(ValueError, OSError, KeyError, TypeError, AttributeError):
         manifest = json.loads(read_text(folder / MANIFEST, label=MANIFEST, limit=MAX_GENERATED_BYTES, kind="manifest"))
-        if (manifest["digest"], manifest["generator_version"]) != (
-            package_digest(architecture, rank, workload, layout=layout),
-            __version__,
-        ):
-            return False
+        expected = {
+            "digest": package_digest(architecture, rank, workload, all_variants=all_variants, layout=layout),
+            "generator_version": __version__,
+            "style": _sha256(style_of(folder, line_length).key),
+        }
         files = manifest["files"]
-        return set(files) == {path.name for path in folder.iterdir() if path.is_file()} - {MANIFEST} and all(
-            digest == _sha256(read_text(folder / name, label=name, limit=MAX_GENERATED_BYTES, kind="generated file"))
-            for name, digest in files.items()
-        )
-    return False
+        if any(manifest[name] != value for name, value in expected.items()):
+            return None
+        if set(files) != {path.name for path in folder.iterdir() if path.is_file()} - {MANIFEST}:
+            return None
+        texts = {name: read_text(folder / name, label=name, limit=MAX_GENERATED_BYTES, kind="file") for name in files}
+        return len(manifest["layers"]) if {name: _sha256(text) for name, text in texts.items()} == files else None
+    return None
 
 
 def _public(workload: Workload) -> Workload:
@@ -173,7 +185,7 @@ def build_package(
     files = {name: former.format(name, source) for name, source in rendered.items()}
     files["py.typed"] = ""
     digests = {name: former.digest(source) for name, source in rendered.items()}
-    files[MANIFEST] = _manifest(architecture, rank, public, header, decided, digests, files)
+    files[MANIFEST] = _manifest(architecture, rank, public, header, style, decided, digests, files)
     return Package(folder, files, decided)
 
 
@@ -252,6 +264,7 @@ def _manifest(
     rank: int,
     workload: Workload,
     header: Header,
+    style: Style,
     decided: Sequence[LayerChoice],
     rendered: Mapping[str, str],
     files: Mapping[str, str],
@@ -263,6 +276,7 @@ def _manifest(
         "licence": header.licence,
         "command": header.command,
         "digest": header.digest,
+        "style": _sha256(style.key),
         "arch": architecture.slug,
         "projections": [asdict(projection) for projection in architecture.projections],
         "model_type": architecture.model_type,

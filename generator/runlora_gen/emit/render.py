@@ -43,6 +43,11 @@ def template_folder() -> Path:
     return packaged if packaged.is_dir() else package.parent.parent / "templates"
 
 
+def is_installed() -> bool:
+    """Whether the generator is what its version says: in a checkout its sources may be newer."""
+    return template_folder().parent == Path(__file__).parent.parent
+
+
 @lru_cache
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
