@@ -78,6 +78,9 @@ def test_a_quantized_base_is_dequantized_kept_or_merged_in_the_same_pass() -> No
     codes = O * I // 2 + O * J * 4
     plain, merged = (next(op for op in site.operations if op.outputs == (site[name],)) for name in "WM")
     assert price_operation(plain, where).bytes_moved == codes + O * I * 2
+    # Frozen, it is dequantized once and read by both products.
+    products = (price_operation(site.parse(text), where).device_s for text in ("Y = X @ W.T", "dX = dY @ W"))
+    assert price_frozen(where) == pytest.approx(price_operation(plain, where).device_s + sum(products))
     # W is made within the pass: neither written nor read.
     assert price_operation(merged, where).bytes_moved == codes + O * I * 2 + (O * R + R * I) * 2
 

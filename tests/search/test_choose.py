@@ -18,12 +18,11 @@ from runlora_gen.cost.vector import Cost, PhaseCost, rounded, weighted
 from runlora_gen.request.architecture import load_architecture
 from runlora_gen.request.errors import SpecError
 from runlora_gen.request.layers import layers
-from runlora_gen.request.workload import Workload
+from runlora_gen.request.workload import CHOICES, Workload
 from runlora_gen.search import choose
 from runlora_gen.search.candidates import enumerated, programs_for, setting_for
 from runlora_gen.search.choose import Decision, decide, decide_forward, fastest
 from runlora_gen.search.criterion import (
-    CRITERIA,
     PARETO,
     QUANTITIES,
     TIE_BREAK,
@@ -49,7 +48,7 @@ workloads = st.builds(
     tokens=st.integers(1, 2**16).map(lambda tokens: (tokens,)),
     train=st.sampled_from([("a", "b"), ("a",), ("b",)]),
     input_grad=st.booleans(),
-    criterion=st.sampled_from(CRITERIA),
+    criterion=st.sampled_from(CHOICES["criterion"]),
     allow_lossy_merge=st.booleans(),
     device=st.sampled_from(["h100", "cpu", "rtx-4090"]),
 )

@@ -16,9 +16,9 @@ from runlora_gen.algebra.enumerate import iterate_programs
 from runlora_gen.algebra.operations import Symbol
 from runlora_gen.cost.price import price
 from runlora_gen.cost.setting import Setting
-from runlora_gen.request.workload import Workload
+from runlora_gen.request.workload import CHOICES, Workload
 from runlora_gen.search.candidates import enumerated, goals, rows_for, setting_for, stochastic_for
-from runlora_gen.search.criterion import CRITERIA, PARETO, QUANTITIES, Priced, pareto_front, ranked
+from runlora_gen.search.criterion import PARETO, QUANTITIES, Priced, pareto_front, ranked
 from runlora_gen.search.fronts import undominated
 
 from .groups import group, wanted
@@ -55,7 +55,7 @@ def judge(every: Sequence[Priced], found: Sequence[Priced]) -> None:
     assert front(found) == front(every)
     limits = sorted({candidate.cost.saved_bytes for candidate in every})
     for criterion, lossy, limit in itertools.product(
-        CRITERIA, (False, True), {limits[0], limits[len(limits) // 2], limits[-1]}
+        CHOICES["criterion"], (False, True), {limits[0], limits[len(limits) // 2], limits[-1]}
     ):
         best = [
             ranked(

@@ -5,9 +5,10 @@ Nothing here knows of LoRA: the derivation says what exists, the goals say what 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import TypeVar
 from weakref import WeakValueDictionary
 
 from .derivation import NO_FACTS, Derivation, Facts, Way, holds
@@ -178,18 +179,20 @@ def choices(wanted: Sequence[Symbol], given: Iterable[Symbol], table: Sequence[W
 
     for chosen in expand(tuple(wanted), {}):
         used = set(wanted).union(*(way.reads for way in chosen.values()))
-        if used >= chosen.keys() and _acyclic(chosen):
+        if used >= chosen.keys() and is_acyclic({symbol: way.reads for symbol, way in chosen.items()}):
             yield tuple(way for way in table if way in chosen.values())
 
 
-def _acyclic(chosen: dict[Symbol, Way]) -> bool:
-    done: set[Symbol] = set()
-    while len(done) < len(chosen):
-        ready = {s for s, way in chosen.items() if s not in done and not (way.reads & chosen.keys()) - done}
-        if not ready:
-            return False
-        done |= ready
-    return True
+Node = TypeVar("Node")
+
+
+def is_acyclic(after: Mapping[Node, frozenset[Node] | set[Node]]) -> bool:
+    """Whether there is an order in which each comes after all of these that it has to."""
+    left = dict(after)
+    while ready := [node for node, others in left.items() if others.isdisjoint(left)]:
+        for node in ready:
+            del left[node]
+    return not left
 
 
 @lru_cache
@@ -208,11 +211,7 @@ def enumerate_programs(
         The programs in a fixed order. A symbol is saved only if the backward uses it; a forward that does not need a
         saved symbol itself computes it for the backward.
     """
-    return tuple(
-        pair(forward, backward)
-        for backward in enumerate_backwards(derivation, goals, table=table, facts=facts)
-        for forward in enumerate_forwards(derivation, table=table, facts=facts, keeps=backward.saved)
-    )
+    return tuple(iterate_programs(derivation, goals, table=table, facts=facts))
 
 
 def iterate_programs(

@@ -67,8 +67,12 @@ def price_frozen_forward(setting: Setting) -> tuple[float, float]:
 
 
 def _base_times(setting: Setting, wanted: Collection[str]) -> tuple[float, float]:
-    """Seconds of device and host of what is wanted of a site without adapters."""
-    costs = [price_operation(op, setting) for op in setting.derivation.base if op.outputs[0].name in wanted]
+    """Seconds of device and host of what is wanted of a site without adapters, and of what that is made of."""
+    needed, costs = set(wanted), []
+    for operation in reversed(setting.derivation.base):
+        if operation.outputs[0].name in needed:
+            needed.update(map(str, operation.reads))
+            costs.append(price_operation(operation, setting))
     return sum(cost.device_s for cost in costs), sum(cost.host_s for cost in costs)
 
 

@@ -37,8 +37,6 @@ _TIME = ("time", "device", "host")
 #: After the criterion, ties are broken by these in order, and at last by the program's id.
 TIE_BREAK = (*_TIME, *PARETO[1:], "bytes", "launches")
 
-CRITERIA = ("time", "flops", "memory")
-
 
 def pareto_front(candidates: Iterable[Priced]) -> frozenset[str]:
     """Ids of the programs that no other beats in one of ``PARETO`` without losing in another.

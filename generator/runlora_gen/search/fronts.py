@@ -27,10 +27,10 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, S
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from operator import or_
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from ..algebra.derivation import Derivation, Way
-from ..algebra.enumerate import Program, choices, given_to_backward, pair, phase_of, rows_that_hold
+from ..algebra.enumerate import Program, choices, given_to_backward, is_acyclic, pair, phase_of, rows_that_hold
 from ..algebra.operations import Fused, Operation, Symbol
 from ..algebra.schedule import independent_peaks, workspace
 from ..cost.lower import with_kernels
@@ -296,7 +296,7 @@ class _Search:
             )
             if begun & added:
                 after[other].add(one)
-        return _is_acyclic(after)
+        return is_acyclic(after)
 
     def _choices(self, part: _Part, condition: _Condition) -> list[_Choice]:
         """The choices of a part, of forwards and backwards those that are left of what keeps the same."""
@@ -466,7 +466,7 @@ class _Search:
         """Whether no shared row waits for itself."""
         count = range(len(condition.ways[phase]))
         after = {i: {j for j in count if choice.uses & self._bit(("after", phase, i, j))} for i in count}
-        return _is_acyclic(after)
+        return is_acyclic(after)
 
     def _program(self, choice: _Choice) -> Program:
         forward, backward = ({*ways} for ways in choice.ways)
@@ -544,15 +544,3 @@ def _disjoint(rows: Sequence[Way]) -> Iterator[tuple[Way, ...]]:
             targets = [target for way in chosen for target in way.targets]
             if len(targets) == len(set(targets)):
                 yield chosen
-
-
-Node = TypeVar("Node")
-
-
-def _is_acyclic(after: Mapping[Node, set[Node]]) -> bool:
-    """Whether there is an order in which each comes after all that it has to."""
-    left = dict(after)
-    while ready := [node for node, others in left.items() if not others & left.keys()]:
-        for node in ready:
-            del left[node]
-    return not left
