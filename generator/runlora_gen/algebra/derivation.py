@@ -38,7 +38,7 @@ class Way:
         """Whether the forward keeps the target for the backward instead of computing it again."""
         return not self.operations
 
-    @property
+    @cached_property
     def reads(self) -> frozenset[Symbol]:
         """Symbols that must exist before this way runs."""
         read = {symbol for operation in self.operations for symbol in operation.reads}

@@ -134,6 +134,11 @@ class Program:
         return f"{self.forward.name}/{self.backward.name}/keep-{kept}"
 
     @cached_property
+    def made(self) -> frozenset[Symbol]:
+        """Everything that it computes or keeps."""
+        return self.forward.made | self.backward.made
+
+    @cached_property
     def kernels(self) -> frozenset[str]:
         """Names of the fused kernels that it uses."""
         return self.forward.kernels | self.backward.kernels
@@ -180,7 +185,8 @@ def choices(wanted: Sequence[Symbol], given: Iterable[Symbol], table: Sequence[W
     for chosen in expand(tuple(wanted), {}):
         used = set(wanted).union(*(way.reads for way in chosen.values()))
         if used >= chosen.keys() and is_acyclic({symbol: way.reads for symbol, way in chosen.items()}):
-            yield tuple(way for way in table if way in chosen.values())
+            taken = set(map(id, chosen.values()))  # rows of the table itself: comparing them took half of all this
+            yield tuple(way for way in table if id(way) in taken)
 
 
 Node = TypeVar("Node")
@@ -211,7 +217,11 @@ def enumerate_programs(
         The programs in a fixed order. A symbol is saved only if the backward uses it; a forward that does not need a
         saved symbol itself computes it for the backward.
     """
-    return tuple(iterate_programs(derivation, goals, table=table, facts=facts))
+    return tuple(
+        pair(forward, backward)
+        for backward in enumerate_backwards(derivation, goals, table=table, facts=facts)
+        for forward in enumerate_forwards(derivation, table=table, facts=facts, keeps=backward.saved)
+    )
 
 
 def iterate_programs(

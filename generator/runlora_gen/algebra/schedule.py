@@ -206,11 +206,16 @@ class _Part:
 
 def _flow_of(phase: Phase, size: Size) -> tuple[_Flow, Mapping[Symbol, int], int]:
     """The flow of a phase's movable operations, the sizes of its temporaries, and that of what it always holds."""
+    flow, held = _sizeless(phase)
+    return flow, {symbol: size(symbol) for symbol in flow.temporaries}, sum(map(size, held))
+
+
+@lru_cache(maxsize=65536)
+def _sizeless(phase: Phase) -> tuple[_Flow, frozenset[Symbol]]:
+    """What of that no size changes: the flow, and what is always held."""
     held = frozenset(phase.held)
     steps = tuple((op.reads, op.outputs, op.accumulate) for op in phase.operations if not held & set(op.outputs))
-    flow = _flow(steps, frozenset({*phase.goals, *phase.keeps}))
-    sizes = {symbol: size(symbol) for symbol in flow.temporaries}
-    return flow, sizes, sum(map(size, held.difference(phase.keeps)))
+    return _flow(steps, frozenset({*phase.goals, *phase.keeps})), held.difference(phase.keeps)
 
 
 @lru_cache(maxsize=4096)

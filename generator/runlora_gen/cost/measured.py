@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import operator
 import statistics
-from collections.abc import Mapping
-from dataclasses import replace
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 
 from ..algebra.operations import Contract, Dims, Fused, Operation, dimensions
 from ..algebra.work import work
@@ -24,15 +25,11 @@ def correction(operation: Operation, at: Size, dtype: DType, device: DeviceProfi
 
     Sizes whose rows start off 16 bytes are another class: cuBLAS is up to four times slower there.
     """
-    total = weights = 0.0
-    ratios = _ratios(operation, dtype, device.meter)
-    if there := [ratio for measured_at, _, ratio in ratios if measured_at == at]:
-        return math.exp(statistics.mean(there))  # of several products that stand for one
-    aligned = _aligned(operation, at, dtype)
-    for measured_at, _, ratio in [row for row in ratios if row[1] == aligned] or ratios:
-        apart = distance(measured_at, at)
-        total, weights = total + ratio / apart**4, weights + 1 / apart**4
-    return math.exp(total / weights) if weights else 1.0
+    sizes, ratios = _alike(operation, dtype, device.meter, _aligned(operation, at, dtype))
+    if at in sizes.places:  # of several products that stand for one, each has been there
+        return math.exp(statistics.mean(ratios[place] for place in sizes.places[at]))
+    apart, weights = _apart(sizes, at)
+    return math.exp(sum(map(operator.truediv, ratios, apart)) / weights) if apart else 1.0
 
 
 def is_priced(operation: Operation, dtype: DType, device: DeviceProfile) -> bool:
@@ -80,6 +77,47 @@ def _ratios(operation: Operation, dtype: DType, device: DeviceProfile) -> tuple[
         for of in measured
         for at, time_s in times.get(measured_as(of), ())
     )
+
+
+@dataclass(frozen=True, eq=False)  # made once by ``_sizes``: identity is equality, and cheap to hash
+class _Sizes:
+    """Sizes at which operations were measured: most operations of the same dimensions share them."""
+
+    sizes: tuple[Size, ...]
+
+    @cached_property
+    def logarithms(self) -> Sequence[Sequence[float]]:
+        """Of their dimensions."""
+        return list(map(_logarithms, self.sizes))
+
+    @cached_property
+    def places(self) -> Mapping[Size, list[int]]:
+        """Where among them each is."""
+        places: dict[Size, list[int]] = {}
+        for place, size in enumerate(self.sizes):
+            places.setdefault(size, []).append(place)
+        return places
+
+
+_sizes = lru_cache(maxsize=4096)(_Sizes)
+
+
+@lru_cache(maxsize=65536)
+def _apart(sizes: _Sizes, at: Size) -> tuple[Sequence[float], float]:
+    """How far each is from another size, to the fourth power, and the sum of the weights that follow from it."""
+    here = _logarithms(at)
+    apart = [math.dist(there, here) ** 4 for there in sizes.logarithms]
+    return apart, sum(1 / far for far in apart)
+
+
+@lru_cache(maxsize=4096)
+def _alike(
+    operation: Operation, dtype: DType, device: DeviceProfile, aligned: bool
+) -> tuple[_Sizes, tuple[float, ...]]:
+    """The ratios of an operation where its rows start on 16 bytes, or where they do not; all if there are none."""
+    ratios = _ratios(operation, dtype, device)
+    alike = [row for row in ratios if row[1] == aligned] or ratios
+    return _sizes(tuple(at for at, _, _ in alike)), tuple(ratio for _, _, ratio in alike)
 
 
 def _kinds(operation: Operation) -> tuple[str, ...]:

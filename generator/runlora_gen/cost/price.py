@@ -50,7 +50,7 @@ def price(program: Program, setting: Setting, host_share: float = DEVICE_BOUND) 
         forward=price_phase(program.forward, setting),
         backward=price_phase(program.backward, setting),
         saved_bytes=sum(map(setting.bytes_of, saved_activations(program, setting.gradients))),
-        update_error=update_error(program.forward.made | program.backward.made, setting, stochastic=seeded(program)),
+        update_error=update_error(program.made, setting, stochastic=seeded(program)),
         host_share=host_share,
     )
 

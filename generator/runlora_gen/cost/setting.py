@@ -66,6 +66,11 @@ class Setting:
         """Concrete dimensions by the names that symbols use."""
         return {"T": self.tokens, "I": self.in_features, "O": self.out_features, "R": self.rank, **self.sizes}
 
+    @cached_property
+    def _bytes(self) -> dict[Symbol, int]:
+        """Those that were asked for: each is, of every program."""
+        return {}
+
     @property
     def casts(self) -> bool:
         """Whether the products read casts of the adapter."""
@@ -78,7 +83,10 @@ class Setting:
 
     def bytes_of(self, symbol: Symbol) -> int:
         """Bytes of a tensor as it is stored."""
-        return math.ceil(symbol.numel(self.dims) * self.bits_of(symbol.store) / 8)
+        size = self._bytes.get(symbol)
+        if size is None:
+            size = self._bytes[symbol] = math.ceil(symbol.numel(self.dims) * self.bits_of(symbol.store) / 8)
+        return size
 
     def bits_of(self, store: Store) -> int:
         """Bits of an element as it is stored."""

@@ -54,37 +54,37 @@ class Cost:
     update_error: float
     host_share: float = DEVICE_BOUND
 
-    @cached_property
+    @property
     def flops(self) -> int:
         """FLOPs of forward and backward."""
         return self.forward.flops + self.backward.flops
 
-    @cached_property
+    @property
     def bytes_moved(self) -> int:
         """Bytes read and written in forward and backward."""
         return self.forward.bytes_moved + self.backward.bytes_moved
 
-    @cached_property
+    @property
     def launches(self) -> int:
         """Launches of forward and backward."""
         return self.forward.launches + self.backward.launches
 
-    @cached_property
+    @property
     def workspace_bytes(self) -> int:
         """Peak of temporaries: forward and backward do not run at once."""
         return max(self.forward.workspace_bytes, self.backward.workspace_bytes)
 
-    @cached_property
+    @property
     def memory_bytes(self) -> int:
         """Saved bytes and workspace together."""
         return self.saved_bytes + self.workspace_bytes
 
-    @cached_property
+    @property
     def device_s(self) -> float:
         """Seconds of forward and backward on the device."""
         return self.forward.device_s + self.backward.device_s
 
-    @cached_property
+    @property
     def host_s(self) -> float:
         """Seconds that the host needs to launch forward and backward eagerly."""
         return self.forward.host_s + self.backward.host_s

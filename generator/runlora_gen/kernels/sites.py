@@ -60,4 +60,4 @@ def draws(operation: Operation) -> bool:
 
 def seeded(computed: Phase | Program) -> bool:
     """Whether what is computed draws random numbers."""
-    return any(map(draws, computed.operations))
+    return any(KERNELS[name].seeded for name in computed.kernels)

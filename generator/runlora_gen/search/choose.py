@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import TypeAlias
 
 from ..algebra.enumerate import Phase, Program, pair
+from ..algebra.operations import Fused
 from ..cost.lower import phase_time, with_kernels
 from ..cost.price import price, price_phase
 from ..cost.setting import Setting
@@ -78,15 +81,15 @@ def fastest(workload: Workload, setting: Setting, host_share: float = DEVICE_BOU
     """
     kernels = cheaper_for(workload, setting, host_share)
 
-    def timed(phases: Sequence[Phase]) -> list[tuple[float, Phase]]:
+    def timed(phases: Sequence[_Timed]) -> list[tuple[float, Phase]]:
         times = [
-            (weighted(*phase_time(phase, kernels, setting), host_share), phase)
-            for phase in phases
+            (weighted(device_s, host_s, host_share), phase)
+            for device_s, host_s, phase in phases
             if merging or not phase.lossy_in_16_bit
         ]
         return sorted(times, key=lambda pair: pair[0])
 
-    pairs = [(timed(forwards), timed(backwards)) for forwards, backwards in paired_phases(workload, setting)]
+    pairs = [(timed(forwards), timed(backwards)) for forwards, backwards in _timed_pairs(workload, setting, kernels)]
     pairs = [(forwards, backwards) for forwards, backwards in pairs if forwards and backwards]
     least = rounded(min(forwards[0][0] + backwards[0][0] for forwards, backwards in pairs))
     tied: dict[str, Program] = {}
@@ -100,6 +103,22 @@ def fastest(workload: Workload, setting: Setting, host_share: float = DEVICE_BOU
                 program = with_kernels(pair(forward, backward), kernels)
                 tied.setdefault(program.id, program)
     return ranked([Priced(p, price(p, setting, host_share)) for p in tied.values()], "time")[0]
+
+
+#: Seconds of device and host, and of which phase.
+_Timed: TypeAlias = tuple[float, float, Phase]
+
+
+@lru_cache(maxsize=4096)
+def _timed_pairs(
+    workload: Workload, setting: Setting, kernels: tuple[Fused, ...]
+) -> tuple[tuple[Sequence[_Timed], Sequence[_Timed]], ...]:
+    """The times of all phases, by what is kept: they are weighted anew for every share of the host."""
+
+    def timed(phases: Sequence[Phase]) -> Sequence[_Timed]:
+        return [(*phase_time(phase, kernels, setting), phase) for phase in phases]
+
+    return tuple((timed(forwards), timed(backwards)) for forwards, backwards in paired_phases(workload, setting))
 
 
 @dataclass(frozen=True)

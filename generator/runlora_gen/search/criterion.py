@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from ..algebra.enumerate import Program
 from ..cost.vector import Cost, rounded
@@ -15,6 +17,11 @@ class Priced:
 
     program: Program
     cost: Cost
+
+    @cached_property
+    def ties(self) -> tuple[float | str, ...]:
+        """What breaks ties: by these the better of two comes first."""
+        return (*(QUANTITIES[name](self.cost) for name in TIE_BREAK), self.program.id)
 
 
 #: The components of the cost vector.
@@ -43,21 +50,20 @@ def pareto_front(candidates: Iterable[Priced]) -> frozenset[str]:
 
     Programs of equal price dominate one another by the tie-break, so that each price appears once.
     """
-    ordered = sorted(candidates, key=lambda candidate: _key(candidate, TIE_BREAK))
-    front: list[tuple[tuple[float, ...], ...]] = []
+    front: list[tuple[float | str, ...]] = []
     ids = []
-    for candidate in ordered:
-        vector = (_values(candidate, _TIME), *(_values(candidate, (name,)) for name in PARETO[1:]))
-        # Sorted lexicographically, nothing that comes later can dominate what is on the front already.
-        if not any(all(a <= b for a, b in zip(kept, vector, strict=True)) for kept in front):
-            front.append(vector)
+    for candidate in sorted(candidates, key=lambda candidate: candidate.ties):
+        # Sorted lexicographically, nothing that comes later can dominate what is on the front already, nor be faster.
+        rest = candidate.ties[len(_TIME) : len(_TIME) + len(PARETO) - 1]
+        if not any(all(map(operator.le, kept, rest)) for kept in front):
+            front.append(rest)
             ids.append(candidate.program.id)
     return frozenset(ids)
 
 
 def ranked(candidates: Iterable[Priced], criterion: str) -> list[Priced]:
     """From the best to the worst."""
-    return sorted(candidates, key=lambda candidate: _key(candidate, (criterion, *TIE_BREAK)))
+    return sorted(candidates, key=lambda candidate: (QUANTITIES[criterion](candidate.cost), candidate.ties))
 
 
 @dataclass(frozen=True)
@@ -83,11 +89,3 @@ def difference(better: Priced, worse: Priced, criterion: str) -> Difference | No
         if values[0] != values[1]:
             return Difference(criterion, name, *values)
     return None
-
-
-def _values(candidate: Priced, quantities: Sequence[str]) -> tuple[float, ...]:
-    return tuple(QUANTITIES[name](candidate.cost) for name in quantities)
-
-
-def _key(candidate: Priced, quantities: Sequence[str]) -> tuple[float | str, ...]:
-    return (*_values(candidate, quantities), candidate.program.id)
