@@ -183,7 +183,7 @@ def main(context: click.Context, /, **options: Any) -> None:
     if not given:
         click.echo(context.get_help())
         return
-    from .emit.package import folder_name
+    from .emit.manifest import folder_name
     from .emit.publish import plan_changes, publish
     from .emit.render import is_installed
     from .emit.style import MAX_LINE_LENGTH

@@ -201,6 +201,8 @@ def built(
     reuse: bool = True,
 ) -> list[Package]:
     """The packages, chosen and rendered; nothing is written. See ``build_package``."""
+    if not request.by_rank:
+        return []  # without the imports, which take as long as all else of a run that finds nothing to do
     from .emit.package import build_package
 
     return [
@@ -224,7 +226,7 @@ def generated(request: Request, out: Path, *, force: bool = False) -> tuple[Path
     Raises:
         SpecError: the folder can't be written, or holds something foreign.
     """
-    from .emit.package import folder_name
+    from .emit.manifest import folder_name
     from .emit.publish import publish
 
     folders = []
@@ -243,7 +245,7 @@ def up_to_date(
     request: Request, out: Path, *, line_length: int | None = None, all_variants: bool = False
 ) -> dict[int, int]:
     """The ranks whose packages lie there as this version makes them, with the modules of each; nothing is chosen."""
-    from .emit.package import current_modules, folder_name
+    from .emit.manifest import current_modules, folder_name
 
     found = {}
     for rank, architecture in request.by_rank.items():

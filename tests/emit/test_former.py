@@ -40,7 +40,7 @@ def formatted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Texts that were formatted."""
     texts: list[str] = []
     real = Style.format
-    monkeypatch.setattr(Style, "format", lambda self, source: texts.append(source) or real(self, source))
+    monkeypatch.setattr(Style, "format", lambda self, sources: texts.extend(sources) or real(self, sources))
     return texts
 
 
@@ -69,7 +69,7 @@ def test_another_workload_reuses_only_what_is_the_same(out: Path) -> None:
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Texts that would have been formatted; here they stay as they are."""
     texts: list[str] = []
-    monkeypatch.setattr(Style, "format", lambda self, source: texts.append(source) or source)
+    monkeypatch.setattr(Style, "format", lambda self, sources: texts.extend(sources) or sources)
     return texts
 
 

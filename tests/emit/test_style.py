@@ -7,7 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -97,6 +97,7 @@ def modes(monkeypatch: pytest.MonkeyPatch) -> list[black.Mode]:
     """The modes in which black was asked to format, and did not."""
     asked: list[black.Mode] = []
     monkeypatch.setattr(style, "_FORMATTED", {})
+    monkeypatch.setattr(style, "_FEW", sys.maxsize)  # in this process
     monkeypatch.setattr(black, "format_str", lambda source, *, mode: asked.append(mode) or source)
     return asked
 
@@ -107,7 +108,7 @@ def test_it_is_what_black_finds(tmp_path: Path, modes: list[black.Mode], name: s
     package = make(tmp_path, files) / PACKAGE
     style = style_of(package)
     assert style.line_length == line_length
-    style.format("x = 1\n")
+    style.format(["x = 1\n"])
     package.mkdir(parents=True, exist_ok=True)  # black looks from folders that are there
     assert modes == [black_s_mode(package)]
     assert modes[0].line_length == line_length
@@ -119,7 +120,7 @@ def test_the_cases_are_worth_it(tmp_path: Path, modes: list[black.Mode]) -> None
     found = {}
     for name, (files, _) in REPOSITORIES.items():
         (tmp_path / name).mkdir()
-        style_of(make(tmp_path / name, files) / PACKAGE).format(name)
+        style_of(make(tmp_path / name, files) / PACKAGE).format([name])
         found[name] = modes.pop()
     assert not found["strings"].string_normalization and found["line length"].string_normalization
     assert not found["commas"].magic_trailing_comma
@@ -128,6 +129,18 @@ def test_the_cases_are_worth_it(tmp_path: Path, modes: list[black.Mode]) -> None
     newest = {v for v in black.TargetVersion if v.value >= black.TargetVersion.PY313.value}
     assert found["requires-python"].target_versions == newest and not found["none"].target_versions
     assert newest == set(infer_target_version({"project": {"requires-python": ">=3.13"}}) or ())
+
+
+def test_several_processes_format_as_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = [f"def f{i}(a, b = {i}):\n  return [a, b,]" for i in range(2 * style._FEW)]
+    sources, mode = ["\n\n\n".join(parts), "x = 'last'"], black.Mode()
+    whole = [black.format_str(source, mode=mode) for source in sources]
+    monkeypatch.setattr(style, "_THREADED", frozenset())
+    monkeypatch.setattr(style.threading, "active_count", lambda: 1)
+    for cores in ({0, 1, 2}, {0}):
+        monkeypatch.setattr(style, "_FORMATTED", {})
+        monkeypatch.setattr(style.os, "sched_getaffinity", lambda _, cores=cores: cores, raising=False)
+        assert Style().format(sources) == whole
 
 
 def test_functions_are_formatted_as_in_the_whole() -> None:
@@ -142,7 +155,7 @@ def test_functions_are_formatted_as_in_the_whole() -> None:
     assert [kernel.name for kernel in node.kernels] == list(KERNELS)
     source = render("linear.py.jinja", {"header": Header("command", "digest"), "module": node})
     assert len(style._CUT.split(source)) > 40
-    assert Style().format(source) == black.format_str(source, mode=black.Mode())
+    assert Style().format([source]) == [black.format_str(source, mode=black.Mode())]
 
 
 @pytest.mark.parametrize(
@@ -158,10 +171,10 @@ def test_black_accepts_every_generated_file(
     rendered: dict[str, str] = {}
     format_ = Style.format
 
-    def record(self: Style, source: str) -> str:
-        text = format_(self, source)
-        rendered[text] = source
-        return text
+    def record(self: Style, sources: Sequence[str]) -> list[str]:
+        texts = format_(self, sources)
+        rendered.update(zip(texts, sources, strict=True))
+        return texts
 
     monkeypatch.setattr(Style, "format", record)
     out = make(tmp_path, REPOSITORIES[name][0])

@@ -375,7 +375,7 @@ def test_digest_follows_spec_and_templates(run, small, tmp_path: Path, monkeypat
     digests = [digest(*options) for options in variations]
     assert len(set(digests)) == len(variations)
     assert digest() == digests[0]
-    monkeypatch.setattr("runlora_gen.emit.package.template_digest", lambda: "other")
+    monkeypatch.setattr("runlora_gen.emit.manifest.template_digest", lambda: "other")
     assert digest() not in digests
 
 

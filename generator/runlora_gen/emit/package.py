@@ -3,34 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .. import __version__
-from ..cost.device import load_device
 from ..request.architecture import GENERATOR, LIVE, Architecture
 from ..request.files import read_text
 from ..request.layers import layers
 from ..request.layout import FOLDER, STANDALONE
 from ..request.workload import Workload
 from ..search.ranges import LayerChoice, decide_model
+from .manifest import MANIFEST, folder_name, package_digest, public_part, sha256
 from .nodes import ModuleNode, module_name, module_node, shared_node
-from .render import MAX_GENERATED_BYTES, SHARED, Header, render, render_test, template_digest
+from .render import MAX_GENERATED_BYTES, SHARED, Header, render, render_test
 from .report import SCHEMA_VERSION, choice_data
 from .style import Style, style_of
 
-MANIFEST = "manifest.json"
 #: The files of a package that put its modules into a model.
 OF_MODELS = ("__init__", "adapters", "inject", "peft_layers", "report", "shapes", "with_peft")
 #: Where the manifest's JSON Schema is published, beside this file.
 MANIFEST_SCHEMA = "manifest.schema.json"
-#: What does not go into a generated file as a name.
-_NOT_PLAIN = re.compile(r"[^A-Za-z0-9._-]")
 
 
 @dataclass(frozen=True)
@@ -62,75 +58,25 @@ class _Former:
             raise ValueError
         return read_text(self._folder / name, label=name, limit=MAX_GENERATED_BYTES, kind="generated file")
 
-    def format(self, name: str, source: str) -> str:
-        """Format a rendered text, or read it formatted from a file that nobody has touched since."""
+    def format(self, rendered: Mapping[str, str]) -> dict[str, str]:
+        """Format rendered texts, or read them formatted from files that nobody has touched since."""
+        kept = {name: text for name, source in rendered.items() if (text := self._kept(name, source)) is not None}
+        anew = [name for name in rendered if name not in kept]
+        formatted = dict(zip(anew, self._style.format([rendered[name] for name in anew]), strict=True)) if anew else {}
+        return {name: kept[name] if name in kept else formatted[name] for name in rendered}
+
+    def _kept(self, name: str, source: str) -> str | None:
+        """The formatted text of a file, if it is that of this rendered one."""
         if self._rendered.get(name) == self.digest(source):
             with contextlib.suppress(ValueError):
                 text = self._read(name)
-                if self._files.get(name) == _sha256(text):
+                if self._files.get(name) == sha256(text):
                     return text
-        return self._style.format(source)
+        return None
 
     def digest(self, source: str) -> str:
         """Of what a formatted text follows from: the rendered one, black's version and its options."""
-        return _sha256(f"{self._style.key}\n{source}")
-
-
-def _sha256(text: str) -> str:
-    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
-
-
-def folder_name(architecture: Architecture, rank: int) -> str:
-    """What a package is called."""
-    return f"{architecture.slug}_r{rank}"
-
-
-def package_digest(
-    architecture: Architecture,
-    rank: int,
-    workload: Workload,
-    *,
-    all_variants: bool = False,
-    layout: str = STANDALONE,
-) -> str:
-    """Of everything that a package's choice and text follow from, but for the style of its place."""
-    return _digest(architecture, rank, workload, _public(workload), all_variants, layout)
-
-
-def current_modules(
-    folder: Path,
-    architecture: Architecture,
-    rank: int,
-    workload: Workload,
-    *,
-    line_length: int | None = None,
-    all_variants: bool = False,
-    layout: str = STANDALONE,
-) -> int | None:
-    """How many modules a folder has that holds just what this version would generate; None if it holds anything else.
-
-    That is seen by its manifest: nothing is chosen anew. The arguments are those of ``build_package``.
-    """
-    with contextlib.suppress(ValueError, OSError, KeyError, TypeError, AttributeError):
-        manifest = json.loads(read_text(folder / MANIFEST, label=MANIFEST, limit=MAX_GENERATED_BYTES, kind="manifest"))
-        expected = {
-            "digest": package_digest(architecture, rank, workload, all_variants=all_variants, layout=layout),
-            "generator_version": __version__,
-            "style": _sha256(style_of(folder, line_length).key),
-        }
-        files = manifest["files"]
-        if any(manifest[name] != value for name, value in expected.items()):
-            return None
-        if set(files) != {path.name for path in folder.iterdir() if path.is_file()} - {MANIFEST}:
-            return None
-        texts = {name: read_text(folder / name, label=name, limit=MAX_GENERATED_BYTES, kind="file") for name in files}
-        return len(manifest["layers"]) if {name: _sha256(text) for name, text in texts.items()} == files else None
-    return None
-
-
-def _public(workload: Workload) -> Workload:
-    """Of a profile's path only the name: a generated file says nothing of the machine that it was made on."""
-    return replace(workload, device=_NOT_PLAIN.sub("_", Path(workload.device).name))
+        return sha256(f"{self._style.key}\n{source}")
 
 
 def build_package(
@@ -159,10 +105,10 @@ def build_package(
     """
     folder = folder_name(architecture, rank)
     style = style_of(out / folder, line_length)
-    public = _public(workload)
+    public = public_part(workload)
     header = Header(
         command=_command(architecture, rank, public, all_variants, layout, line_length),
-        digest=_digest(architecture, rank, workload, public, all_variants, layout),
+        digest=package_digest(architecture, rank, workload, all_variants=all_variants, layout=layout),
     )
     decided = decide_model(workload, layers(architecture), rank)
     nodes = [
@@ -182,7 +128,7 @@ def build_package(
     rendered |= {f"{name}.py": render(f"{name}.py.jinja", context) for name in OF_MODELS}
     rendered["test_equivalence.py"] = render_test([node.name for node in nodes], shared=shared, header=header)
     former = _Former(out / folder if reuse else None, style)
-    files = {name: former.format(name, source) for name, source in rendered.items()}
+    files = former.format(rendered)
     files["py.typed"] = ""
     digests = {name: former.digest(source) for name, source in rendered.items()}
     files[MANIFEST] = _manifest(architecture, rank, public, header, style, decided, digests, files)
@@ -242,23 +188,6 @@ def _command(
     return shlex.join([*words, "-o", "."])
 
 
-def _digest(
-    architecture: Architecture, rank: int, workload: Workload, public: Workload, all_variants: bool, layout: str
-) -> str:
-    """Of everything that the choice and the text follow from."""
-    spec = {
-        "projections": [asdict(projection) for projection in architecture.projections],
-        "rank": rank,
-        "workload": asdict(public),
-        "device": load_device(workload.device).digest,
-        "all_variants": all_variants,
-        "templates": template_digest(),
-    }
-    if layout != STANDALONE:
-        spec["layout"] = layout
-    return _sha256(json.dumps(spec, sort_keys=True))
-
-
 def _manifest(
     architecture: Architecture,
     rank: int,
@@ -276,7 +205,7 @@ def _manifest(
         "licence": header.licence,
         "command": header.command,
         "digest": header.digest,
-        "style": _sha256(style.key),
+        "style": sha256(style.key),
         "arch": architecture.slug,
         "projections": [asdict(projection) for projection in architecture.projections],
         "model_type": architecture.model_type,
@@ -285,7 +214,7 @@ def _manifest(
         "layers": [
             {"module": module_name(choice.layer, rank), "rank": rank, **choice_data(choice)} for choice in decided
         ],
-        "files": {name: _sha256(text) for name, text in sorted(files.items())},
+        "files": {name: sha256(text) for name, text in sorted(files.items())},
         "rendered": dict(sorted(rendered.items())),
     }
     return json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"

@@ -10,14 +10,17 @@ import os
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..request.architecture import GENERATOR
 from ..request.errors import SpecError, reason, shorten
 from ..request.files import is_plain, read_if_there
-from .package import MANIFEST, Package
+from .manifest import MANIFEST
 from .render import MARKER, MAX_GENERATED_BYTES
 from .stage import clear_stages, open_stage
+
+if TYPE_CHECKING:
+    from .package import Package
 
 try:
     import fcntl

@@ -6,8 +6,11 @@ import importlib.metadata
 import json
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import signal
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +47,12 @@ _FLAGS = {
 _MAX_PYPROJECT_BYTES = 1 << 20
 #: Where a text is cut: before a function or a class at its top with two empty lines or more before it.
 _CUT = re.compile(r"(?<=\S)\n{3,}(?=@|def |class |async def )")
+#: So few parts are formatted here, by no other process.
+_FEW = 16
+#: Processes that format: more gain nothing.
+_MOST = 8
+#: What has threads that Python does not count.
+_THREADED = frozenset({"numpy", "torch"})
 #: Parts of texts in their formatted form, by what that follows from.
 _FORMATTED: dict[tuple[str, ...], str] = {}
 
@@ -62,8 +71,8 @@ class Style:
     options: Mapping[str, Any] = field(default_factory=dict)
     project: Mapping[str, Any] = field(default_factory=dict)
 
-    def format(self, source: str) -> str:
-        """Format Python text: the one exit for it.
+    def format(self, sources: Sequence[str]) -> list[str]:
+        """Format Python texts: the one exit for them.
 
         The modules of a package have most of their functions in common, and each is formatted once: where the Python
         versions are known, black formats a function by itself as among others, and where empty lines stand before it,
@@ -72,6 +81,19 @@ class Style:
         Raises:
             SpecError: the repository's options are none of black's.
         """
+        mode = self._mode()
+        texts = [[source] if mode.is_pyi else _CUT.split(source) for source in sources]
+        # Each ends its last line: black formats twice what its first pass changes.
+        tasks = [[(part.rstrip("\n") + "\n", _mode_of(parts, mode)) for part in parts] for parts in texts]
+
+        def result(part: str, mode: Mode) -> tuple[str, ...]:
+            return (part, self.key, *sorted(version.name for version in mode.target_versions))
+
+        fresh = {result(*task): task for text in tasks for task in text if result(*task) not in _FORMATTED}
+        _FORMATTED.update(zip(fresh, _formatted(list(fresh.values())), strict=True))
+        return ["\n\n".join(_FORMATTED[result(*task)] for task in text) for text in tasks]
+
+    def _mode(self) -> Mode:
         import black  # here, because an unchanged package needs no formatting: 0.1 s
         from black.files import infer_target_version
         from black.mode import Preview, TargetVersion
@@ -81,7 +103,7 @@ class Style:
             features = {Preview[name] for name in self._names("enable_unstable_feature")}
         except KeyError as error:
             raise SpecError(f"{_PYPROJECT}: tool.black: {shorten(error.args[0])} is unknown to black") from None
-        mode = black.Mode(
+        return black.Mode(
             line_length=self.line_length,
             target_versions=versions or set(infer_target_version({"project": dict(self.project)}) or ()),
             enabled_features=features,
@@ -92,20 +114,6 @@ class Style:
             preview=self._flag("preview"),
             unstable=self._flag("unstable"),
         )
-        parts = [source] if mode.is_pyi else _CUT.split(source)
-        if len(parts) > 1 and not mode.target_versions:
-            # black infers them from all of a text: here, where annotations are strings, and nothing is newer.
-            mode.target_versions = {version for version in TargetVersion if version.value >= TargetVersion.PY37.value}
-        # Each ends its last line: black formats twice what its first pass changes.
-        return "\n\n".join(self._format_part(part.rstrip("\n") + "\n", mode) for part in parts)
-
-    def _format_part(self, part: str, mode: Mode) -> str:
-        import black
-
-        key = (part, self.key, *sorted(version.name for version in mode.target_versions))
-        if key not in _FORMATTED:
-            _FORMATTED[key] = black.format_str(part, mode=mode)
-        return _FORMATTED[key]
 
     def _names(self, option: str) -> list[str]:
         names = self.options.get(option, [])
@@ -125,6 +133,40 @@ class Style:
         """What the formatted form of a text depends on beside the text: black's version too."""
         version = importlib.metadata.version("black")
         return json.dumps([version, self.line_length, self.options, self.project], sort_keys=True, default=str)
+
+
+def _mode_of(parts: Sequence[str], mode: Mode) -> Mode:
+    """What black takes for the parts of a text."""
+    from black.mode import TargetVersion
+
+    if len(parts) == 1 or mode.target_versions:
+        return mode
+    # black infers them from all of a text: here, where annotations are strings, and nothing is newer.
+    later = {version for version in TargetVersion if version.value >= TargetVersion.PY37.value}
+    return replace(mode, target_versions=later)
+
+
+def _formatted(tasks: Sequence[tuple[str, Mode]]) -> list[str]:
+    """Parts as black formats them: on all cores, as it takes a second for a thousand lines.
+
+    A process is forked where that is cheap and sure: on Linux, where no other thread may hold a lock.
+    """
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
+    with_threads = threading.active_count() > 1 or not _THREADED.isdisjoint(sys.modules)
+    if cores == 1 or with_threads or len(tasks) < _FEW:
+        return list(map(_format_part, tasks))
+    import multiprocessing
+
+    quiet = (signal.SIGINT, signal.SIG_IGN)  # an interrupt is the parent's matter, who ends them
+    with multiprocessing.get_context("fork").Pool(min(cores, _MOST), signal.signal, quiet) as pool:
+        return pool.map(_format_part, tasks, chunksize=4)
+
+
+def _format_part(task: tuple[str, Mode]) -> str:
+    import black
+
+    part, mode = task
+    return black.format_str(part, mode=mode)
 
 
 def style_of(out: Path, line_length: int | None = None) -> Style:

@@ -42,7 +42,7 @@ def packages_for(
         warnings.warn(note, stacklevel=3)
     if output is not None:
         return [imported(folder) for folder in generated(request, Path(output))]
-    from ..emit.package import package_digest
+    from ..emit.manifest import package_digest
 
     folders: list[Path] = []
     for rank, architecture in by_rank.items():

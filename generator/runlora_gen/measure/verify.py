@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from ..emit.package import MANIFEST
+from ..emit.manifest import MANIFEST
 from ..emit.render import MARKER, MAX_GENERATED_BYTES
 from ..request.architecture import GENERATOR
 from ..request.errors import SpecError, shorten
