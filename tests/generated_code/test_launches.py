@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import threading
 from collections.abc import Callable
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -54,8 +55,8 @@ def kernel() -> Kernel:
     return Kernel()
 
 
-def launch_of(module: ModuleType, kernel: Kernel, **blocks: Any) -> Any:
-    return module._Launch(kernel, (3,), (7, 1), DEVICE, **blocks, ROWS=16, WHOLE=True, num_warps=4)
+def launch_of(module: ModuleType, kernel: Kernel, **described: Any) -> Any:
+    return module._Launch(kernel, (3,), (7, 1), DEVICE, **described, ROWS=16, WHOLE=True, num_warps=4)
 
 
 def test_the_first_launch_is_tritons_and_the_next_are_not(module: ModuleType, kernel: Kernel) -> None:
@@ -74,7 +75,7 @@ def test_the_first_launch_is_tritons_and_the_next_are_not(module: ModuleType, ke
 
 
 def test_descriptors_are_of_the_tensors_of_the_call(module: ModuleType, kernel: Kernel) -> None:
-    launch = launch_of(module, kernel, blocks={1: [2, 8]})
+    launch = launch_of(module, kernel, described={1: ([4, 16], [16, 1], [2, 8])})
     first, second = (torch.zeros(4, 16, dtype=torch.float16, device=DEVICE) for _ in range(2))
     launch(first, first)
     launch(second, second)
@@ -86,8 +87,154 @@ def test_descriptors_are_of_the_tensors_of_the_call(module: ModuleType, kernel: 
     assert len({id(descriptor) for descriptor in made}) == 3  # another thread may hold one
     for descriptor in made:
         assert (*descriptor.shape, *descriptor.strides, *descriptor.block_shape) == (4, 16, 16, 1, 2, 8)
-        assert type(descriptor) is type(made[0]) and vars(descriptor).keys() == vars(made[0]).keys()
-    assert all(values["base"] is None for _, values in launch.described)  # no tensor is kept alive
+
+
+class Direct:
+    """A launch whose C function only notes what it is given, and what Triton would launch instead."""
+
+    def __init__(self, module: ModuleType, kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.called: list[tuple[Any, ...]] = []
+        self.made: list[int] = []
+        self.device = 0
+        monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: self.device, raising=False)
+        monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 77 + device, raising=False)
+        self.launch = launch_of(module, kernel)
+        self.launch.compiled = Again(kernel)[(3, 1, 1)]
+        tensors = [(0, 4, None, {}), (1, 5, self.describe, {})]
+        self.launch.direct = module._Direct(self.note, [3, 1, 1, None, None, None, 4, None], tensors, [(2, 7)], 0)
+
+    def note(self, *arguments: Any) -> None:
+        self.called.append(arguments)
+
+    def describe(self, tensor: Tensor) -> str:
+        self.made.append(tensor.data_ptr())
+        return f"descriptor of {tensor.data_ptr()}"
+
+
+class TestDirectLaunches:
+    @pytest.fixture(autouse=True)
+    def direct(self, module: ModuleType, kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> Direct:
+        return Direct(module, kernel, monkeypatch)
+
+    def test_addresses_of_the_call(self, direct: Direct) -> None:
+        first, second = (torch.zeros(4, 16, device=DEVICE) for _ in range(2))
+        for tensors in ((first, second), (second, first), (first, second)):
+            direct.launch(*tensors, 0.5)
+        expected = [
+            (3, 1, 1, 77, a.data_ptr(), f"descriptor of {b.data_ptr()}", 4, 0.5)
+            for a, b in ((first, second), (second, first), (first, second))
+        ]
+        assert direct.called == expected
+        assert direct.made == [second.data_ptr(), first.data_ptr()]  # once for an address
+        assert direct.launch.direct.arguments[3:6] == [None] * 3  # another thread may launch meanwhile
+
+    def test_so_many_addresses_are_kept(
+        self, direct: Direct, module: ModuleType, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(module, "_MOST_ADDRESSES", 3)
+        tensors = [torch.zeros(2, device=DEVICE) for _ in range(10)]
+        for tensor in tensors:
+            direct.launch(tensor, tensor, 1.0)
+            assert len(direct.launch.direct.tensors[1][3]) <= 3
+
+    def test_on_another_gpu_triton_launches(self, direct: Direct, kernel: Kernel) -> None:
+        direct.device = 1
+        direct.launch(torch.zeros(2, device=DEVICE), torch.zeros(2, device=DEVICE), 1.0)
+        assert not direct.called and len(kernel.launched) == 1
+
+    def test_for_a_profiler_triton_launches(
+        self, direct: Direct, kernel: Kernel, module: ModuleType, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        tensors = torch.zeros(2, device=DEVICE), torch.zeros(2, device=DEVICE)
+        hook = module.triton.knobs.runtime.launch_enter_hook
+        with monkeypatch.context() as patch:
+            patch.setattr(hook, "calls", [print])
+            direct.launch(*tensors, 1.0)
+        direct.launch(*tensors, 1.0)
+        assert len(direct.called) == 1 and len(kernel.launched) == 1
+
+
+def compiled_for_c() -> Any:
+    """What Triton 3.5 and 3.6 give for a kernel of a pointer, a descriptor and a scale; ``chr`` stands for C."""
+    launcher = chr
+
+    def inner(*args: Any) -> Any:
+        return launcher(*args)
+
+    run = SimpleNamespace(launch=inner, launch_cooperative_grid=False, launch_pdl=True)
+    metadata = SimpleNamespace(global_scratch_size=0, profile_scratch_size=0, tensordesc_meta=["how"])
+    return SimpleNamespace(run=run, metadata=metadata, function=99, packed_metadata=(4, 1, 0))
+
+
+def test_the_arguments_of_the_c_function(module: ModuleType, kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = importlib.import_module("triton.backends.nvidia.driver")
+    monkeypatch.setattr(driver, "_BASE_ARGS_FORMAT", "iiiKKppOOOOOO", raising=False)
+
+    def make(descriptor: Any, how: str) -> list[Any]:
+        return [(how, descriptor.base.data_ptr()), *descriptor.shape, *descriptor.strides]
+
+    monkeypatch.setattr(driver, "make_tensordesc_arg", make)
+    launch = launch_of(module, kernel, described={1: ([4, 16], [16, 1], [2, 8])})
+    launch.device = torch.device("cuda", 0)
+    x = torch.zeros(4, 16, dtype=torch.float16, device=DEVICE)
+    descriptor = module.TensorDescriptor(x, [4, 16], [16, 1], [2, 8])
+    direct = module._direct(launch, compiled_for_c(), [x, descriptor, 0.5, None])
+    assert direct.launch is chr and direct.device == 0
+    base = [3, 1, 1, None, 99, False, True, None, None, (4, 1, 0), None, None, None]
+    assert direct.arguments == [*base, None, None, 4, 16, 16, 1, None, None, 7, 1, 16, True]
+    (pointer, described), scales = direct.tensors, direct.scales
+    assert pointer[:3] == (0, 13, None) and described[:2] == (1, 14) and scales == [(2, 19)]
+    assert described[2](x) == ("how", x.data_ptr())
+
+
+@pytest.mark.parametrize("changed", ["format", "scratch", "closure", "no device", "no metadata"])
+def test_a_triton_of_another_making_launches_itself(
+    module: ModuleType, kernel: Kernel, monkeypatch: pytest.MonkeyPatch, changed: str
+) -> None:
+    driver = importlib.import_module("triton.backends.nvidia.driver")
+    monkeypatch.setattr(driver, "_BASE_ARGS_FORMAT", "iiiKKppOOOOOO", raising=False)
+    monkeypatch.setattr(driver, "make_tensordesc_arg", lambda descriptor, how: [how])
+    launch = launch_of(module, kernel, described={0: ([4, 16], [16, 1], [2, 8])})
+    launch.device = torch.device("cuda", 0)
+    compiled = compiled_for_c()
+    descriptor = module.TensorDescriptor(torch.zeros(4, 16), [4, 16], [16, 1], [2, 8])
+    assert module._direct(launch, compiled, [descriptor]) is not None
+    match changed:
+        case "format":
+            monkeypatch.setattr(driver, "_BASE_ARGS_FORMAT", "iiiKKOOOOOO")
+        case "scratch":
+            compiled.metadata.global_scratch_size = 128
+        case "closure":
+            compiled.run.launch = print
+        case "no device":
+            launch.device = torch.device("cuda")
+        case _:
+            compiled.metadata.tensordesc_meta = None
+    assert module._direct(launch, compiled, [descriptor]) is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="takes a GPU")
+def test_direct_launches_give_the_same_bits(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those by Triton, also of other tensors, off 16 bytes, and of single rows and columns."""
+    generator = torch.Generator(DEVICE).manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=DEVICE, generator=generator).half()
+
+    direct = 0
+    for tokens, width, R in ((1, 64, 8), (300, 72, 8), (300, 7, 3), (2048, 1, 16)):
+        for _ in range(3):
+            X, A = draw(tokens, width), draw(R, width)
+            monkeypatch.setattr(module, "_PLANS", {})
+            by_triton = module._launch_x_at(X, A, 0.5, "S")
+            ((launch, *_),) = module._PLANS.values()
+            direct += launch.direct is not None
+            for other in (draw(tokens, width), X):
+                again = module._launch_x_at(other, A, 0.5, "S")
+            assert torch.equal(again, by_triton)
+    driver = importlib.import_module("triton.backends.nvidia.driver")
+    if getattr(driver, "_BASE_ARGS_FORMAT", "") == module._C_ARGUMENTS:
+        assert direct == 12
 
 
 def test_where_triton_looks_at_more_it_is_asked_every_time(
@@ -209,7 +356,7 @@ def test_imported_again_it_has_operators_of_its_own(module: ModuleType) -> None:
     assert again.__name__ == module.__name__ and again._LIBRARY.ns != module._LIBRARY.ns
     X, A = torch.ones(4, 16, device=DEVICE).half(), torch.ones(2, 16, device=DEVICE).half()
     for one in (module, again):
-        assert torch.equal(one._x_at_operator(X, A, 1.0, "S"), torch.full((4, 2), 16.0).half().to(DEVICE))
+        assert torch.equal(one._x_at_operator(X, A, 1.0, tiles="S"), torch.full((4, 2), 16.0).half().to(DEVICE))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="takes two GPUs")

@@ -52,37 +52,48 @@ def _dy_b_kernel(
     "launch.jinja": '''
 def _dy_b(dY: Tensor, B: Tensor, scaling: float, *, tiles: str) -> Tensor:
     """P = scaling · dY @ B: the kernel where it serves, else torch."""
-    if {{ kernel.refuses("dY", "not _kernels_serve(dY, B)", rank="B.shape[1]") }}:
-        return _scaled_mm(dY, B, scaling)
-    run = _dy_b_operator if torch.compiler.is_compiling() else _launch_dy_b
-    P: Tensor = run(dY, B, scaling, tiles)
-    return P
+    P: Tensor | None
+    if torch.compiler.is_compiling():
+        P = _dy_b_operator(dY, B, scaling, tiles=tiles) if _dy_b_serves(dY, B) else None
+    else:
+        P = _launch_dy_b(dY, B, scaling, tiles)
+    return _scaled_mm(dY, B, scaling) if P is None else P
 
 
-def _launch_dy_b(dY: Tensor, B: Tensor, scaling: float, tiles: str) -> Tensor:
-    dy, b = _row_major(dY), _row_major(B)
+def _dy_b_serves(dY: Tensor, B: Tensor) -> bool:
+    return {{ kernel.takes("dY", "_kernels_serve(dY, B)", rank="B.shape[1]") }}
+
+
+def _launch_dy_b(dY: Tensor, B: Tensor, scaling: float, tiles: str) -> Tensor | None:
+    launch, (dy, b) = _planned(_plan_dy_b, (dY, B), tiles)
+    if launch is None:
+        return None
     P = _new_rank_wide(dy, dy.shape[0], b.shape[1])
-    _planned(_plan_dy_b, (dy, b), tiles)(dy, b, P, float(scaling))
+    launch(dy, b, P, float(scaling))
     return P
 
 
-def _plan_dy_b(dy: Tensor, b: Tensor, tiles: str) -> _Launch:
-    (T, O), R = dy.shape, b.shape[1]
+def _plan_dy_b(dY: Tensor, B: Tensor, tiles: str) -> Any:
+    if not _dy_b_serves(dY, B):
+        return None
+    if not _has_rows(dY, B):
+        return _Prepared(_with_rows)
+    (T, O), R = dY.shape, B.shape[1]
     constants = {{ kernel.constants }}
     BT = constants["BT"]
     return _Launch(
         _dy_b_kernel, (triton.cdiv(T, BT),),
-        (T, O, dy.stride(0), b.stride(0), _rank_stride(dy, R)),
-        dy.device,
+        (T, O, dY.stride(0), B.stride(0), _rank_stride(dY, R)),
+        dY.device,
         R=R, BT=BT, BO=constants["BO"], BR=_block_rank(R),
         num_warps=constants["WARPS"], num_stages=constants["STAGES"],
     )  # fmt: skip
 ''',
     "operator.jinja": """
 _dy_b_operator = _operator(
-    "dy_b(Tensor dY, Tensor B, float scaling, str tiles) -> Tensor",
-    _launch_dy_b,
-    lambda dY, B, scaling, tiles: _new_rank_wide(dY, dY.shape[0], B.shape[1]),
+    "dy_b(Tensor dY, Tensor B, float scaling, *, str tiles) -> Tensor",
+    _dy_b,
+    lambda dY, B, scaling, *, tiles: _new_rank_wide(dY, dY.shape[0], B.shape[1]),
 )
 """,
 }
