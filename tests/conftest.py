@@ -29,6 +29,7 @@ import black
 import pytest
 from runlora_gen import cli as command_line
 from runlora_gen.emit import package
+from runlora_gen.measure import interpreter
 
 #: One small shape, so that a run takes a tenth of a second.
 SMALL = ("--arch", "llama-9m", "--target-modules", "q_proj", "--rank", "4")
@@ -176,6 +177,13 @@ def _black_once_a_text(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(black, "format_str", format_str)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_interpreter() -> None:
+    """The properties of one module's kernels take 6 seconds instead of 15."""
+    if "triton" in sys.modules:  # else a test imports it late, if at all: no run of a few tests waits for that
+        interpreter.quicken()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -27,6 +27,7 @@ import pytest
 
 from ..emit.render import SHARED, render_test
 from ..request.errors import one_line
+from .interpreter import quicken
 
 #: The two parts of a proof.
 TORCH, KERNELS = "torch", "kernels"
@@ -57,6 +58,7 @@ def load(modules: Mapping[str, Path]) -> None:
     """
     for name in [name for name in sys.modules if name.split(".")[0] == _PACKAGE]:
         del sys.modules[name]
+    quicken()
     package = ModuleType(_PACKAGE)
     package.__path__ = [str(path.parent) for path in modules.values() if _SIBLING.search(path.read_bytes())][:1]
     sys.modules[_PACKAGE] = package
