@@ -7,10 +7,12 @@ import errno
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import stat
+import subprocess
 import sys
 import traceback
 import warnings
@@ -125,6 +127,21 @@ def _publish_and_die(moment: int, out: Path, packages: list[Package]) -> None:
     publish(out, packages)
 
 
+#: A process that has torch is so large that to fork it takes 150 ms, ten times as long as one without.
+HEAVY = "torch" in sys.modules
+
+
+def test_runs_are_killed_in_a_light_process() -> None:
+    if not HEAVY:
+        pytest.skip("they are killed here")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{__file__}::TestKill"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert re.search(r"^\d+ passed in", done.stdout, re.MULTILINE), "none is skipped"
+
+
+@pytest.mark.skipif(HEAVY, reason="in a process of its own, which is light")
 class TestKill:
     """A run is killed before its n-th change of the disk, for every n."""
 

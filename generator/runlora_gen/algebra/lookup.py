@@ -36,21 +36,18 @@ class Asked:
         Raises:
             ValueError: there is no such symbol or row; or none of the programs does this, or several.
         """
-        found = [program for program in programs if self._is(program)]
+        programs = list(programs)
+        asked = self._sought(programs[0].derivation) if programs else None
+        found = [program for program in programs if asked and _does(program, *asked)]
         if len(found) != 1:
             ways = ", ".join(f"{symbol} by {name}" for symbol, name in self.ways.items())
             which = ", ".join(program.id for program in found) or "none"
             raise ValueError(f"one program must compute {ways} and keep {', '.join(self.keeps) or 'nothing'}: {which}")
         return found[0]
 
-    def _is(self, program: Program) -> bool:
-        wanted = set(self.rows(program.derivation))
-        kept = {_symbol(program.derivation, name) for name in self.keeps}
-        return (
-            not program.by_kernel
-            and kept == set(program.kept)
-            and wanted <= {*program.forward.ways, *program.backward.ways}
-        )
+    def _sought(self, derivation: Derivation) -> tuple[set[Way], set[Symbol]]:
+        """The rows, and what is kept."""
+        return set(self.rows(derivation)), {_symbol(derivation, name) for name in self.keeps}
 
     @staticmethod
     def _row(derivation: Derivation, symbol: str, name: str) -> Way:
@@ -59,6 +56,14 @@ class Asked:
         if name not in known:
             raise ValueError(f"{symbol} is computed by one of {', '.join(known)}, not by {name}")
         return known[name]
+
+
+def _does(program: Program, rows: set[Way], kept: set[Symbol]) -> bool:
+    return (
+        not program.by_kernel
+        and kept == set(program.kept)
+        and rows <= {*program.forward.ways, *program.backward.ways}
+    )
 
 
 def _symbol(derivation: Derivation, name: str) -> Symbol:
