@@ -124,9 +124,11 @@ class _Kernels(ast.NodeTransformer):
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Modules of the sample that differ by sizes alone: the interpreter, which is slow, runs one module's kernels."""
+    """The interpreter is slow: of modules of the sample that differ by sizes alone it runs one module's kernels."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         return
+    if "triton" in sys.modules:  # else a test imports it late, if at all: a run of few tests does not wait for that
+        interpreter.quicken()  # the properties of one module's kernels take 4 seconds instead of 15
     first: dict[str, str] = {}
     kept, left_out = [], []
     for item in items:
@@ -177,13 +179,6 @@ def _black_once_a_text(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(black, "format_str", format_str)
         yield
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _quick_interpreter() -> None:
-    """The properties of one module's kernels take 6 seconds instead of 15."""
-    if "triton" in sys.modules:  # else a test imports it late, if at all: no run of a few tests waits for that
-        interpreter.quicken()
 
 
 @pytest.fixture(scope="session", autouse=True)

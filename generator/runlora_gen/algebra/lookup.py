@@ -60,9 +60,7 @@ class Asked:
 
 def _does(program: Program, rows: set[Way], kept: set[Symbol]) -> bool:
     return (
-        not program.by_kernel
-        and kept == set(program.kept)
-        and rows <= {*program.forward.ways, *program.backward.ways}
+        not program.by_kernel and kept == set(program.kept) and rows <= {*program.forward.ways, *program.backward.ways}
     )
 
 
