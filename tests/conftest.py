@@ -128,7 +128,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if os.environ.get("TRITON_INTERPRET") != "1":
         return
     if "triton" in sys.modules:  # else a test imports it late, if at all: a run of few tests does not wait for that
-        interpreter.quicken()  # the properties of one module's kernels take 4 seconds instead of 15
+        interpreter.quicken()  # the properties of one module's kernels take 6 seconds instead of 15
     first: dict[str, str] = {}
     kept, left_out = [], []
     for item in items:

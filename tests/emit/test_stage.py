@@ -127,7 +127,7 @@ def _publish_and_die(moment: int, out: Path, packages: list[Package]) -> None:
     publish(out, packages)
 
 
-#: A process that has torch is so large that to fork it takes 150 ms, ten times as long as one without.
+#: A process that has torch is large, and slow to fork: these tests take 55 seconds of CPU time in one, else 20.
 HEAVY = "torch" in sys.modules
 
 
