@@ -175,8 +175,12 @@ def test_activation_checkpointing(module: ModuleType, use_reentrant: bool) -> No
         torch.testing.assert_close(gradient, tensors[name].grad)
 
 
-def test_the_output_may_be_changed_in_place(module: ModuleType) -> None:
-    tensors = inputs()
+leading = pytest.mark.parametrize("leading", [(T,), (2, 3), (1, T)], ids=str)
+
+
+@leading
+def test_the_output_may_be_changed_in_place(module: ModuleType, leading: tuple[int, ...]) -> None:
+    tensors = inputs(torch.float32, *leading)
     output = module.lora_linear(**tensors, **LORA)
     output.mul_(2)
     reference = plain(**tensors, **LORA) * 2
@@ -184,8 +188,11 @@ def test_the_output_may_be_changed_in_place(module: ModuleType) -> None:
         torch.testing.assert_close(ours, theirs)
 
 
-def test_changing_the_input_in_place_before_the_backward_is_noticed(module: ModuleType) -> None:
-    tensors = inputs()
+@leading
+def test_changing_the_input_in_place_before_the_backward_is_noticed(
+    module: ModuleType, leading: tuple[int, ...]
+) -> None:
+    tensors = inputs(torch.float32, *leading)
     x = tensors["x"].clone()
     output = module.lora_linear(**{**tensors, "x": x}, **LORA)
     with torch.no_grad():
