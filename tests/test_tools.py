@@ -63,6 +63,18 @@ def test_all_variants_are_measured_and_judged(tmp_path: Path) -> None:
         assert -1 <= spearman <= 1 <= regret
 
 
+def test_what_the_host_needs_is_measured(tmp_path: Path) -> None:
+    path = tmp_path / "host.json"
+    shape = ("--tokens", 4, "--width", 64, "--rank", 2, "--rounds", 1)
+    printed = tool("bench_host", "--device", "cpu", *shape, "--no-compile", "--json", path)
+    data = json.loads(path.read_text())
+    assert data["launch"]["addmm(out=)"]["over addmm(out=)"]["median"] == 1
+    assert {"fused_gemm", "fused_gemm, through Triton"} <= data["launch"].keys()
+    assert data["eager"]["frozen"]["over frozen"]["max"] == 1 and len(data["eager"]) == 6
+    assert all(row["us"] > 0 for part in ("launch", "eager") for row in data[part].values())
+    assert len(printed.splitlines()) == len(data["launch"]) + len(data["eager"])
+
+
 def test_a_perfect_prediction_has_no_regret(tmp_path: Path) -> None:
     validate = imported("validate_cost_model")
     from runlora_gen.cost.price import price
