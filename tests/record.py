@@ -29,7 +29,7 @@ Case = tuple[str, int, str, str]
 
 def cases() -> list[Case]:
     """All that are recorded."""
-    return list(itertools.product(architecture_names(), (8, 64), CHOICES["launch"], CHOICES["criterion"]))
+    return list(itertools.product(architecture_names(), (8, 64), ("eager", "graph"), CHOICES["criterion"]))
 
 
 def chosen(case: Case) -> list[dict[str, Any]]:

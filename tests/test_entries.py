@@ -122,7 +122,7 @@ def test_a_config(tmp_path: Path) -> None:
         ({"tokens": 0}, "tokens: '0' is not allowed"),
         ({"dtype": torch.int8}, "dtype: 'int8' is not allowed"),
         ({"layout": "flat"}, "layout: 'flat' is not allowed; give one of standalone, folder"),
-        ({"launch": "jit"}, "launch: 'jit' is not allowed; give one of eager, graph"),
+        ({"launch": "jit"}, "launch: 'jit' is not allowed; give one of eager, compile, graph"),
         ({"kernels": 1}, "kernels: 1 is not allowed; give True or False"),
         ({"token": 1}, "unknown field 'token'; did you mean tokens"),
         ({"device": "h1000"}, "unknown device"),

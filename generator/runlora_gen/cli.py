@@ -97,7 +97,7 @@ _SPEC_OPTIONS = (
         type=click.Choice(CHOICES["launch"]),
         default="eager",
         show_default=True,
-        help="How steps are launched: graph for CUDA graphs.",
+        help="How steps are launched: compile for torch.compile, graph for CUDA graphs.",
     ),
     click.option("--no-kernels", is_flag=True, help="Plain torch only: no fused Triton kernels."),
     click.option(
@@ -289,6 +289,7 @@ def explain(variants: bool, show_all: bool, as_json: bool, **options: Any) -> No
             "dtype": workload.dtype,
             "adapter_dtype": workload.adapter_dtype,
             "device": workload.device,
+            "launch": workload.launch,
             "model": gain_data(found),
             "layers": [layer_data(layer, rank, decision) for layer, decision in decided],
         }

@@ -106,6 +106,8 @@ def test_the_model_is_the_sum_of_its_linears(model: dict) -> None:
     [
         (("llama-9m", "--tokens", "128"), "decides  the host ("),
         (("llama-13b", "--launch", "graph"), " a step), under CUDA graphs: kernels in 3 of 3 shapes"),
+        (("llama-13b", "--launch", "compile"), " compiled): kernels in 3 of 3 shapes"),
+        (("llama-9m", "--launch", "compile", "--tokens", "128"), "decides  the host ("),
         (("llama-9m", "--criterion", "memory"), "decides  least memory; the host ("),
         (("llama-13b", "--tokens", "3072", "--dtype", "fp16", "--criterion", "flops"), "decides  fewest FLOPs; "),
         (("llama-13b", "--tokens", "768", "--adapter-dtype", "bf16"), "decides  device and host alike ("),
@@ -117,6 +119,7 @@ def test_the_model_is_the_sum_of_its_linears(model: dict) -> None:
 def test_fits_eighty_columns(run, arguments: tuple[str, ...], text: str) -> None:
     lines = run("explain", "--rank", "8", "--arch", *arguments).ok().out.splitlines()
     assert text in lines[2]
+    assert ("PEFT unfused (" in lines[0]) == ("compile" in arguments)
     assert max(map(len, lines)) <= 80
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -12,10 +13,13 @@ from typing import Any
 
 import pytest
 from runlora_gen.cost import device as device_module
-from runlora_gen.cost.device import device_names, device_of, load_device
+from runlora_gen.cost.device import device_for, device_names, device_of, load_device
 from runlora_gen.cost.profile import parse_toml
 from runlora_gen.request import files
 from runlora_gen.request.errors import SpecError
+from runlora_gen.request.workload import Workload
+
+H100 = Path(device_module.__file__).parent / "devices" / "h100.toml"
 
 
 @pytest.mark.parametrize("name", device_names())
@@ -46,6 +50,8 @@ def data() -> dict[str, Any]:
         "launch_us": 1,
         "host_us": 10,
         "kernel_host_us": 20,
+        "compiled_host_us": 5,
+        "compiled_kernel_host_us": 4,
         "multiprocessors": 4,
         "tflops": {"bf16": 100, "fp16": 100, "fp32": 10},
         "times": {"bf16": {"TI,RI->TR scaled": "T  64 128\nR   8   8\n32 5.5   7\n"}},
@@ -64,6 +70,46 @@ def figures(value: Any, path: tuple = ()) -> Iterator[tuple]:
 
 #: But those of the tables, which have a test of their own, and the number of the format.
 FIGURES = [path for path in figures(data()) if path[-1] not in ("format", "best", "TI,RI->TR scaled")]
+
+
+class TestLaunch:
+    """What launches cost the host follows from the launch mode, and nothing else of the device does."""
+
+    @pytest.mark.parametrize("name", device_names())
+    def test_the_host_s_figures_are_those_of_the_mode(self, name: str) -> None:
+        device = load_device(name)
+        assert all(device_for(Workload(device=name, launch=launch)) is device for launch in ("eager", "graph"))
+        compiled = device_for(Workload(device=name, launch="compile"))
+        assert compiled is device_for(Workload(device=name, launch="compile", tokens=(1,)))
+        assert compiled.host_s == device.compiled_host_s and compiled.kernel_host_s == device.compiled_kernel_host_s
+        assert (
+            replace(compiled, host_s=0, kernel_host_s=0).__dict__ == replace(device, host_s=0, kernel_host_s=0).__dict__
+        )
+        assert compiled.kernels == device.kernels
+
+    @pytest.mark.parametrize("name", ["h200", "a100", "rtx-4090"])
+    def test_those_of_compile_are_an_h100_s_where_they_were_not_measured(self, name: str) -> None:
+        """In the ratio of what operators cost both hosts, eagerly: as the files say."""
+        h100, device = load_device("h100"), load_device(name)
+        for mine, measured in (
+            (device.compiled_host_s, h100.compiled_host_s),
+            (device.compiled_kernel_host_s, h100.compiled_kernel_host_s),
+        ):
+            assert mine is not None and measured is not None
+            assert mine == pytest.approx(measured * device.host_s / h100.host_s, abs=0.5e-6)
+
+    def test_a_profile_without_them_is_refused(self, tmp_path: Path) -> None:
+        lines = H100.read_text(encoding="utf-8").splitlines(keepends=True)
+        (tmp_path / "old.toml").write_text("".join(line for line in lines if not line.startswith("compiled_")))
+        old = Workload(device=str(tmp_path / "old.toml"))
+        assert device_for(old).kernels and device_for(replace(old, launch="graph")).kernels
+        with pytest.raises(SpecError) as caught:
+            device_for(replace(old, launch="compile"))
+        assert re.fullmatch(
+            r"--launch: compile is not allowed with --device '\S+old\.toml', which has no compiled_host_us; give eager "
+            r"or graph, or let `runlora-gen tune -o FILE\.toml` add it on that machine",
+            str(caught.value),
+        )
 
 
 class TestDigest:

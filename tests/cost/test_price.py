@@ -9,15 +9,16 @@ import pytest
 from runlora_gen.algebra.enumerate import Program
 from runlora_gen.algebra.linear import LINEAR
 from runlora_gen.algebra.liveness import saved_activations, saved_symbols
-from runlora_gen.algebra.operations import Convert
+from runlora_gen.algebra.operations import Convert, Fused
 from runlora_gen.cost.device import load_device
 from runlora_gen.cost.measured import setting_at
 from runlora_gen.cost.price import price, price_frozen, price_operation, price_phase
 from runlora_gen.cost.roofline import roofline
 from runlora_gen.cost.setting import DTYPES, Setting
 from runlora_gen.cost.vector import DEVICE_BOUND, HOST_BOUND
-from runlora_gen.request.workload import Workload
-from runlora_gen.search.candidates import enumerated, setting_for
+from runlora_gen.kernels.registry import KERNELS
+from runlora_gen.request.workload import CHOICES, Workload
+from runlora_gen.search.candidates import enumerated, programs_for, setting_for
 
 #: An adapter in fp32 over 16-bit layers, which is the default; torch's products alone.
 WIDE = Workload(device="a100", kernels=False)
@@ -169,6 +170,32 @@ class TestTime:
             assert cost.as_dict()["device_us"] == pytest.approx(cost.device_s * 1e6, abs=1e-3)
             assert cost.as_dict()["host_us"] == pytest.approx(cost.host_s * 1e6, abs=1e-3)
         assert costs[0.0].host_s == pytest.approx(costs[0.0].launches * load_device("a100").host_s)
+
+    @pytest.mark.parametrize("device", ["h100", "h200"])
+    def test_the_host_s_time_is_that_of_the_launch_mode(self, device: str) -> None:
+        """Under torch.compile operators and kernels cost the host something else, and nothing else is another price."""
+        eager = Workload(device=device)
+        workloads = {launch: replace(eager, launch=launch) for launch in CHOICES["launch"]}
+        settings = {launch: setting_for(workload, 512, 512, 8, False, 256) for launch, workload in workloads.items()}
+        profile = load_device(device)
+        figures = {
+            "eager": (profile.host_s, profile.kernel_host_s),
+            "compile": (profile.compiled_host_s, profile.compiled_kernel_host_s),
+        }
+        seen = set()
+        for candidate in programs_for(eager, settings["eager"])[::7]:
+            fused = [op for op in candidate.operations if isinstance(op, Fused)]
+            of_kernels = sum(KERNELS[op.kernel].launches for op in fused)
+            costs = {launch: price(candidate, case) for launch, case in settings.items()}
+            assert costs["graph"] == costs["eager"]
+            for launch, (operator_s, kernel_s) in figures.items():
+                assert operator_s is not None and kernel_s is not None
+                expected = (costs[launch].launches - of_kernels) * operator_s + of_kernels * kernel_s
+                assert costs[launch].host_s == pytest.approx(expected)
+            assert costs["compile"].device_s == costs["eager"].device_s
+            assert costs["compile"].saved_bytes == costs["eager"].saved_bytes
+            seen.add(bool(fused))
+        assert seen == {False, True}
 
     def test_phases_add_up(self) -> None:
         for candidate in enumerated(WIDE, setting())[::17]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,7 @@ def profiles(draw: st.DrawFn) -> Profile:
     kernels = [key for key, operation in WORKS.items() if isinstance(operation, Fused)]
     dtypes = st.lists(st.sampled_from(DTYPE_NAMES), unique=True)
     tuned = {dtype: draw(st.lists(st.sampled_from(kernels), unique=True, min_size=1)) for dtype in draw(dtypes)}
+    kernel, compiled = (draw(st.none() | figures) for _ in range(2))
     return Profile(
         title=draw(st.from_regex(r"[A-Za-z0-9 ()@.,:+/_-]{1,60}", fullmatch=True)),
         source=draw(st.text(st.characters(exclude_categories=("C",)))),
@@ -67,7 +69,9 @@ def profiles(draw: st.DrawFn) -> Profile:
         date=draw(st.none() | st.dates().map(str)),
         compute_capability=draw(st.none() | st.just("9.0")),
         multiprocessors=draw(st.none() | st.integers(1, 4096)),
-        kernel_host_us=draw(st.none() | figures),
+        kernel_host_us=kernel,
+        compiled_host_us=compiled,
+        compiled_kernel_host_us=None if kernel is None or compiled is None else draw(figures),
         measured_on=draw(st.none() | st.just("h200")),
         times={dtype: measured(list(WORKS), figures) for dtype in draw(dtypes)},
         tiles={
@@ -151,6 +155,31 @@ def test_those_of_the_package_are_compact_and_as_they_are_written(path: Path) ->
     if profile.times:
         assert render_profile(profile) == text
         assert sum(len(times) for by_work in profile.times.values() for times in by_work.values()) > text.count("\n")
+
+
+KERNEL, COMPILED, BOTH = "kernel_host_us = 20\n", "compiled_host_us = 5\n", "compiled_kernel_host_us = 4\n"
+
+
+@pytest.mark.parametrize("lines", ["", KERNEL, COMPILED, KERNEL + COMPILED + BOTH], ids=lambda lines: lines.split())
+def test_what_launches_cost_under_compile_may_be_absent(lines: str) -> None:
+    profile = read(BASE.replace("host_us = 10\n", f"host_us = 10\n{lines}"))
+    assert profile.host_us == 10 and profile.kernel_host_us == (20 if KERNEL in lines else None)
+    assert profile.compiled_host_us == (5 if COMPILED in lines else None)
+    assert profile.compiled_kernel_host_us == (4 if BOTH in lines else None)
+
+
+@pytest.mark.parametrize("lines", [KERNEL + COMPILED, KERNEL + BOTH, COMPILED + BOTH, BOTH])
+def test_kernels_cost_something_wherever_they_run(lines: str) -> None:
+    with pytest.raises(ValueError, match=r"^compiled_kernel_host_us: give it where there are kernel_host_us and compi"):
+        read(BASE.replace("host_us = 10\n", f"host_us = 10\n{lines}"))
+
+
+@pytest.mark.parametrize("key", ["compiled_host_us", "compiled_kernel_host_us"])
+@pytest.mark.parametrize("value", ["0", "-1", "true", '"3"', "nan", "inf"])
+def test_launches_under_compile_are_positive_numbers(key: str, value: str) -> None:
+    text = BASE.replace("host_us = 10\n", f"host_us = 10\n{KERNEL}{COMPILED}{BOTH}")
+    with pytest.raises(ValueError, match=rf"^{key}: .* is not allowed; give a number from 1e-6 to 1e12$"):
+        read(re.sub(rf"(?m)^{key} = \d+$", f"{key} = {value}", text))
 
 
 def test_an_older_version_s_tables_are_refused_on_one_line(tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ NARROW, HALF = ("--adapter-dtype", "bf16"), ("--dtype", "fp16", "--criterion", "
 SPECS = {
     "plain": SMALL,
     "ranges": (*SMALL, "--tokens", "16,65536", "--dtype", "fp32", "--device", "cpu"),
+    "compiled": (*SMALL, "--launch", "compile", "--tokens", "65536", *NARROW),
     "kernels": (*SMALL, "--launch", "graph", "--tokens", "65536", "--adapter-dtype", "bf16"),
     "frozen": ("--arch", "gpt2", "--target-modules", "c_attn", "--train", "b", "--no-input-grad", *HALF),
     "lossy": (*SMALL, "--allow-lossy-merge", "--max-saved-bytes", "99999999", "--train", "a", "--no-kernels"),
@@ -216,8 +217,14 @@ def test_docstrings_are_the_derivation(made: Path) -> None:
             casts = manifest["workload"]["adapter_dtype"] != manifest["workload"]["dtype"]
             assert ("the adapter in fp32" in said) == casts == ("cast(lora_" in said)
             bound = {0: "the device", 1: "the host"}.get(part["host_share"], "device and host alike")
-            eager = f"a step of the whole model is bound by {bound}"
-            assert (eager if manifest["workload"]["launch"] == "eager" else "Launches cost nothing") in said
+            launched = {
+                "eager": "Launched eagerly it takes the host ",
+                "compile": "Under torch.compile it takes the host ",
+                "graph": "Launches cost nothing: they are replayed as a graph.",
+            }
+            for launch, words in launched.items():
+                assert (words in said) == (manifest["workload"]["launch"] == launch)
+            assert (f"a step of the whole model is bound by {bound}" in said) == ("it takes the host" in said)
 
 
 def load(path: Path, name: str) -> ModuleType:

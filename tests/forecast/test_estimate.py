@@ -13,6 +13,7 @@ import torch
 from runlora_gen.forecast.estimate import Batch, Estimate, estimate
 from runlora_gen.measure.memory import peak_bytes, saved_bytes
 from runlora_gen.request.architecture import Architecture, load_architecture
+from runlora_gen.request.errors import SpecError
 from runlora_gen.request.layers import layers
 from runlora_gen.request.workload import Workload
 from runlora_gen.search.ranges import decide_step
@@ -204,6 +205,11 @@ def test_under_cuda_graphs_the_host_does_not_count() -> None:
     eager, graph = guess(batch={"length": 64}), guess(batch={"length": 64}, launch="graph")
     assert eager["frozen"].time_s == eager["frozen"].times.host_s
     assert graph["frozen"].time_s == graph["frozen"].times.device_s < eager["frozen"].time_s
+
+
+def test_a_compiled_step_is_not_guessed() -> None:
+    with pytest.raises(SpecError, match=r"^--launch: compile is not allowed for estimate, .*; give eager or graph$"):
+        guess(launch="compile")
 
 
 def test_the_documented_table_is_that_of_the_result_file() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import random
@@ -44,6 +45,7 @@ def begun() -> Profile:
 
 
 REAL = {name: getattr(tune, name) for name in ("AT_REST", "TOLERANCE", "ROUNDS")}
+REAL_COMPILED = tune._compiled_host_us
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -54,6 +56,8 @@ def _any_timing_will_do() -> Iterator[None]:
         patch.setattr(tune, "TOLERANCE", {"cpu": float("inf")})
         patch.setattr(tune, "ROUNDS", 1)
         patch.setattr(tune, "SQUARE", {"cpu": {2: 64, 4: 64}})  # a CPU needs seconds for large ones in 16 bits
+        # It takes a compiler, and seconds; what it does is tested below.
+        patch.setattr(tune, "_compiled_host_us", lambda bench: (2.5, None))
         yield
 
 
@@ -135,6 +139,7 @@ def test_every_torch_operation_is_measured(tuned: Path) -> None:
     assert {key: list(figures) for key, figures in times.items()} == expected
     assert all(0.1 < time < 1e6 for figures in times.values() for time in figures.values())
     assert not profile.tiles and profile.kernel_host_us is None
+    assert profile.compiled_host_us == 2.5 and profile.compiled_kernel_host_us is None
     assert re.fullmatch(r"measured by runlora-gen tune on .*, torch \S+", profile.source)
     assert os.fspath(tuned.parent) not in tuned.read_text(encoding="utf-8")
 
@@ -233,6 +238,92 @@ def test_the_host_is_asked_with_and_without_kernels() -> None:
     programs = enumerate_programs(LINEAR, goals(Workload()))
     plain, fused = (asked.among(programs) for asked in (tune._PLAIN, tune._FUSED))
     assert not plain.kernels and fused.kernels == {"fused_gemm", "p_db"} and plain.kept == fused.kept
+
+
+class TestCompiled:
+    """What launches of torch.compile cost the host: measured by rows of linears, or left out and named."""
+
+    @pytest.mark.filterwarnings("ignore")  # torch's of itself, when Inductor is imported
+    def test_it_is_measured(self, bench: tune._Workbench, capfd: pytest.CaptureFixture[str]) -> None:
+        pytest.importorskip("torch")
+        operator_us, kernel_us = REAL_COMPILED(bench)
+        if operator_us is None:
+            said = capfd.readouterr().err
+            assert said.startswith("left out: what torch.compile's launches cost the host")
+            pytest.skip(said)
+        assert 0 < operator_us < 1e4 and kernel_us is None
+
+    def test_it_is_what_a_longer_row_takes_more(
+        self, bench: tune._Workbench, machine: Machine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Of a step that takes 700 µs, and 80 µs for each linear, eight operators take 10 µs each."""
+        torch = pytest.importorskip("torch")
+        compiled: list[Callable[..., object]] = []
+
+        def steps(bench: object, step: object, count: int) -> Callable[[], None]:
+            def run() -> None: ...
+
+            run.took = count * (700e-6 + 80e-6 * tune.ROWS[len(compiled) - 1])  # type: ignore[attr-defined]
+            return run
+
+        def compile(function: Callable[..., object], **_: object) -> Callable[..., object]:
+            compiled.append(function)
+            return function
+
+        monkeypatch.setattr(torch, "compile", compile)
+        monkeypatch.setattr(tune, "_steps", steps)
+        for module in (clock, tune):
+            monkeypatch.setattr(module, "seconds", lambda run, *_, **__: getattr(run, "took", 10e-3))
+        assert REAL_COMPILED(bench) == (10, None) and len(compiled) == len(tune.ROWS)
+
+    @pytest.mark.parametrize("error", [RuntimeError("No working C++ compiler\nfound"), NotImplementedError()])
+    def test_it_is_left_out_where_nothing_compiles(
+        self, run, machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+    ) -> None:
+        """And measured by the next run, if that can."""
+        torch = pytest.importorskip("torch")
+
+        def fail(*_: object, **__: object) -> None:
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr(tune, "_compiled_host_us", REAL_COMPILED)
+            patch.setattr(torch, "compile", fail)
+            outcome = run(*ON_CPU, "-o", tmp_path / "x.toml")
+        what = " ".join(str(error).split()) or "NotImplementedError"
+        assert outcome.code == 0
+        assert outcome.err == (f"left out: what torch.compile's launches cost the host, for --launch compile: {what}\n")
+        profile = read(tmp_path / "x.toml")
+        assert profile.compiled_host_us is None and profile.times
+        run(*ON_CPU, "-o", tmp_path / "x.toml").ok()
+        again = read(tmp_path / "x.toml")
+        assert again.compiled_host_us == 2.5 and again.times == profile.times
+
+    def test_rows_that_never_agree(
+        self, bench: tune._Workbench, machine: Machine, monkeypatch: pytest.MonkeyPatch, capfd: Any
+    ) -> None:
+        torch = pytest.importorskip("torch")
+        monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+        figures = itertools.count(1)
+        monkeypatch.setattr(clock, "seconds", lambda *_, **__: 1e-3 * 1.2 ** next(figures))
+        assert REAL_COMPILED(bench) == (None, None)
+        assert re.search(r"in batches that never agreed; run again on an idle machine$", capfd.readouterr().err.strip())
+
+    def test_a_busy_machine_is_an_error_as_ever(
+        self, bench: tune._Workbench, machine: Machine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        torch = pytest.importorskip("torch")
+        monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+        machine.slowness = lambda *_: 1.9
+        with pytest.raises(SpecError, match="when the profile was begun"):
+            REAL_COMPILED(bench)
+
+    def test_the_host_alone(self) -> None:
+        pytest.importorskip("torch")
+        found = tune.host_figures("cpu", tune.Point(4, 16, 16, 2))
+        assert list(found) == ["host_us", "kernel_host_us", "compiled_host_us", "compiled_kernel_host_us"]
+        assert found["host_us"] > 0 and found["compiled_host_us"] == 2.5
+        assert found["kernel_host_us"] is found["compiled_kernel_host_us"] is None
 
 
 def test_progress_goes_to_stderr(run, machine: Machine, tmp_path: Path) -> None:

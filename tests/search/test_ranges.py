@@ -28,6 +28,8 @@ from runlora_gen.search.criterion import QUANTITIES, Priced
 from runlora_gen.search.ranges import (
     ALONE_HOST,
     BELOW,
+    COMPILED_REST_DEVICE,
+    COMPILED_REST_HOST,
     REST_DEVICE,
     REST_HOST,
     LayerChoice,
@@ -82,13 +84,19 @@ def programs(decisions: Sequence[Decision]) -> list[Program]:
     return [decision.chosen.program for decision in decisions]
 
 
+def rest_of(workload: Workload) -> tuple[float, float]:
+    compiled = workload.launch == "compile"
+    return (COMPILED_REST_DEVICE, COMPILED_REST_HOST) if compiled else (REST_DEVICE, REST_HOST)
+
+
 def sums(workload: Workload, name: str, rank: int, tokens: int, chosen: Sequence[Program]) -> tuple[float, float]:
     """What device and host need of a step, reckoned anew: all linears, and the rest in units of the frozen ones."""
+    rest_device, rest_host = rest_of(workload)
     device_s = host_s = 0.0
     for layer, setting, program in zip(sites(name), settings_of(workload, name, rank, tokens), chosen, strict=True):
         cost = price(program, setting)
-        device_s += layer.count * (cost.device_s + REST_DEVICE * price_frozen(setting, DEVICE_BOUND))
-        host_s += layer.count * (cost.host_s + REST_HOST * price_frozen(setting, HOST_BOUND))
+        device_s += layer.count * (cost.device_s + rest_device * price_frozen(setting, DEVICE_BOUND))
+        host_s += layer.count * (cost.host_s + rest_host * price_frozen(setting, HOST_BOUND))
     return device_s, host_s
 
 
@@ -107,6 +115,24 @@ def test_what_a_model_does_beside_its_linears_was_measured() -> None:
     assert len(rows) >= 3
     for constant, kind in ((REST_DEVICE, "device"), (REST_HOST, "host")):
         assert constant == round(statistics.median(row["rest_over_linears"][kind] for row in rows), 2)
+
+
+def test_what_a_compiled_model_does_beside_its_linears_was_measured() -> None:
+    """Of the device: compiled frozen steps over their linears alone, in the two result files."""
+
+    def rows(name: str) -> dict:
+        report = json.loads((ROOT / "tools" / "results" / name).read_text(encoding="utf-8"))
+        return {row["shape"]: row for row in report["rows"]}
+
+    models, steps = rows("model_h100.json"), rows("step_h100.json")
+    both = [shape for shape in models if shape in steps]
+    assert len(both) >= 2 and all(models[shape]["layers"] == steps[shape]["layers"] for shape in both)
+    rest = [
+        models[shape]["results"]["frozen"]["compiled"]["median_ms"] / steps[shape]["linears_alone"]["device_ms"] - 1
+        for shape in both
+    ]
+    assert round(statistics.mean(rest), 2) == COMPILED_REST_DEVICE < REST_DEVICE
+    assert round((10 + 2) / 14, 2) == COMPILED_REST_HOST < REST_HOST
 
 
 def test_what_a_lone_linear_needs_beside_its_launches_was_measured() -> None:
@@ -170,6 +196,35 @@ class TestBound:
                 assert faster or factor != 1.0
             chosen.add(tuple(program.id for program in programs(decisions)))
         assert len(chosen) == 1
+
+    def test_few_tokens_are_chosen_for_by_what_the_launch_mode_costs_the_host(self) -> None:
+        """Eagerly kernels cost the host several operators, under torch.compile not even one."""
+        eager = replace(WORKLOAD, tokens=(256,))
+        chosen = {}
+        for launch in ("eager", "compile"):
+            workload = replace(eager, launch=launch)
+            decisions = decide_step(workload, sites("llama-13b"), 8, 256)
+            device_s, host_s = sums(workload, "llama-13b", 8, 256, programs(decisions))
+            assert host_s > device_s
+            for decision in decisions:
+                assert decision.host_share == HOST_BOUND
+                best = min(QUANTITIES["host"](c.cost) for c in allowed(workload, decision))
+                assert QUANTITIES["host"](decision.chosen.cost) == best
+            chosen[launch] = programs(decisions)
+        assert not any(program.kernels for program in chosen["eager"])
+        assert all(program.kernels for program in chosen["compile"])
+
+    def test_a_compiled_step_waits_for_the_device_sooner(self) -> None:
+        """Its launches cost the host less, and there are fewer of them beside the linears."""
+        first = {}
+        for launch in ("eager", "compile", "graph"):
+            workload = replace(WORKLOAD, launch=launch)
+            first[launch] = next(
+                tokens
+                for tokens in (16, 128, 256, 512, 1024, 2048, 4096, 8192)
+                if decide_step(workload, sites("llama-13b"), 8, tokens)[0].host_share == DEVICE_BOUND
+            )
+        assert first["graph"] == 16 < first["compile"] < first["eager"] < 8192
 
     @pytest.mark.parametrize(("name", "rank"), [("llama-13b", 8), ("llama-3-8b", 16)])
     def test_a_step_is_never_longer_than_by_device_or_host_alone(self, profile: Profile, name: str, rank: int) -> None:

@@ -6,13 +6,14 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from ..request.errors import SpecError, nearest, shorten
 from ..request.files import read_if_there
+from ..request.workload import Workload
 from .profile import MAX_PROFILE_BYTES, Constants, Size, parse_toml, read_profile
 
 _FOLDER = Path(__file__).parent / "devices"
@@ -35,6 +36,7 @@ class DeviceProfile:
         launch_s: time that one launch adds on the device (on a CPU: one operator call).
         host_s: time that the host needs for one operator call from Python; bounds eager mode.
         kernel_host_s: the same for one Triton kernel, descriptors included; None where there are no Triton kernels.
+        compiled_host_s, compiled_kernel_host_s: both under torch.compile; None where that was not measured.
         multiprocessors: of a GPU: how many tiles of a kernel run at once; None where that is not known.
         compute_capability: of a GPU of NVIDIA; None where that is not known.
         digest: of all its data, also of what it takes from another profile.
@@ -52,6 +54,8 @@ class DeviceProfile:
     host_s: float
     kernel_host_s: float | None
     digest: str
+    compiled_host_s: float | None = None
+    compiled_kernel_host_s: float | None = None
     multiprocessors: int | None = None
     compute_capability: tuple[int, int] | None = None
     times: Mapping[str, Times] = field(default_factory=dict, repr=False)
@@ -114,6 +118,28 @@ def load_device(name: str) -> DeviceProfile:
         raise SpecError(f"{label}: not a device profile: {error}") from None
 
 
+def device_for(workload: Workload) -> DeviceProfile:
+    """The device that a workload's prices are of: ``host_s`` and ``kernel_host_s`` are those of its launch mode.
+
+    Under CUDA graphs, where the host counts for nothing, they stay the eager ones.
+
+    Raises:
+        SpecError: there is no such profile, or it does not know what launches cost in this mode.
+    """
+    device = load_device(workload.device)
+    return _compiled(device) if workload.launch == "compile" else device
+
+
+@lru_cache
+def _compiled(device: DeviceProfile) -> DeviceProfile:
+    if device.compiled_host_s is None:
+        raise SpecError(
+            f"--launch: compile is not allowed with --device {shorten(device.name)}, which has no compiled_host_us; "
+            "give eager or graph, or let `runlora-gen tune -o FILE.toml` add it on that machine"
+        )
+    return replace(device, host_s=device.compiled_host_s, kernel_host_s=device.compiled_kernel_host_s)
+
+
 def nearest_profile(name: str, capability: tuple[int, int]) -> tuple[str, str]:
     """The profile of the package for a GPU: its own, else the one of the nearest compute capability.
 
@@ -159,7 +185,9 @@ def device_of(name: str, data: Mapping[str, Any]) -> DeviceProfile:
         bytes_per_s=profile.memory_gb_per_s * 1e9,
         launch_s=profile.launch_us * 1e-6,
         host_s=profile.host_us * 1e-6,
-        kernel_host_s=profile.kernel_host_us * 1e-6 if profile.kernel_host_us is not None else None,
+        kernel_host_s=_seconds(profile.kernel_host_us),
+        compiled_host_s=_seconds(profile.compiled_host_us),
+        compiled_kernel_host_s=_seconds(profile.compiled_kernel_host_us),
         multiprocessors=profile.multiprocessors,
         compute_capability=(int(major), int(minor)) if profile.compute_capability is not None else None,
         times={
@@ -172,6 +200,10 @@ def device_of(name: str, data: Mapping[str, Any]) -> DeviceProfile:
         },
         measured_on=meter,
     )
+
+
+def _seconds(microseconds: float | None) -> float | None:
+    return None if microseconds is None else microseconds * 1e-6
 
 
 def _digest(data: Mapping[str, Any], meter: DeviceProfile | None) -> str:

@@ -9,6 +9,8 @@
     host_us = 66.2                    # of one operator call
     multiprocessors = 132             # of a GPU
     kernel_host_us = 329.05           # of one Triton kernel; absent where none run
+    compiled_host_us = 37             # of one operator call under torch.compile
+    compiled_kernel_host_us = 33      # of one Triton kernel there; absent where none run
     measured_on = "h200"              # another profile whose tables stand in, as ratios to that machine's roofline
 
     [tflops]                          # by dtype
@@ -26,6 +28,11 @@
     [tiles.bf16."x_at: TI,RI->TR scaled"]
     constants = [{}, {BI = 128}]      # of a kernel, in place of its own
     best = '''…'''                    # which of them, counted from 0
+
+The host's figures are of two kinds: of steps that Python runs operator by operator, autograd's share included, and of
+those that the code of torch.compile runs. The latter may be absent: profiles of earlier versions have none, and where
+there is no compiler ``tune`` can't measure any. Nothing stands in for them, as no ratio to the eager ones holds from
+one machine to the next: ``--launch compile`` is refused with such a profile, and ``tune`` adds them to its file.
 
 What a key says is in ``algebra/work.py``. A table has a column for every token count T and rank R, as far as the work
 has them, and a line for every other size, I x O as far as it has them; ``-`` is where nothing was measured.
@@ -96,6 +103,8 @@ class Profile:
     compute_capability: str | None = None
     multiprocessors: int | None = None
     kernel_host_us: float | None = None
+    compiled_host_us: float | None = None
+    compiled_kernel_host_us: float | None = None
     measured_on: str | None = None
     times: dict[str, dict[str, dict[Size, float]]] = field(default_factory=dict)
     tiles: dict[str, dict[str, dict[Size, Constants]]] = field(default_factory=dict)
@@ -142,7 +151,7 @@ def _check_format(data: Mapping[str, Any]) -> None:
 
 
 def _profile(data: Mapping[str, Any]) -> Profile:
-    return Profile(
+    profile = Profile(
         title=check_title(data["title"]),
         source=str(data["source"]),
         memory_gb_per_s=_positive("memory_gb_per_s", data["memory_gb_per_s"]),
@@ -152,7 +161,9 @@ def _profile(data: Mapping[str, Any]) -> Profile:
         date=str(data["date"]) if "date" in data else None,
         compute_capability=_capability(data["compute_capability"]) if "compute_capability" in data else None,
         multiprocessors=_count(data["multiprocessors"]) if "multiprocessors" in data else None,
-        kernel_host_us=_positive("kernel_host_us", data["kernel_host_us"]) if "kernel_host_us" in data else None,
+        kernel_host_us=_optional("kernel_host_us", data),
+        compiled_host_us=_optional("compiled_host_us", data),
+        compiled_kernel_host_us=_optional("compiled_kernel_host_us", data),
         measured_on=str(data["measured_on"]) if "measured_on" in data else None,
         times={
             _dtype("times", dtype): {key: _times(key, table) for key, table in by_work.items()}
@@ -163,12 +174,23 @@ def _profile(data: Mapping[str, Any]) -> Profile:
             for dtype, by_work in data.get("tiles", {}).items()
         },
     )
+    # With one of two, kernels would be free under torch.compile, or never chosen there.
+    both = profile.kernel_host_us is not None and profile.compiled_host_us is not None
+    if (profile.compiled_kernel_host_us is not None) != both:
+        raise ValueError(
+            "compiled_kernel_host_us: give it where there are kernel_host_us and compiled_host_us, and nowhere else"
+        )
+    return profile
 
 
 def _positive(key: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 1e-6 <= value <= 1e12:
         raise ValueError(f"{key}: {shorten(value)} is not allowed; give a number from 1e-6 to 1e12")
     return float(value)
+
+
+def _optional(key: str, data: Mapping[str, Any]) -> float | None:
+    return _positive(key, data[key]) if key in data else None
 
 
 def _count(value: Any) -> int:
@@ -305,6 +327,8 @@ def render_profile(profile: Profile) -> str:
         "host_us": profile.host_us,
         "multiprocessors": profile.multiprocessors,
         "kernel_host_us": profile.kernel_host_us,
+        "compiled_host_us": profile.compiled_host_us,
+        "compiled_kernel_host_us": profile.compiled_kernel_host_us,
         "measured_on": profile.measured_on,
     }
     parts = [

@@ -86,7 +86,7 @@ class Cost:
 
     @property
     def host_s(self) -> float:
-        """Seconds that the host needs to launch forward and backward eagerly."""
+        """Seconds that the host needs to launch forward and backward, as its setting's device has it."""
         return self.forward.host_s + self.backward.host_s
 
     @cached_property

@@ -82,8 +82,9 @@ def _priced_at(
     if workload.launch == "graph":
         yield "Launches cost nothing: they are replayed as a graph."
         return
+    how = "Under torch.compile" if workload.launch == "compile" else "Launched eagerly"
     yield (
-        f"Launched eagerly it takes the host {host_s / frozen_host:.2f} times the frozen linear "
+        f"{how} it takes the host {host_s / frozen_host:.2f} times the frozen linear "
         f"({show_time(frozen_host)}); a step of the whole model is bound by {show_bound(host_share)}."
     )
 

@@ -137,8 +137,13 @@ def estimate(architecture: Architecture, rank: int, workload: Workload, batch: B
         batch: the step.
 
     Raises:
-        SpecError: its family is not modelled, or its config has no vocabulary although head and loss are run.
+        SpecError: its family is not modelled, or its config has no vocabulary although head and loss are run; or the
+            workload is for torch.compile, which fuses what is counted here, and keeps other tensors.
     """
+    if workload.launch == "compile":
+        raise SpecError(
+            "--launch: compile is not allowed for estimate, which counts steps as they run eagerly; give eager or graph"
+        )
     decoder = architecture.decoder
     if decoder is None or not batch.body:
         check_modelled(architecture)

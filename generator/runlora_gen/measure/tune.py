@@ -17,6 +17,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import datetime
+import functools
 import importlib.util
 import math
 import multiprocessing
@@ -46,7 +47,7 @@ from ..cost.profile import MAX_PROFILE_BYTES, Profile, Size, check_title, parse_
 from ..emit.code import line, tiles_key
 from ..kernels.registry import KERNELS
 from ..kernels.sites import draws, operations_of, serves
-from ..request.errors import SpecError, reason, shorten
+from ..request.errors import SpecError, one_line, reason, shorten
 from ..request.files import read_if_there
 from ..request.workload import Workload
 from ..search.candidates import goals
@@ -76,9 +77,12 @@ PATIENCE_S = 60.0
 LEAST_S = 2e-4
 #: The largest number of sets of buffers that an operation goes through.
 MOST_SETS = 8
+#: Linears in a row that are compiled as one graph. What the longer row takes more is the linears' alone: guards, the
+#: engine and whatever else comes once a step are in both.
+ROWS = (2, 10)
 #: Bytes of the last-level cache that is assumed of a CPU.
 _CPU_CACHE = 2**25
-#: The programs whose eager steps give the host's share: of torch's products alone, and with kernels.
+#: The programs whose steps give the host's share: of torch's products alone, and with kernels.
 _PLAIN = Asked({"Y": "base_first", "dX": "base_first", "dA": "pt_x", "dB": "dyt_s"}, keeps=("S",))
 _FUSED = Asked({"Y": "fused", "dX": "fused", "dA": "pt_x", "dB": "one_pass"}, keeps=("S",))
 #: Sizes (in_features, out_features), tokens and ranks that are measured where none are given, by the type of device.
@@ -174,6 +178,12 @@ def tune(
             _write(output, profile)
             progress.remove_task(basics)
         bench.bytes_per_s = profile.memory_gb_per_s * 1e9
+        if profile.compiled_host_us is None:
+            launches = progress.add_task("launches of torch.compile", total=None)
+            operator_us, kernel_us = _compiled_host_us(bench)
+            profile = replace(profile, compiled_host_us=operator_us, compiled_kernel_host_us=kernel_us)
+            _write(output, profile)
+            progress.remove_task(launches)
         missing = [(d, point) for d in dtypes for point in sizes if bench.trials(d, point, profile.times.get(d, {}))]
         task = progress.add_task("kernels", total=len(missing))
         if bench.kernels:
@@ -234,6 +244,9 @@ class _Workbench:
         timed = [op for op in operations_of(LINEAR) if not draws(op) and not isinstance(op, Convert)]
         # One for all that do the same work.
         self._operations = tuple({work(op): op for op in reversed(timed)}.values())
+        #: A square linear whose launches take longest. Operators of a CPU wait for their results: there calls count.
+        self.launching = Point(1024, 256, 256, 8) if self.on_gpu else Point(8, 8, 8, 8)
+        self.launching_dtype = torch.bfloat16 if self.on_gpu else torch.float32
         #: Rate of a copy of memory on this machine at rest; None before it was measured.
         self.bytes_per_s: float | None = None
 
@@ -475,16 +488,16 @@ def _basics(bench: _Workbench, title: str) -> Profile:
     calls = 500
     run = repeated(lambda: torch.add(tiny, tiny, out=tiny), calls)
     launch_s = _basic(bench, f"{calls} launches", captured(run) if on_gpu else run, device) / calls
-    plain, kernels = _host_seconds(bench)
+    host_us, kernel_host_us = _eager_host_us(bench)
     return Profile(
         title=title,
         source=_source(device),
         date=datetime.date.today().isoformat(),
         memory_gb_per_s=round(bench.bytes_per_s / 1e9, 1),
         launch_us=round(launch_s * 1e6, 2),
-        host_us=round(plain * 1e6, 2),
+        host_us=host_us,
         multiprocessors=torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else None,
-        kernel_host_us=None if kernels is None else round(kernels * 1e6, 2),
+        kernel_host_us=kernel_host_us,
         tflops=rates,
     )
 
@@ -504,35 +517,125 @@ def _basic(bench: _Workbench, name: str, run: Run, device: torch.device) -> floa
     return agreed
 
 
-def _host_seconds(bench: _Workbench) -> tuple[float, float | None]:
-    """Host seconds of one operator, and of one kernel's launch, in an eager step, autograd's share included."""
-    # Operators of a CPU wait for their results: there what counts is the call alone.
-    point, dtype = (Point(1024, 256, 256, 8), "bf16") if bench.on_gpu else (Point(8, 8, 8, 8), "fp32")
-    problem = Problem(point, bench.device, TORCH_DTYPES[dtype])
+def host_figures(device: str, at: Point | None = None) -> dict[str, float | None]:
+    """The host's figures of this machine's profile alone, by their keys in the file.
+
+    Args:
+        device: ``cuda`` or ``cpu``.
+        at: the size of the linears whose launches are timed, square and so small that the host takes longer; by default
+            what ``tune`` takes.
+
+    Raises:
+        SpecError: the eager ones never agreed with themselves. Those of torch.compile are left out then, and named.
+    """
+    with _Workbench(torch.device(device)) as bench:
+        bench.launching = at or bench.launching
+        (eager, eager_kernel), (compiled, compiled_kernel) = _eager_host_us(bench), _compiled_host_us(bench)
+    return {
+        "host_us": eager,
+        "kernel_host_us": eager_kernel,
+        "compiled_host_us": compiled,
+        "compiled_kernel_host_us": compiled_kernel,
+    }
+
+
+def _eager_host_us(bench: _Workbench) -> tuple[float, float | None]:
+    """Microseconds that the host needs for one operator, and for one kernel's launch, in an eager step.
+
+    Autograd's share is included.
+
+    Raises:
+        SpecError: that never agreed with itself, or the machine stays busy.
+    """
+    problem = Problem(bench.launching, bench.device, bench.launching_dtype)
 
     def step_seconds(variant: str, steps: int = 50) -> float:
-        def run() -> None:
-            for _ in range(steps):
-                problem.step(bench.module, variant)
-            if bench.on_gpu:
-                torch.cuda.synchronize()
+        def step() -> None:
+            problem.step(bench.module, variant)
 
-        return _basic(bench, f"{steps} steps of {variant}", run, torch.device("cpu")) / steps
+        return _basic(bench, f"{steps} steps of {variant}", _steps(bench, step, steps), torch.device("cpu")) / steps
 
+    return _host_us(bench, step_seconds)
+
+
+def _compiled_host_us(bench: _Workbench) -> tuple[float | None, float | None]:
+    """The same under torch.compile; None, and a line on stderr, where that can't be measured.
+
+    Raises:
+        SpecError: the machine stays busy.
+    """
+    try:
+        found = _host_us(bench, functools.partial(_compiled_seconds, bench))
+        if any(figure is not None and figure <= 0 for figure in found):
+            raise RuntimeError(f"longer rows took no longer ({found[0]} and {found[1]} µs)")
+    except SpecError:
+        raise
+    except Exception as error:  # whatever a compiler raises that is missing, or that fails
+        what = one_line(str(error) or type(error).__name__)
+        click.echo(f"left out: what torch.compile's launches cost the host, for --launch compile: {what}", err=True)
+        return None, None
+    return found
+
+
+def _compiled_seconds(bench: _Workbench, variant: str, steps: int = 20) -> float:
+    """Host seconds of a linear's forward and backward within a compiled graph."""
+
+    def row(count: int) -> Run:
+        problems = [Problem(bench.launching, bench.device, bench.launching_dtype) for _ in range(count)]
+        x, grad_output = problems[0].x, problems[0].grad_output
+        trained = [x, *(factor for each in problems for factor in (each.lora_A, each.lora_B))]
+
+        def forward(y: torch.Tensor) -> torch.Tensor:
+            for each in problems:
+                operands = (y, each.weight, each.lora_A, each.lora_B)
+                y = bench.module.lora_linear(*operands, scaling=0.5, variant=variant)
+            return y
+
+        compiled = torch.compile(forward, fullgraph=True, dynamic=False)
+
+        def step() -> None:
+            torch.autograd.grad(compiled(x), trained, grad_output)
+
+        step()  # compiles
+        return _steps(bench, step, steps)
+
+    torch.compiler.reset()
+    clock = torch.device("cpu")
+    figures = _settled(bench, {count: row(count) for count in ROWS}, clock)
+    few, many = (_agreed(figures[count], clock) for count in ROWS)
+    if few is None or many is None:
+        which = figures[ROWS[0] if few is None else ROWS[1]]
+        raise RuntimeError(f"{steps} steps of {variant} {_disagreement(which)}; run again on an idle machine")
+    return (many - few) / (ROWS[1] - ROWS[0]) / steps
+
+
+def _steps(bench: _Workbench, step: Run, count: int) -> Run:
+    def run() -> None:
+        for _ in range(count):
+            step()
+        if bench.on_gpu:
+            torch.cuda.synchronize()
+
+    return run
+
+
+def _host_us(bench: _Workbench, seconds_of: Callable[[str], float]) -> tuple[float, float | None]:
+    """Microseconds of one operator, and of one kernel's launch, from the seconds of two programs' steps."""
     programs = enumerate_programs(LINEAR, goals(bench.workload), table=LINEAR.rows(lambda _: bench.kernels))
-    plain = _PLAIN.among(programs)
     wanted = frozenset({"dX", "dA", "dB"})
 
     def running(program: Program) -> list[Operation]:
         return [op for phase in (program.forward, program.backward) for op in wanted_operations(phase, wanted)]
 
-    operator_s = step_seconds(plain.id) / len(running(plain))
+    plain = _PLAIN.among(programs)
+    operator_s = seconds_of(plain.id) / len(running(plain))
     if not bench.kernels:
-        return operator_s, None
+        return round(operator_s * 1e6, 2), None
     fused = _FUSED.among(programs)
     launches = [KERNELS[op.kernel].launches for op in running(fused) if isinstance(op, Fused)]
     operators = len(running(fused)) - len(launches)
-    return operator_s, (step_seconds(fused.id) - operators * operator_s) / sum(launches)
+    kernel_s = (seconds_of(fused.id) - operators * operator_s) / sum(launches)
+    return round(operator_s * 1e6, 2), round(kernel_s * 1e6, 2)
 
 
 def _read(path: Path, source: str) -> Profile | None:

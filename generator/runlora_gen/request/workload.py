@@ -19,7 +19,7 @@ DTYPE_ALIASES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 CHOICES = {
     "criterion": ("time", "flops", "memory"),
     "merge_rounding": ("nearest", "stochastic"),
-    "launch": ("eager", "graph"),
+    "launch": ("eager", "compile", "graph"),
 }
 MAX_SAVED_BYTES = 2**50
 #: Above this, byte counts of a layer leave 64 bits; no training step is near it.
@@ -42,7 +42,8 @@ class Workload:
         allow_lossy_merge: allow merging into 16-bit weights, which drops small updates.
         merge_rounding: how a merged 16-bit weight is rounded: ``nearest``, or ``stochastic``, with the right mean.
         device: name or path of the device profile.
-        launch: ``eager``, or ``graph`` for training under CUDA graphs, where the host costs nothing.
+        launch: ``eager``; ``compile`` for training under torch.compile, whose launches cost the host less; or
+            ``graph`` for training under CUDA graphs, where the host costs nothing.
         kernels: allow fused Triton kernels where the device has them.
         target_modules: the projections that were asked for; empty for all.
         model_type: the model type that the config was read as by request, or None.

@@ -8,7 +8,7 @@ from functools import lru_cache
 from ..algebra.derivation import Derivation, Facts, Way
 from ..algebra.enumerate import Phase, Program, enumerate_backwards, enumerate_forwards, enumerate_programs
 from ..algebra.operations import Fused, Symbol
-from ..cost.device import load_device
+from ..cost.device import device_for
 from ..cost.lower import cheaper, lowered, lowered_phase, phase_with_kernels, with_kernels
 from ..cost.measured import is_priced
 from ..cost.setting import DTYPES, Setting
@@ -35,7 +35,7 @@ def setting_for(workload: Workload, in_features: int, out_features: int, rank: i
         adapter_dtype=DTYPES[workload.adapter_dtype],
         bias=bias,
         gradients=frozenset(goals(workload)) - {"db"},
-        device=load_device(workload.device),
+        device=device_for(workload),
     )
 
 

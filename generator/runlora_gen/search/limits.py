@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from ..cost.device import load_device
+from ..cost.device import device_for
 from ..cost.price import price
 from ..cost.setting import DTYPES, Setting
 from ..request.architecture import Architecture
@@ -20,10 +20,10 @@ def check_request(architecture: Architecture, ranks: Sequence[int], workload: Wo
     """Refuse what can't be generated, before anything is.
 
     Raises:
-        SpecError: a rank, a device, a rounding or a limit, named in one line.
+        SpecError: a rank, a device, a launch mode, a rounding or a limit, named in one line.
     """
     check_ranks(ranks, architecture)
-    load_device(workload.device)
+    device_for(workload)
     check_merge_rounding(workload)
     check_saved_limit(architecture, ranks, workload)
 
@@ -40,7 +40,7 @@ def check_merge_rounding(workload: Workload) -> None:
         needs = "--allow-lossy-merge: without it nothing is merged into 16 bits"
     elif not DTYPES[workload.dtype].half:
         needs = "--dtype bf16 or fp16: fp32 keeps small updates"
-    elif not (workload.kernels and load_device(workload.device).kernels):
+    elif not (workload.kernels and device_for(workload).kernels):
         needs = "fused kernels: a --device that has them, and no --no-kernels"
     else:
         return

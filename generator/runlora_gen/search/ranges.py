@@ -33,11 +33,16 @@ _TOLERANCE = 0.05
 _RESOLUTION = 0.01
 #: What a step does beside its linears (attention, norms, activations, sums), on the device and on the host, in units of
 #: what the frozen linears take there: medians over three of Llama's sizes as Transformers runs them eagerly
-#: (tools/results/step_h100.json).
+#: (tools/results/step_h100.json). A CUDA graph replays the same.
 REST_DEVICE, REST_HOST = 0.78, 1.84
+#: The same under torch.compile, which fuses passes. On the device: compiled frozen steps over their linears alone, the
+#: mean of two of these sizes, 0.21 and 0.35 (tools/results/model_h100.json and step_h100.json). On the host: what
+#: Inductor launches for a frozen layer of Transformers' Llama, 10 fused kernels and the attention's 2 calls, over its
+#: 14 products (counted in what torch 2.13 generates for a CPU).
+COMPILED_REST_DEVICE, COMPILED_REST_HOST = 0.28, 0.86
 #: The same where one linear is the whole step: what its autograd function, its module and the engine need of the host.
 #: The median of what modules with and without kernels took at 2048 tokens
-#: (tools/results/linear_h100_bf16_r16.json).
+#: (tools/results/linear_h100_bf16_r16.json). Under torch.compile, where it was not measured, the same is taken.
 ALONE_DEVICE, ALONE_HOST = 0.0, 5.8
 #: Steps of the search for the host's share of a step that host and device bound together.
 _BISECTIONS = 6
@@ -111,7 +116,9 @@ class _Contest(ABC, Generic[Choice, Candidate]):
 
     def __init__(self, workload: Workload, sites: Sequence[Layer], rank: int, alone: bool = False) -> None:
         self.workload, self.sites, self.rank = workload, sites, rank
-        self.rest = (ALONE_DEVICE, ALONE_HOST) if alone else (REST_DEVICE, REST_HOST)
+        compiled = workload.launch == "compile"
+        of_model = (COMPILED_REST_DEVICE, COMPILED_REST_HOST) if compiled else (REST_DEVICE, REST_HOST)
+        self.rest = (ALONE_DEVICE, ALONE_HOST) if alone else of_model
 
     @abstractmethod
     def decide(self, tokens: int) -> list[Choice]:
