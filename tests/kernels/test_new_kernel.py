@@ -93,6 +93,7 @@ def _plan_dy_b(dY: Tensor, B: Tensor, tiles: str) -> Any:
 _dy_b_operator = _operator(
     "dy_b(Tensor dY, Tensor B, float scaling, *, str tiles) -> Tensor",
     _dy_b,
+    _launch_dy_b,
     lambda dY, B, scaling, *, tiles: _new_rank_wide(dY, dY.shape[0], B.shape[1]),
 )
 """,
