@@ -280,3 +280,15 @@ def test_peft_s_tests_are_told_apart() -> None:
             "fails_without_ours": {"OSError: no Hub": {"Tests::hub": 1}},
         },
     }
+
+
+@pytest.mark.parametrize("options", [(), ("--warmup", "--own-lines")], ids=["plain", "warmup"])
+def test_the_first_step_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]) -> None:
+    """The process of one row, on tiny layers whose modules have nothing to compile here."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    row = ("--worker", "--device", "cpu", "--shapes", "tiny", "--packages", tmp_path)
+    result = json.loads(tool("bench_first_step", *row, *options))
+    assert result.pop("first_step_s") > 0 and result.pop("second_step_s") > 0 and result.pop("compiled") == 0
+    assert set(result) == ({"warmup_s", "compiled_ahead"} if options else set())

@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .from_model.live import read_model
     from .generation import generate
+    from .into_model.warmup import warmup
     from .into_model.with_peft import accelerate, restore
     from .into_model.without_peft import disable_adapter, inject_lora, load_adapter, merge, save_adapter, unmerge
 
@@ -28,6 +29,7 @@ __all__ = [
     "restore",
     "save_adapter",
     "unmerge",
+    "warmup",
 ]
 
 #: Where they are, but for those of ``into_model.without_peft``.
@@ -36,6 +38,7 @@ _ELSEWHERE: Mapping[str, str] = {
     "generate": "generation",
     "read_model": "from_model.live",
     "restore": "into_model.with_peft",
+    "warmup": "into_model.warmup",
 }
 
 

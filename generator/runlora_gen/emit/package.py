@@ -24,7 +24,7 @@ from .report import SCHEMA_VERSION, choice_data
 from .style import Style, style_of
 
 #: The files of a package that put its modules into a model.
-OF_MODELS = ("__init__", "adapters", "inject", "peft_layers", "report", "shapes", "with_peft")
+OF_MODELS = ("__init__", "adapters", "inject", "peft_layers", "report", "shapes", "warmup", "with_peft")
 #: Where the manifest's JSON Schema is published, beside this file.
 MANIFEST_SCHEMA = "manifest.schema.json"
 

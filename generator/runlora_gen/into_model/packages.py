@@ -10,7 +10,7 @@ import os
 import sys
 import types
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,12 +78,20 @@ def imported(folder: Path) -> Any:
 
 
 def package_of(model: nn.Module) -> Any:
-    """The package of the generated layers in a model, or None."""
+    """The package of the generated layers in a model, of the first if there are several, or None."""
+    return next(packages_in(model), None)
+
+
+def packages_in(model: nn.Module) -> Iterator[Any]:
+    """The packages of the generated layers in a model: one for each rank."""
+    found = set()
     for module in model.modules():
         kind = type(module)
-        if hasattr(kind, "replaces") or (hasattr(kind, "from_linear") and hasattr(module, "lora_A")):
-            return importlib.import_module(kind.__module__.rpartition(".")[0])
-    return None
+        name = kind.__module__.rpartition(".")[0]
+        generated = hasattr(kind, "replaces") or (hasattr(kind, "from_linear") and hasattr(module, "lora_A"))
+        if generated and name not in found:
+            found.add(name)
+            yield importlib.import_module(name)
 
 
 def needed(model: nn.Module) -> Any:
