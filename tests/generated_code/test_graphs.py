@@ -67,7 +67,11 @@ def traced(module, tokens, rank, width=512, dynamic=False):
             if dynamic and name == "merge":
                 continue
             graph = aot_export_joint_simple(call, operands, trace_joint=False).graph
-            found[name] = [str(node.target) for node in graph.nodes if node.op == "call_function"]
+            nodes = [node for node in graph.nodes if node.op == "call_function"]
+            found[name] = [str(node.target) for node in nodes]
+            for node in nodes:
+                given = [v for v in node.kwargs.get("kwargs", {}).values() if isinstance(v, torch.fx.Node)]
+                found[name] += ["repeated"] * (len(given) - len(set(given)))
         return found
 
 
@@ -116,6 +120,7 @@ def test_a_launch_is_one_kernel_and_its_sum(traced: Any) -> None:
     # What is written comes from empty tensors, of which none is copied.
     for targets in traced["static"].values():
         assert not any("clone" in target or "copy" in target for target in targets)
+        assert "repeated" not in targets  # under two names a tensor would be two
 
 
 def test_ranks_whose_rows_are_apart_stay_operators(traced: Any) -> None:

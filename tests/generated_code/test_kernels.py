@@ -674,6 +674,13 @@ def test_what_kernels_do_not_take_goes_through_torch(
         torch.testing.assert_close(result, expected, rtol=1e-2, atol=1e-2)
 
 
+def test_a_strided_bias_is_copied_alone(kernels: ModuleType) -> None:
+    x, w, s, b = draw_all(0, torch.float16, ALIGNED, (40, 64), (72, 64), (40, 8), (72, 8))
+    bias = draw(7, 1, 144, torch.float16)[0]
+    strided = kernels._launch_fused_gemm(x, w, s, b, bias[::2], "Y")
+    assert torch.equal(strided, kernels._launch_fused_gemm(x, w, s, b, bias[::2].contiguous(), "Y"))
+
+
 def test_dtensors_go_through_torch(kernels: ModuleType) -> None:
     """Their strides are those of the whole, and their memory that of a part."""
     matrix = torch.zeros(8, 8, dtype=torch.float16, device="cuda" if GPU else "cpu")
