@@ -126,7 +126,9 @@ class TestCommand:
         text = module.read_text(encoding="utf-8")
         module.write_text(f"{text}\nimport os; os._exit(0)\n", encoding="utf-8")
         assert "can't be imported: " in run("verify", "--examples", "1", module).error()
-        late = text.replace("    tokens, dtype = x.numel()", "    import os; os._exit(0)\n    tokens, dtype = x.numel()")
+        late = text.replace(
+            "    tokens, dtype = x.numel()", "    import os; os._exit(0)\n    tokens, dtype = x.numel()"
+        )
         assert late != text
         module.write_text(late, encoding="utf-8")
         done = run("verify", "--examples", "1", module)
