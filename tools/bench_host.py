@@ -32,6 +32,7 @@ import triton
 from runlora_gen.measure.clock import repeated
 from runlora_gen.measure.machine import machine_name
 from runlora_gen.measure.modules import module_of_everything
+from runlora_gen.measure.tune import host_figures
 from runlora_gen.request.workload import Workload
 from torch import Tensor, nn
 
@@ -206,10 +207,14 @@ def main() -> None:
             del steps["empty function"]
             compiled = {name: torch.compile(run, fullgraph=True) for name, run in steps.items()}
             results["compiled"] = measure_chains(compiled, X, weights, options.rounds)
+        if options.device == "cuda":
+            results["of a profile"] = host_figures(options.device)
     for part in ("launch", "eager", "compiled"):
         for name, row in results.get(part, {}).items():
             median, least, most = next(value for key, value in row.items() if key.startswith("over")).values()
             print(f"{part:9} {name:46} {row['us']:7.2f} us  x {median:.2f} ({least:.2f}-{most:.2f})")
+    for name, figure in results.get("of a profile", {}).items():
+        print(f"profile   {name:46} {figure:7.2f} us")
     if options.json:
         options.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
