@@ -79,6 +79,13 @@ _SPEC_OPTIONS = (
         help="Of lora_A and lora_B: fp32, or that of --dtype.",
     ),
     click.option("--train", metavar="a,b|a|b", default="a,b", show_default=True, help="Which factors train."),
+    click.option(
+        "--dropout",
+        metavar="P",
+        default="0",
+        show_default=True,
+        help="Of the adapter's input while training: above 0 modules take any rate below 1.",
+    ),
     click.option("--no-input-grad", is_flag=True, help="The input needs no gradient (a first layer)."),
     click.option("--criterion", type=click.Choice(CHOICES["criterion"]), default="time", show_default=True),
     click.option("--max-saved-bytes", metavar="N", help="Most that one linear may keep for its backward."),
@@ -119,7 +126,7 @@ def _spec_options(command: Command) -> Command:
 #: Options that are fields of a workload as they are.
 _AS_GIVEN = (
     *("dtype", "adapter_dtype", "train", "criterion", "max_saved_bytes", "allow_lossy_merge", "merge_rounding"),
-    *("device", "launch", "model_type"),
+    *("device", "dropout", "launch", "model_type"),
 )
 
 

@@ -3,103 +3,153 @@
 A new idea is a new row. The enumerator, the prices, the documentation and the emitted code all follow from it.
 Y = X Wᵀ + s X Aᵀ Bᵀ + b, with S = s X Aᵀ, P = s dY B, D = s B A, M = W + D, G = dYᵀ X.
 
+With dropout the adapter reads H = K ∘ X in place of X, where the mask K says what is kept: Y = X Wᵀ + s H Aᵀ Bᵀ + b,
+dX = dY W + K ∘ P A. What is kept is divided by its rate 1 - p, once, in s. W reads all of X, so that nothing merged
+computes this.
+
 The paper is "Run LoRA Run" (arXiv 2312.03415); it writes W as I×O, U for Aᵀ and V for Bᵀ.
 """
 
 from __future__ import annotations
 
-from .derivation import CAST_ADAPTER, SAVED, Argument, Term, derive, row, rows_of_sum
+from typing import TypeVar
+
+from .derivation import CAST_ADAPTER, SAVED, Argument, Derivation, Term, derive, row, rows_of_sum
 from .operations import Symbol
 
-LINEAR = derive(
-    "linear",
-    # The scaling s is folded into S, P, D and M once: no other product is scaled but those of the full-gradient ways.
-    symbols=(
-        Symbol("X", ("T", "I")),  # input
-        Symbol("W", ("O", "I"), store="weight"),  # frozen base weight
-        Symbol("b", ("O",), store="weight"),  # frozen bias
-        Symbol("lora_A", ("R", "I"), store="adapter"),
-        Symbol("lora_B", ("O", "R"), store="adapter"),
-        Symbol("A", ("R", "I")),  # lora_A as the products read it: in the activations' dtype
-        Symbol("B", ("O", "R")),  # lora_B likewise
-        Symbol("Y", ("T", "O")),  # output
-        Symbol("S", ("T", "R")),  # s X Aᵀ
-        Symbol("M", ("O", "I"), store="weight"),  # W + s B A
-        Symbol("D", ("O", "I"), store="weight"),  # s B A
-        Symbol("dY", ("T", "O")),
-        Symbol("P", ("T", "R")),  # s dY B
-        Symbol("G", ("O", "I")),  # dYᵀ X
-        Symbol("dX", ("T", "I")),
-        Symbol("dA", ("R", "I"), store="adapter"),
-        Symbol("dB", ("O", "R"), store="adapter"),
-        Symbol("db", ("O",)),
-    ),
-    # Where the adapter is not cast, A and B are lora_A and lora_B themselves.
-    facts=(CAST_ADAPTER,),
-    arguments=(
-        Argument("X", gradient="dX", activation=True),
-        Argument("W"),
-        Argument("lora_A", gradient="dA", when=(CAST_ADAPTER,)),
-        Argument("lora_B", gradient="dB", when=(CAST_ADAPTER,)),
-        Argument("b", "Tensor | None", gradient="db"),
-        Argument("A", when=(f"not {CAST_ADAPTER}",)),
-        Argument("B", when=(f"not {CAST_ADAPTER}",)),
-        Argument("scaling", "float"),
-    ),
-    outputs=("Y",),
-    output_gradients=("dY",),
-    base=("Y = X @ W.T + b", "dX = dY @ W"),
-    table=(
-        row("S", "x_at", "S = s * X @ A.T"),
-        row("S", SAVED),
-        row("M", "merge", "M = W + s * B @ A"),
-        row("M", SAVED),
-        row("D", "b_a", "D = s * B @ A"),
-        row("D", SAVED),
-        *(
-            row(symbol, way, *formulas, when=(CAST_ADAPTER,))
-            for symbol in ("A", "B")
-            for way, formulas in (("cast", (f"{symbol} = cast(lora_{symbol})",)), (SAVED, ()))
+_Entry = TypeVar("_Entry")
+
+
+def _linear(site: str, *, dropout: bool) -> Derivation:
+    """The linear, whose adapter reads X, or what dropout leaves of it."""
+    read = "H" if dropout else "X"
+
+    def dropped(*entries: _Entry) -> tuple[_Entry, ...]:
+        """What there is with dropout alone."""
+        return entries if dropout else ()
+
+    def merged(*entries: _Entry) -> tuple[_Entry, ...]:
+        """What there is where the adapter reads what W reads."""
+        return () if dropout else entries
+
+    return derive(
+        site,
+        # The scaling s is folded into S, P, D and M once: no other product is scaled but those of the full-gradient
+        # ways.
+        symbols=(
+            Symbol("X", ("T", "I")),  # input
+            Symbol("W", ("O", "I"), store="weight"),  # frozen base weight
+            Symbol("b", ("O",), store="weight"),  # frozen bias
+            Symbol("lora_A", ("R", "I"), store="adapter"),
+            Symbol("lora_B", ("O", "R"), store="adapter"),
+            Symbol("A", ("R", "I")),  # lora_A as the products read it: in the activations' dtype
+            Symbol("B", ("O", "R")),  # lora_B likewise
+            Symbol("Y", ("T", "O")),  # output
+            Symbol("S", ("T", "R")),  # s X Aᵀ
+            *merged(
+                Symbol("M", ("O", "I"), store="weight"),  # W + s B A
+                Symbol("D", ("O", "I"), store="weight"),  # s B A
+            ),
+            Symbol("dY", ("T", "O")),
+            Symbol("P", ("T", "R")),  # s dY B
+            Symbol("G", ("O", "I")),  # dYᵀ X
+            Symbol("dX", ("T", "I")),
+            Symbol("dA", ("R", "I"), store="adapter"),
+            Symbol("dB", ("O", "R"), store="adapter"),
+            Symbol("db", ("O",)),
+            *dropped(
+                Symbol("dropout", (), store="seed"),  # the rate, at which torch's generator draws
+                Symbol("K", ("T", "I"), store="byte"),  # whether an element of X is kept
+                Symbol("H", ("T", "I")),  # K ∘ X, what the adapter reads
+                Symbol("dH", ("T", "I")),  # P A
+            ),
         ),
-        # The forward.
-        *rows_of_sum(
-            "Y",
-            Term("X @ W.T", first="base_first", paper=("forward1",)),
-            Term("S @ B.T", first="lowrank_first", paper=("forward3",)),
-            bias="b",
+        # Where the adapter is not cast, A and B are lora_A and lora_B themselves.
+        facts=(CAST_ADAPTER,),
+        arguments=(
+            Argument("X", gradient="dX", activation=True),
+            Argument("W"),
+            Argument("lora_A", gradient="dA", when=(CAST_ADAPTER,)),
+            Argument("lora_B", gradient="dB", when=(CAST_ADAPTER,)),
+            Argument("b", "Tensor | None", gradient="db"),
+            Argument("A", when=(f"not {CAST_ADAPTER}",)),
+            Argument("B", when=(f"not {CAST_ADAPTER}",)),
+            Argument("scaling", "float"),
+            *dropped(Argument("dropout", "float")),
         ),
-        # forward4 is forward2 with another reshaping of X: the same products.
-        row("Y", "merged", "Y = X @ M.T + b", paper=("forward2", "forward4")),
-        row("Y", "fused", "fused_gemm: Y = S @ B.T + b; Y += X @ W.T"),
-        *rows_of_sum("Y", Term("X @ W.T", first="delta"), Term("X @ D.T"), bias="b"),  # left out by the paper
-        # The backward.
-        row("P", "dy_b", "P = s * dY @ B"),
-        row("G", "dyt_x", "G = dY.T @ X"),
-        *rows_of_sum("dX", Term("dY @ W", first="base_first"), Term("P @ A", first="lowrank_first")),
-        row("dX", "merged", "dX = dY @ M"),
-        # One persistent kernel for the large product, with the low-rank product as the tail of its inner loop.
-        row("dX", "fused", "fused_gemm: dX = P @ A; dX += dY @ W"),
-        *rows_of_sum("dX", Term("dY @ W", first="delta"), Term("dY @ D")),  # left out by the paper
-        row("dA", "pt_x", "dA = P.T @ X"),
-        row("dA", "bt_g", "dA = s * B.T @ G"),
-        row("dB", "dyt_s", "dB = dY.T @ S"),
-        row("dB", "g_at", "dB = s * G @ A.T"),
-        # One pass over dY yields both.
-        row("P dB", "one_pass", "p_db: P = s * dY @ B; dB = dY.T @ S"),
-        row("db", "sum", "db = sum(dY)"),
-    ),
-    lossy=("M",),
-    deltas=("D",),
-    # It recomputes S and M, and never saves them.
-    paper_goals=("dX", "dA", "dB"),
-    paper_backwards={
-        ("base_first", "pt_x", "dyt_s"): "backward1",
-        ("base_first", "pt_x", "g_at"): "backward2",
-        ("base_first", "bt_g", "g_at"): "backward3",
-        ("merged", "bt_g", "g_at"): "backward4",
-        ("merged", "pt_x", "dyt_s"): "backward5",
-        ("base_first", "bt_g", "dyt_s"): "backward6",
-        ("merged", "bt_g", "dyt_s"): "backward7",
-        ("merged", "pt_x", "g_at"): "backward8",
-    },
-)
+        outputs=("Y",),
+        output_gradients=("dY",),
+        base=("Y = X @ W.T + b", "dX = dY @ W"),
+        table=(
+            row("S", "x_at", f"S = s * {read} @ A.T"),
+            row("S", SAVED),
+            *dropped(
+                row("K", "draw", "K = draw(dropout)"),
+                row("K", SAVED),
+                row("H", "drop", "H = drop(X, K)"),
+                row("H", SAVED),
+            ),
+            *merged(
+                row("M", "merge", "M = W + s * B @ A"),
+                row("M", SAVED),
+                row("D", "b_a", "D = s * B @ A"),
+                row("D", SAVED),
+            ),
+            *(
+                row(symbol, way, *formulas, when=(CAST_ADAPTER,))
+                for symbol in ("A", "B")
+                for way, formulas in (("cast", (f"{symbol} = cast(lora_{symbol})",)), (SAVED, ()))
+            ),
+            # The forward.
+            *rows_of_sum(
+                "Y",
+                Term("X @ W.T", first="base_first", paper=("forward1",)),
+                Term("S @ B.T", first="lowrank_first", paper=("forward3",)),
+                bias="b",
+            ),
+            # forward4 is forward2 with another reshaping of X: the same products.
+            *merged(row("Y", "merged", "Y = X @ M.T + b", paper=("forward2", "forward4"))),
+            row("Y", "fused", "fused_gemm: Y = S @ B.T + b; Y += X @ W.T"),
+            # Left out by the paper.
+            *merged(*rows_of_sum("Y", Term("X @ W.T", first="delta"), Term("X @ D.T"), bias="b")),
+            # The backward.
+            row("P", "dy_b", "P = s * dY @ B"),
+            row("G", "dyt_x", f"G = dY.T @ {read}"),
+            *merged(
+                *rows_of_sum("dX", Term("dY @ W", first="base_first"), Term("P @ A", first="lowrank_first")),
+                row("dX", "merged", "dX = dY @ M"),
+                # One persistent kernel for the large product, with the low-rank product as the tail of its inner loop.
+                row("dX", "fused", "fused_gemm: dX = P @ A; dX += dY @ W"),
+                *rows_of_sum("dX", Term("dY @ W", first="delta"), Term("dY @ D")),  # left out by the paper
+            ),
+            *dropped(
+                row("dH", "p_a", "dH = P @ A"),
+                row("dX", "lowrank_first", "dX = drop(dH, K)", "dX += dY @ W"),
+            ),
+            row("dA", "pt_x", f"dA = P.T @ {read}"),
+            row("dA", "bt_g", "dA = s * B.T @ G"),
+            row("dB", "dyt_s", "dB = dY.T @ S"),
+            row("dB", "g_at", "dB = s * G @ A.T"),
+            # One pass over dY yields both.
+            row("P dB", "one_pass", "p_db: P = s * dY @ B; dB = dY.T @ S"),
+            row("db", "sum", "db = sum(dY)"),
+        ),
+        lossy=merged("M"),
+        deltas=merged("D"),
+        # It recomputes S and M, and never saves them.
+        paper_goals=("dX", "dA", "dB"),
+        paper_backwards={
+            ("base_first", "pt_x", "dyt_s"): "backward1",
+            ("base_first", "pt_x", "g_at"): "backward2",
+            ("base_first", "bt_g", "g_at"): "backward3",
+            ("merged", "bt_g", "g_at"): "backward4",
+            ("merged", "pt_x", "dyt_s"): "backward5",
+            ("base_first", "bt_g", "dyt_s"): "backward6",
+            ("merged", "bt_g", "dyt_s"): "backward7",
+            ("merged", "pt_x", "g_at"): "backward8",
+        },
+    )
+
+
+LINEAR = _linear("linear", dropout=False)
+DROPPED = _linear("linear with dropout", dropout=True)

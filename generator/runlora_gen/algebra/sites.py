@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from .derivation import Derivation
-from .linear import LINEAR
+from .linear import DROPPED, LINEAR
 
-DERIVATIONS: tuple[Derivation, ...] = (LINEAR,)
+DERIVATIONS: tuple[Derivation, ...] = (LINEAR, DROPPED)

@@ -34,7 +34,9 @@ def _helpers(step: Step) -> frozenset[str]:
             return frozenset({"scaled_addmm"})
         case Contract():
             return frozenset({"scaled_mm"} if step.scaled else ())
-        case Reduce() | Convert() | Map() | Draw():
+        case Draw():
+            return frozenset({"keep_mask"})
+        case Reduce() | Convert() | Map():
             return frozenset()
         case _:
             assert_never(step)
@@ -60,7 +62,11 @@ def line(operation: Operation, owner: str = "", *, tiles: str | None = None) -> 
             return f"{operation.out} = {operation.operands[0]}.to(dY.dtype)"
         case Contract(left=Operand(stacked=False), right=Operand(stacked=False)):
             return f"{operation.out} = {_product(operation)}"
-        case Contract() | Convert() | Map() | Draw():
+        case Map(function="drop"):
+            return f"{operation.out} = {operation.operands[0]} * {operation.operands[1]}"
+        case Draw():  # masks are of the input
+            return f"{operation.out} = _keep_mask(X, {operation.operands[0]})"
+        case Contract() | Convert() | Map():
             raise ValueError(f"there is no line of torch for {operation}")
         case _:
             assert_never(operation)

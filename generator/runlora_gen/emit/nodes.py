@@ -87,6 +87,7 @@ class SharedNode:
         frozen: the other ones, and why they must not.
         wide_adapter: whether the adapter is in float32 by default, over 16-bit weights too.
         lossy_merge: whether 16-bit weights may be merged.
+        dropout: whether the adapter's input may be dropped while training.
         helpers: functions that lines call, and what the kernels need of their common code.
         calls: of fused kernels.
         folder: whether what they share stands once in their folder, and not in each of them.
@@ -99,6 +100,7 @@ class SharedNode:
     frozen: tuple[tuple[str, str], ...]
     wide_adapter: bool
     lossy_merge: bool
+    dropout: bool
     helpers: frozenset[str]
     calls: tuple[KernelCall, ...]
     folder: bool
@@ -216,6 +218,7 @@ def module_node(
         frozen=frozen,
         wide_adapter=workload.adapter_dtype == "fp32",
         lossy_merge=workload.allow_lossy_merge,
+        dropout=workload.dropout > 0,
         helpers=frozenset[str]().union(*(KERNELS[op.kernel].helpers for op in fused), *map(helpers_of, operations)),
         calls=tuple(KernelCall(op, setting, owner) for op in fused),
         folder=folder,

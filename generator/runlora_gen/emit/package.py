@@ -169,6 +169,8 @@ def _command(
     for name in ("dtype", "adapter_dtype", "criterion", "device", "launch", "merge_rounding"):
         if getattr(workload, name) != getattr(default, name):
             words += [f"--{name.replace('_', '-')}", getattr(workload, name)]
+    if workload.dropout:
+        words += ["--dropout", f"{workload.dropout:g}"]
     if workload.train != default.train:
         words += ["--train", ",".join(workload.train)]
     if not workload.input_grad:

@@ -47,6 +47,8 @@ class Workload:
         kernels: allow fused Triton kernels where the device has them.
         target_modules: the projections that were asked for; empty for all.
         model_type: the model type that the config was read as by request, or None.
+        dropout: the probability with which the adapter's input is dropped while training, from 0 up to but not 1. Above
+            0 the modules take it as an argument, whatever it is then.
     """
 
     tokens: tuple[int, ...] = (4096,)
@@ -63,6 +65,7 @@ class Workload:
     kernels: bool = True
     target_modules: tuple[str, ...] = ()
     model_type: str | None = None
+    dropout: float = 0.0
 
 
 def parse_counts(option: str, values: Iterable[str], *, maximum: int, kilo: bool = False) -> tuple[int, ...]:
@@ -153,6 +156,21 @@ def parse_train(value: str) -> tuple[str, ...]:
     return factors
 
 
+def parse_dropout(option: str, value: object) -> float:
+    """A probability from 0 up to but not 1, from a number or its text.
+
+    Raises:
+        SpecError: anything else.
+    """
+    try:
+        dropout = float(str(value))
+        if not isinstance(value, bool) and 0 <= dropout < 1:
+            return dropout
+    except ValueError:
+        pass
+    raise SpecError(f"{option}: {shorten(value)} is not allowed; give a number from 0 up to but not 1")
+
+
 def check_adapter_dtype(value: str, dtype: str) -> str:
     """The adapter's dtype, if it is fp32 or the same as the layers'.
 
@@ -206,6 +224,8 @@ def make_workload(*, prefix: str = "", **fields: Any) -> Workload:
     for name in ("input_grad", "allow_lossy_merge", "kernels"):
         if name in values and not isinstance(values[name], bool):
             raise SpecError(f"{label(name)}: {shorten(values[name])} is not allowed; give True or False")
+    if "dropout" in values:
+        values["dropout"] = parse_dropout(label("dropout"), values["dropout"])
     if "tokens" in values:
         texts = map(str, _several(values["tokens"]))
         values["tokens"] = parse_counts(label("tokens"), texts, maximum=MAX_TOKENS, kilo=True)

@@ -7,6 +7,7 @@ from functools import lru_cache
 
 from ..algebra.derivation import Derivation, Facts, Way
 from ..algebra.enumerate import Phase, Program, enumerate_backwards, enumerate_forwards, enumerate_programs
+from ..algebra.linear import DROPPED, LINEAR
 from ..algebra.operations import Fused, Symbol
 from ..cost.device import device_for
 from ..cost.lower import cheaper, lowered, lowered_phase, phase_with_kernels, with_kernels
@@ -36,6 +37,7 @@ def setting_for(workload: Workload, in_features: int, out_features: int, rank: i
         bias=bias,
         gradients=frozenset(goals(workload)) - {"db"},
         device=device_for(workload),
+        derivation=DROPPED if workload.dropout else LINEAR,
     )
 
 

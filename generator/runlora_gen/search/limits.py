@@ -36,7 +36,9 @@ def check_merge_rounding(workload: Workload) -> None:
     """
     if workload.merge_rounding != "stochastic":
         return
-    if not workload.allow_lossy_merge:
+    if workload.dropout:
+        needs = "--dropout 0: under dropout nothing is merged while training"
+    elif not workload.allow_lossy_merge:
         needs = "--allow-lossy-merge: without it nothing is merged into 16 bits"
     elif not DTYPES[workload.dtype].half:
         needs = "--dtype bf16 or fp16: fp32 keeps small updates"
