@@ -125,7 +125,7 @@ def read_request(
         target_modules: names of projections; none or "all-linear" for all.
         layout: ``standalone``, for modules that work alone, or ``folder``, for what they share to stand once.
         prefix: what errors put before a name: ``--`` for options.
-        fields: of ``Workload``; a live model gives its own dtypes and device.
+        fields: of ``Workload``; a live model gives its own dtypes, dropout and device.
 
     Raises:
         SpecError: a value that is not allowed, or that does not fit the others, named in one line.
@@ -165,13 +165,15 @@ def read_request(
 
 
 def of_model(model: Any, live: LiveModel) -> tuple[dict[str, Any], str]:
-    """What a live model says of its workload (dtypes, device), and what is to be said of its device's profile."""
+    """What a live model says of its workload (dtypes, device, dropout), and what is to be said of its device's profile."""
     base = dtype_name(live.dtype)
     adapters = {dtype_name(group.dtype) for group in live.adapters}
     adapter = adapters.pop() if len(adapters) == 1 else "fp32"
     device, note = profile_of(model)
     adapter = adapter if adapter == base else "fp32"
-    return {"tokens": TOKENS, "dtype": base, "adapter_dtype": adapter, "device": device}, note
+    dropout = max((group.dropout for group in live.adapters if group.dropout < 1), default=0.0)
+    options = {"tokens": TOKENS, "dtype": base, "adapter_dtype": adapter, "device": device, "dropout": dropout}
+    return options, note
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -63,6 +63,7 @@ class ForwardNode:
 
     name: str
     doc: tuple[str, ...]
+    arguments: tuple[Argument, ...]
     forward: tuple[str, ...]
     seeded: bool
 
@@ -311,6 +312,7 @@ def _forwards(
             made[phase] = ForwardNode(
                 name,
                 tuple(forward_text(phase, decision, workload, width)),
+                phase.derivation.arguments,
                 forward_statements(phase, decision.setting, owner),
                 seeded(phase),
             )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..generation import dtype_name
 from ..request.errors import SpecError, shorten
 from ..request.layout import STANDALONE
+from ..request.workload import parse_dropout
 from .packages import needed, package_of, packages_for
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def inject_lora(
     *,
     adapter_dtype: torch.dtype | None = None,
     use_rslora: bool = False,
+    lora_dropout: float = 0.0,
     output: str | os.PathLike[str] | None = None,
     layout: str = STANDALONE,
     **workload: Any,
@@ -42,6 +44,7 @@ def inject_lora(
             or "all-linear" for all but output embeddings and heads.
         adapter_dtype: of lora_A and lora_B; None for float32 over a 16-bit base, else the base's.
         use_rslora: scale by lora_alpha / sqrt(r).
+        lora_dropout: the probability with which an element of an adapter's input is dropped while training.
         output, layout, workload: as for ``accelerate``.
 
     Returns:
@@ -61,10 +64,12 @@ def inject_lora(
     architecture = live.architecture.restricted(wanted) if wanted else live.architecture
     if adapter_dtype is not None:
         workload = {"adapter_dtype": dtype_name(adapter_dtype), **workload}
+    options: dict[str, Any] = {"adapter_dtype": adapter_dtype, "use_rslora": use_rslora}
+    if lora_dropout:
+        options["lora_dropout"] = lora_dropout = parse_dropout("lora_dropout", lora_dropout)
+        workload = {"dropout": lora_dropout, **workload}
     (package,) = packages_for(model, live, {r: architecture}, output, layout, workload)
-    report = package.inject_lora(
-        model, r, lora_alpha, target_modules, adapter_dtype=adapter_dtype, use_rslora=use_rslora
-    )
+    report = package.inject_lora(model, r, lora_alpha, target_modules, **options)
     return report
 
 
@@ -95,6 +100,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], **options:
             raise SpecError(f"adapter_config.json: r = {shorten(rank)} is not allowed; give a whole number")
         output, layout = options.pop("output", None), options.pop("layout", STANDALONE)
         live = read_model(model)
+        if config.get("lora_dropout"):
+            options = {"dropout": parse_dropout("adapter_config.json: lora_dropout", config["lora_dropout"]), **options}
         (package,) = packages_for(model, live, {rank: live.architecture}, output, layout, options)
         options = {}
     package.load_adapter(model, directory, **options)
