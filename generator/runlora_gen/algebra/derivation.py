@@ -108,12 +108,14 @@ class Argument:
         gradient: the symbol of its gradient, if it may want one.
         activation: whether it is kept for the backward alone: parameters live anyway.
         when: the conditions under which its symbol is what a forward starts from.
+        once: whether it gives the forward what it gives nobody again, as a generator that goes on.
     """
 
     name: str
     annotation: str = "Tensor"
     gradient: str | None = None
     activation: bool = False
+    once: bool = False
     when: tuple[str, ...] = ()
 
 
@@ -202,9 +204,13 @@ class Derivation:
         ways = [way for way in self.table if not way.saved]
         return frozenset(s for s in self.symbols.values() if sum(s in way.targets for way in ways) > 1)
 
-    def inputs(self, facts: Facts = NO_FACTS) -> tuple[Symbol, ...]:
-        """What a forward starts from where these facts hold, in the order in which it is saved."""
-        return tuple(symbol for argument, symbol in self._given if holds(argument.when, facts))
+    def inputs(self, facts: Facts = NO_FACTS, *, again: bool = False) -> tuple[Symbol, ...]:
+        """What a forward starts from where these facts hold, in the order in which it is saved.
+
+        ``again``: what a backward starts from, too.
+        """
+        given = ((a, symbol) for a, symbol in self._given if holds(a.when, facts))
+        return tuple(symbol for argument, symbol in given if not (again and argument.once))
 
     @cached_property
     def possible_inputs(self) -> tuple[Symbol, ...]:

@@ -287,12 +287,8 @@ def enumerate_forwards(
 
 
 def given_to_backward(derivation: Derivation, facts: Facts) -> tuple[Symbol, ...]:
-    """What a backward starts from, beside what the forward saved of its intermediates.
-
-    What a generator gives it gives once: a mask is drawn by the forward, and kept.
-    """
-    again = (symbol for symbol in derivation.inputs(facts) if symbol.store != "seed")
-    return (*again, *derivation.output_gradients)
+    """What a backward starts from, beside what the forward saved of its intermediates."""
+    return (*derivation.inputs(facts, again=True), *derivation.output_gradients)
 
 
 def rows_that_hold(derivation: Derivation, table: Sequence[Way] | None, facts: Facts) -> list[Way]:

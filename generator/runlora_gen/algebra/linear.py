@@ -75,7 +75,7 @@ def _linear(site: str, *, dropout: bool) -> Derivation:
             Argument("A", when=(f"not {CAST_ADAPTER}",)),
             Argument("B", when=(f"not {CAST_ADAPTER}",)),
             Argument("scaling", "float"),
-            *dropped(Argument("dropout", "float")),
+            *dropped(Argument("dropout", "float", once=True)),
         ),
         outputs=("Y",),
         output_gradients=("dY",),

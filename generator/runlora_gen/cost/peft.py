@@ -1,15 +1,17 @@
 """The price of a LoRA linear as PEFT runs it: what a gain is held against.
 
-``lora.Linear.forward`` of PEFT 0.21 without dropout is ``base(x) + lora_B(lora_A(x)) * scaling``, operator by operator,
-and its backward is autograd's. Where the adapter has another dtype than the activations, X is cast to the adapter's
+``lora.Linear.forward`` of PEFT 0.21 is ``base(x) + lora_B(lora_A(dropout(x))) * scaling``, operator by operator, and its
+backward is autograd's. Where the adapter has another dtype than the activations, X is cast to the adapter's
 first (``_cast_input_dtype``), and autocast, under which trainers run this, casts X and the adapter back for the
-products: every linear then keeps a copy of X of its own.
+products: every linear then keeps a copy of X of its own. Dropout is one pass that writes what it leaves of X and a mask
+of bytes, both of which every linear keeps; without it there is no operator.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from ..algebra.linear import DROPPED
 from .passes import CAST, Times, price_passes
 from .price import price_operation
 from .setting import Setting
@@ -38,7 +40,7 @@ class PeftCost:
 
 def price_peft(setting: Setting) -> PeftCost:
     """Price a linear in PEFT's order, as far as the setting's gradients are wanted."""
-    wanted, casts = setting.gradients, setting.casts
+    wanted, casts, drops = setting.gradients, setting.casts, setting.derivation is DROPPED
     size, adapter_size = setting.dtype.bytes, setting.adapter_dtype.bytes
     x, y = setting.tokens * setting.in_features, setting.tokens * setting.out_features
     adapter = {"dA": setting.rank * setting.in_features, "dB": setting.out_features * setting.rank}
@@ -48,6 +50,8 @@ def price_peft(setting: Setting) -> PeftCost:
 
     forward = ["Y = X @ W.T + b", "S = s * X @ A.T", "Y = S @ B.T + b"]
     passes = [2 * y * size, 3 * y * size]  # * scaling, base(x) +
+    pass_of_dropout = [x * (2 * (adapter_size if casts else size) + 1)] if drops else []
+    passes += pass_of_dropout
     casts_forward = [*cast(x), *cast(x), *cast(adapter["dA"]), *cast(adapter["dB"])]
     backward: list[str] = []
     back: list[int] = []
@@ -58,20 +62,21 @@ def price_peft(setting: Setting) -> PeftCost:
         backward.append("P = s * dY @ B")
     if "dX" in wanted:
         backward += ["dX = dY @ W", "dX = P @ A"]
-        back.append(3 * x * size)  # the sum of both gradients
+        back += [3 * x * size, *pass_of_dropout]  # the sum of both gradients
         casts_backward += [*cast(x), *cast(x)]
     for name, formula in (("dA", "dA = P.T @ X"), ("dB", "dB = dY.T @ S")):
         if name in wanted:
             backward.append(formula)
             casts_backward += cast(adapter[name])
-    kept = x * size if casts and "dA" in wanted else 0
+    kept = x * size if (casts or drops) and "dA" in wanted else 0
+    kept += x if drops and "dX" in wanted else 0
     kept += setting.tokens * setting.rank * size if "dB" in wanted else 0
     if casts:  # what dX and P read
         kept += size * (adapter["dA"] * ("dX" in wanted) + adapter["dB"] * bool(wanted & {"dX", "dA"}))
     return PeftCost(
         forward=_phase(forward, passes, casts_forward, setting),
         backward=_phase(backward, back, casts_backward, setting),
-        keeps_input="dA" in wanted and not casts,
+        keeps_input="dA" in wanted and not casts and not drops,
         own_bytes=kept,
     )
 
