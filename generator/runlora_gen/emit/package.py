@@ -126,7 +126,9 @@ def build_package(
     }
     rendered |= {f"{name}.py": text for name, text in shared.items()}
     rendered |= {f"{name}.py": render(f"{name}.py.jinja", context) for name in OF_MODELS}
-    rendered["test_equivalence.py"] = render_test([node.name for node in nodes], shared=shared, header=header)
+    rendered["test_equivalence.py"] = render_test(
+        [node.name for node in nodes], dropout=workload.dropout > 0, shared=shared, header=header
+    )
     former = _Former(out / folder if reuse else None, style)
     files = former.format(rendered)
     files["py.typed"] = ""

@@ -102,15 +102,19 @@ def render(template: str, context: Mapping[str, Any]) -> str:
     return _environment().get_template(template).render(context)
 
 
-def render_test(modules: Sequence[str], *, shared: Collection[str] = (), header: Header | None = None) -> str:
+def render_test(
+    modules: Sequence[str], *, dropout: bool, shared: Collection[str] = (), header: Header | None = None
+) -> str:
     """The equivalence test of a package, not yet formatted.
 
     What may be trained, and what may be merged, the modules say themselves.
 
     Args:
         modules: their names.
+        dropout: whether they take one.
         shared: names of the files in which is what these modules share; none if each has all by itself.
         header: of the file.
     """
     inside = {name: name in shared for name in ("kernels", "products")}
-    return render("test_equivalence.py.jinja", {"header": header or Header("", ""), "modules": modules, **inside})
+    context = {"header": header or Header("", ""), "modules": modules, "dropout": dropout, **inside}
+    return render("test_equivalence.py.jinja", context)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import inspect
 import itertools
 import json
 import os
@@ -88,7 +89,10 @@ def checks(modules: Sequence[str], part: str, examples: int) -> Iterator[Check]:
     tests.__package__ = _PACKAGE
     sys.modules[tests.__name__] = tests  # hypothesis looks modules up by name
     shared = [name for name in SHARED if f"{_PACKAGE}.{name}" in sys.modules]
-    exec(compile(ast.parse(render_test(modules, shared=shared)), "<properties>", "exec"), tests.__dict__)
+    loaded = [sys.modules[f"{_PACKAGE}.{name}"] for name in modules]
+    dropout = any("dropout" in inspect.signature(module.lora_linear).parameters for module in loaded)
+    source = render_test(modules, dropout=dropout, shared=shared)
+    exec(compile(ast.parse(source), "<properties>", "exec"), tests.__dict__)
     properties = [value for name, value in vars(tests).items() if name.startswith("test_") and name not in _LEFT_OUT]
     for function in properties:
         if function.__name__.startswith(_OF_KERNELS) == (part == KERNELS):
