@@ -51,16 +51,17 @@ FLOOR = "frozen"
 class PlainLoRA(nn.Module):
     """PEFT's formula, as autograd differentiates it, without PEFT's bookkeeping."""
 
-    def __init__(self, linear: nn.Linear, rank: int) -> None:
+    def __init__(self, linear: nn.Linear, rank: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.linear = linear
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.lora_A = nn.Parameter(torch.randn_like(linear.weight[:rank]) * 0.01)
         self.lora_B = nn.Parameter(torch.randn_like(linear.weight[:, :rank]) * 0.01)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features)."""
         base: Tensor = self.linear(x)
-        return base + F.linear(F.linear(x, self.lora_A), self.lora_B) * 1.0
+        return base + F.linear(F.linear(self.dropout(x), self.lora_A), self.lora_B) * 1.0
 
 
 class Autocast(nn.Module):
@@ -77,12 +78,12 @@ class Autocast(nn.Module):
             return output
 
 
-def peft_linear(linear: nn.Linear, rank: int, dtype: torch.dtype) -> nn.Module:
+def peft_linear(linear: nn.Linear, rank: int, dtype: torch.dtype, dropout: float = 0.0) -> nn.Module:
     """PEFT's own layer over a linear, its adapters in a dtype and not zero."""
     from peft.tuners.lora import LoraConfig
     from peft.tuners.lora.layer import Linear as PeftLinear
 
-    config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0)
+    config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=dropout)
     peft: nn.Module = PeftLinear(linear, adapter_name="default", config=config, r=rank, lora_alpha=rank)
     for name, parameter in peft.named_parameters():
         if "lora_" in name:
@@ -91,26 +92,29 @@ def peft_linear(linear: nn.Linear, rank: int, dtype: torch.dtype) -> nn.Module:
 
 
 def contenders(
-    linear: nn.Linear, rank: int, generated: dict[str, ModuleType], rivals: dict[str, Path]
+    linear: nn.Linear, rank: int, generated: dict[str, ModuleType], rivals: dict[str, Path], dropout: float = 0.0
 ) -> dict[str, Callable[[], nn.Module]]:
     """How to make everything that is compared, over one shared frozen linear."""
     dtype = linear.weight.dtype
+    dropping = {"lora_dropout": dropout} if dropout else {}
 
     def ours(module: ModuleType) -> nn.Module:
-        layer: Any = module.LoRALinear.from_linear(linear, r=rank, lora_alpha=rank)
+        layer: Any = module.LoRALinear.from_linear(linear, r=rank, lora_alpha=rank, **dropping)
         nn.init.normal_(layer.lora_B, std=0.01)  # zeros would be timed otherwise
         assert isinstance(layer, nn.Module)
         return layer
 
     makers: dict[str, Callable[[], nn.Module]] = {
         FLOOR: lambda: linear,
-        PLAIN: lambda: PlainLoRA(linear, rank),
-        REFERENCE: lambda: peft_linear(linear, rank, dtype),
+        PLAIN: lambda: PlainLoRA(linear, rank, dropout),
+        REFERENCE: lambda: peft_linear(linear, rank, dtype, dropout),
     }
     if linear.weight.is_cuda:
-        makers["peft fp32 adapters, autocast"] = lambda: Autocast(peft_linear(linear, rank, torch.float32), dtype)
+        makers["peft fp32 adapters, autocast"] = lambda: Autocast(
+            peft_linear(linear, rank, torch.float32, dropout), dtype
+        )
         compiled: Any = torch.compile
-        makers["peft compiled"] = lambda: compiled(peft_linear(linear, rank, dtype))
+        makers["peft compiled"] = lambda: compiled(peft_linear(linear, rank, dtype, dropout))
     for name, path in rivals.items():
         makers[name] = functools.partial(import_file(path, f"rival_{name}").make, linear, rank)
     for name, module in generated.items():
@@ -177,6 +181,7 @@ def measure(
     rounds: int,
     skip: frozenset[str],
     inference: bool = False,
+    dropout: float = 0.0,
 ) -> dict[str, Any]:
     """All contenders on one shape. One that fails is reported with its error.
 
@@ -192,7 +197,7 @@ def measure(
     modules: dict[str, nn.Module] = {}
     results: dict[str, Any] = {}
     replays: dict[str, Run] = {}
-    for name, make in contenders(linear, rank, generated, rivals).items():
+    for name, make in contenders(linear, rank, generated, rivals, dropout).items():
         if name in skip:
             continue
         try:
@@ -299,6 +304,7 @@ def main() -> None:
     parser.add_argument("--chosen-for", type=int, help="token count that modules are generated for [the measured one]")
     parser.add_argument("--inference", action="store_true", help="forwards alone, without gradients")
     parser.add_argument("--dtype", choices=TORCH_DTYPES, default="fp32")
+    parser.add_argument("--dropout", type=float, default=0.0, help="of the adapter's input")
     parser.add_argument("--profile", default="cpu", help="device profile that the choice is made for")
     parser.add_argument("--rival", action="append", default=[], metavar="NAME=FILE", help="another contender")
     parser.add_argument("--skip", default="", help="comma list of contenders to leave out")
@@ -312,16 +318,18 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for tokens, layer, rank in wanted(options):
-            # Never keep more than PEFT: the input, x lora_Aᵀ, and the adapter's casts.
+            # Never keep more than PEFT: the input, x lora_Aᵀ, and the adapter's casts; a mask.
             kept = (options.chosen_for or tokens) * (layer.in_features + rank) + rank * (
                 layer.in_features + layer.out_features
             )
             limit = kept * TORCH_DTYPES[options.dtype].itemsize
+            limit += (options.chosen_for or tokens) * layer.in_features if options.dropout else 0
             workload = Workload(
                 tokens=(options.chosen_for or tokens,),
                 dtype=options.dtype,
                 device=options.profile,
                 max_saved_bytes=limit,
+                dropout=options.dropout,
             )
             place = Path(folder) / str(len(rows))
             generated, chosen, host_us = {}, {}, {}
@@ -330,7 +338,7 @@ def main() -> None:
                 graph = replace(workload, launch="graph")
                 narrow, narrow_graph = (replace(w, adapter_dtype=options.dtype) for w in (workload, graph))
                 variants = {
-                    "paper's best": (replace(narrow_graph, kernels=False), True),
+                    **({} if options.dropout else {"paper's best": (replace(narrow_graph, kernels=False), True)}),
                     "generated, torch only": (replace(narrow, kernels=False), False),
                     "generated for eager": (workload, False),
                     "generated for eager, 16-bit adapters": (narrow, False),
@@ -343,7 +351,16 @@ def main() -> None:
                 )
             dtype = TORCH_DTYPES[options.dtype]
             result = measure(
-                layer, rank, tokens, dtype, generated, rivals, options.rounds, skip, inference=options.inference
+                layer,
+                rank,
+                tokens,
+                dtype,
+                generated,
+                rivals,
+                options.rounds,
+                skip,
+                inference=options.inference,
+                dropout=options.dropout,
             )
             rows.append(
                 {

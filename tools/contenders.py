@@ -130,9 +130,9 @@ def _said(report: Any, tokens: int) -> dict[str, Any]:
     return {"layers": len(report.accelerated), "chosen": chosen}
 
 
-def _ours(name: str, *, wide: bool = True, **workload: Any) -> Build:
+def _ours(name: str, *, wide: bool = True, dropout: float = 0.0, **workload: Any) -> Build:
     def build(model: nn.Module, setup: Setup) -> tuple[nn.Module, dict[str, Any]]:
-        wrapped = peft_model(model, setup.rank, wide=wide)
+        wrapped = peft_model(model, setup.rank, wide=wide, dropout=dropout)
         return wrapped, accelerated(wrapped, replace(setup, workload={**setup.workload, **workload}), name)
 
     return build
@@ -287,6 +287,11 @@ CONTENDERS = {
     "ours-bf16": Contender("ours, 16-bit adapters", _ours("bf16", wide=False)),
     "ours-graph": Contender("ours for graphs", _ours("graph", launch="graph")),
     "ours-graph-bf16": Contender("ours for graphs, 16-bit adapters", _ours("graph_bf16", wide=False, launch="graph")),
+    "ours-dropout": Contender(
+        "ours for graphs, 16-bit adapters, dropout 0.05",
+        _ours("dropout", wide=False, dropout=0.05, launch="graph"),
+        exact=False,
+    ),
     "ours-autocast": Contender("ours, autocast", _ours("autocast"), autocast=True),
     "ours-injected": Contender("ours, injected without PEFT", _injected),
     "generated": Contender("generated", _swapped("eager")),
