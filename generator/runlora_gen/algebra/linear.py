@@ -3,9 +3,8 @@
 A new idea is a new row. The enumerator, the prices, the documentation and the emitted code all follow from it.
 Y = X Wᵀ + s X Aᵀ Bᵀ + b, with S = s X Aᵀ, P = s dY B, D = s B A, M = W + D, G = dYᵀ X.
 
-With dropout the adapter reads H = K ∘ X in place of X, where the mask K says what is kept: Y = X Wᵀ + s H Aᵀ Bᵀ + b,
-dX = dY W + K ∘ P A. What is kept is divided by its rate 1 - p, once, in s. W reads all of X, so that nothing merged
-computes this.
+With dropout the adapter reads H = K ∘ X / (1 - p) in place of X, where the mask K says what is kept:
+Y = X Wᵀ + s H Aᵀ Bᵀ + b, dX = dY W + K ∘ P A / (1 - p). W reads all of X, so that nothing merged computes this.
 
 The paper is "Run LoRA Run" (arXiv 2312.03415); it writes W as I×O, U for Aᵀ and V for Bᵀ.
 """
@@ -60,7 +59,7 @@ def _linear(site: str, *, dropout: bool) -> Derivation:
             *dropped(
                 Symbol("dropout", (), store="seed"),  # the rate, at which torch's generator draws
                 Symbol("K", ("T", "I"), store="byte"),  # whether an element of X is kept
-                Symbol("H", ("T", "I")),  # K ∘ X, what the adapter reads
+                Symbol("H", ("T", "I")),  # K ∘ X / (1 - p), what the adapter reads
                 Symbol("dH", ("T", "I")),  # P A
             ),
         ),

@@ -35,11 +35,23 @@ def _helpers(step: Step) -> frozenset[str]:
         case Contract():
             return frozenset({"scaled_mm"} if step.scaled else ())
         case Draw():
-            return frozenset({"keep_mask"})
+            return frozenset({"dropped"})
+        case Map(function="drop"):
+            return frozenset({"masked"})
         case Reduce() | Convert() | Map():
             return frozenset()
         case _:
             assert_never(step)
+
+
+def drawn_line(draw: Draw, drop: Map) -> str:
+    """The statement that draws a mask and drops by it: torch does both in one pass."""
+    return f"{drop.out}, {draw.out} = _dropped({drop.operands[0]}, {draw.operands[0]})"
+
+
+def uses_dropout(operation: Operation) -> bool:
+    """Whether the line reads the rate of dropout."""
+    return isinstance(operation, Map) and operation.function == "drop"
 
 
 def line(operation: Operation, owner: str = "", *, tiles: str | None = None) -> str:
@@ -63,10 +75,8 @@ def line(operation: Operation, owner: str = "", *, tiles: str | None = None) -> 
         case Contract(left=Operand(stacked=False), right=Operand(stacked=False)):
             return f"{operation.out} = {_product(operation)}"
         case Map(function="drop"):
-            return f"{operation.out} = {operation.operands[0]} * {operation.operands[1]}"
-        case Draw():  # masks are of the input
-            return f"{operation.out} = _keep_mask(X, {operation.operands[0]})"
-        case Contract() | Convert() | Map():
+            return f"{operation.out} = _masked({operation.operands[0]}, {operation.operands[1]}, dropout)"
+        case Contract() | Convert() | Map() | Draw():
             raise ValueError(f"there is no line of torch for {operation}")
         case _:
             assert_never(operation)

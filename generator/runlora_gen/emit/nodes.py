@@ -21,7 +21,7 @@ from ..search.candidates import goals
 from ..search.choose import Decision, ForwardDecision
 from ..search.criterion import Priced
 from ..search.ranges import LayerChoice
-from .code import dtype_of, helpers_of, uses_scaling
+from .code import dtype_of, helpers_of, uses_dropout, uses_scaling
 from .derivation_text import forward_text, program_text
 from .kernel_notes import KernelCall, KernelNode, Tiles, kernels_note, listed, tiles_note
 from .statements import Block, backward_blocks, forward_statements, guard, unpack_needs, witnesses
@@ -47,7 +47,7 @@ class FunctionNode:
     backward: tuple[Block, ...]
     gradients: tuple[str, ...]  # dX, dA, … that it can give
     returns: tuple[str, ...]
-    keeps_scaling: bool
+    keeps: tuple[str, ...]  # of the numbers among the inputs, those that the backward reads
     dtypes: tuple[str, ...]  # variables that hold the dtypes of trained parameters
     seeded: bool
 
@@ -342,8 +342,9 @@ def _function(variant: _Variant, workload: Workload, class_name: str, owner: str
         saves += (("seed", guard(needed_by[operation.outputs[0]], site)),)
         made.append("seed")
     gradients = tuple(str(gradient) for gradient in site.gradients if gradient in program.backward.goals)
-    keeps_scaling = any(map(uses_scaling, program.backward.operations))
-    used = {*witnesses(site), *(symbol for symbol, _ in saves), *(["scaling"] if keeps_scaling else [])}
+    numbers = {"scaling": uses_scaling, "dropout": uses_dropout}
+    keeps = tuple(name for name, uses in numbers.items() if any(map(uses, program.backward.operations)))
+    used = {*witnesses(site), *(symbol for symbol, _ in saves), *keeps}
     return FunctionNode(
         class_name=class_name,
         id=program.id,
@@ -359,7 +360,7 @@ def _function(variant: _Variant, workload: Workload, class_name: str, owner: str
         backward=backward_blocks(program.backward, setting, needed_by, owner),
         gradients=gradients,
         returns=tuple(a.gradient if a.gradient in gradients else "None" for a in site.arguments),
-        keeps_scaling=keeps_scaling,
+        keeps=keeps,
         dtypes=tuple(name for g in site.gradients if str(g) in gradients and (name := dtype_of(g))),
         seeded=seeded(program),
     )

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from ..algebra.derivation import Derivation
 from ..algebra.enumerate import Phase
-from ..algebra.operations import Symbol, products
+from ..algebra.operations import Draw, Map, Symbol, products
 from ..algebra.schedule import schedule
 from ..cost.setting import Setting
-from .code import line
+from .code import drawn_line, line
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,19 @@ def forward_statements(phase: Phase, setting: Setting, owner: str) -> tuple[str,
     ``owner``: of the constants of kernels: see :func:`.code.tiles_key`.
     """
     lines = []
-    for step in schedule(phase, setting.bytes_of).steps:
-        if step.operation.outputs[0] not in phase.held:
-            lines.append(line(step.operation, owner))
-            lines += [f"del {symbol}" for symbol in step.frees]
+    steps = [step for step in schedule(phase, setting.bytes_of).steps if step.operation.outputs[0] not in phase.held]
+    maps = [step.operation for step in steps if isinstance(step.operation, Map)]
+    drops = {draw: drop for drop in maps for draw in drop.operands}  # by their masks
+    drawn = [drops[step.operation.out] for step in steps if isinstance(step.operation, Draw)]
+    for step in steps:
+        match step.operation:
+            case Draw():
+                lines.append(drawn_line(step.operation, drops[step.operation.out]))
+            case Map() if step.operation in drawn:
+                pass
+            case _:
+                lines.append(line(step.operation, owner))
+        lines += [f"del {symbol}" for symbol in step.frees]
     return tuple(lines)
 
 
