@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import re
 
-from runlora_gen.algebra.linear import LINEAR
-from runlora_gen.algebra.operations import Operation, Symbol, parse
+from runlora_gen.algebra.linear import DROPPED, LINEAR
+from runlora_gen.algebra.operations import Map, Operation, Symbol, parse
 from runlora_gen.algebra.work import work
 from runlora_gen.kernels.sites import OPERATIONS, WORKS
 
+SYMBOLS = {**DROPPED.symbols, **LINEAR.symbols}
 #: What stands in the profiles of users: no change of a formula, of its print or of a symbol's name may change it.
 KEYS = {
     "S = s * X @ A.T": "TI,RI->TR scaled",
@@ -43,22 +44,31 @@ KEYS = {
     "pt_x: dA = P.T @ X": "pt_x: TR,TI->RI",
     "merge: M = W + s * B @ A": "merge: OR,RI->OI scaled added",
     "merge_stochastic: M = W + s * B @ A": "merge_stochastic: OR,RI->OI scaled added",
+    "K = draw(dropout)": "->TI draw",
+    "H = drop(X, K)": "TI,TI->TI drop",
+    "dX = drop(dH, K)": "TI,TI->TI drop",
+    "S = s * H @ A.T": "TI,RI->TR scaled",
+    "G = dY.T @ H": "TO,TI->OI",
+    "dH = P @ A": "TR,RI->TI",
+    "dA = P.T @ H": "TR,TI->RI",
 }
 
 
 def test_the_keys_that_profiles_hold() -> None:
-    assert {formula: work(LINEAR.parse(formula)) for formula in KEYS} == KEYS
+    assert {formula: work(parse(formula, SYMBOLS)) for formula in KEYS} == KEYS
     assert set(map(work, OPERATIONS)) == set(KEYS.values()) == WORKS.keys()
     assert all(work(operation) == key for key, operation in WORKS.items())
 
 
 def same(first: Operation, second: Operation) -> bool:
-    """Whether they compute the same of matrices that are alike: M and D are alike W."""
+    """Whether they compute the same of matrices that are alike: M and D are alike W, H is alike X, dH alike dX."""
 
-    def of_w(operation: Operation) -> str:
-        return re.sub(r"\b[MD]\b(?! \+?=)", "W", str(operation))
+    def plain(operation: Operation) -> str:
+        text = re.sub(r"\b[MD]\b(?! \+?=)", "W", str(operation))
+        text = re.sub(r"\b(d?)H\b", r"\1X", text)
+        return text.replace("dX", "X") if isinstance(operation, Map) else text  # of elements: X and dX are alike
 
-    return of_w(first) == of_w(second)
+    return plain(first) == plain(second)
 
 
 def test_equal_work_has_one_key_and_other_work_another() -> None:
@@ -69,8 +79,8 @@ def test_equal_work_has_one_key_and_other_work_another() -> None:
 
 
 def test_names_are_of_no_matter() -> None:
-    names = {name: f"v{number}" for number, name in enumerate(LINEAR.symbols)}
-    symbols = {names[name]: Symbol(names[name], s.shape, s.store) for name, s in LINEAR.symbols.items()}
+    names = {name: f"v{number}" for number, name in enumerate(SYMBOLS)}
+    symbols = {names[name]: Symbol(names[name], s.shape, s.store) for name, s in SYMBOLS.items()}
     for formula, key in KEYS.items():
         other = re.sub(r"\w+", lambda word: names.get(word[0], word[0]), formula)
         assert other != formula and work(parse(other, symbols)) == key
