@@ -227,6 +227,88 @@ def test_the_large_shape() -> None:
     assert "axolotl's kernels {}, {} and {}".format(*medians) in said
 
 
+def test_what_the_host_takes() -> None:
+    measured, said = results("host_h100.json"), " ".join(README.split())
+    table = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+    for name in ("fused_gemm", "x_at", "p_db", "pt_x"):
+        rows = (measured["launch"][row]["over addmm(out=)"]["median"] for row in (name, f"{name}, through Triton"))
+        assert "| `{}` | {:.2f} | {:.2f} |".format(name, *rows) in table
+    all_kernels, _, none = (name for name in measured["eager"] if "/" in name)
+    eager, compiled = ({name: f"{row['us']:.0f}" for name, row in measured[m].items()} for m in ("eager", "compiled"))
+    plain, frozen = "plain formula", "frozen"
+    assert (
+        f"takes the host {eager[all_kernels]} µs with all kernels, {eager[none]} with none and {eager[plain]} as the "
+        f"plain formula, the frozen one {eager[frozen]} " in said
+    )
+    ours = sorted(compiled[name] for name in compiled if "/" in name)
+    assert (
+        f"compiled linear of the above takes the host {ours[0]} to {ours[-1]} µs, the plain formula {compiled[plain]}, "
+        f"the frozen one {compiled[frozen]}." in said
+    )
+
+
+def test_the_h100_s_host() -> None:
+    measured = results("host_h100.json")["of a profile"]
+    text = (ROOT / "generator" / "runlora_gen" / "cost" / "devices" / "h100.toml").read_text(encoding="utf-8")
+    profile = parse_toml(text.encode())
+    for key in ("compiled_host_us", "compiled_kernel_host_us"):
+        assert profile[key] == measured[key]
+    said = " ".join(text.replace("\n#", "").split())
+    assert f"through Triton's Python, {profile['kernel_host_us'] / profile['host_us']:.1f} times host_us" in said
+    kernel, operator = measured["kernel_host_us"], measured["host_us"]
+    assert f"has {kernel / operator:.1f} times ({kernel} over {operator}, " in said
+
+
+def test_small_and_compiled_models() -> None:
+    def over(name: str, shape: str, contender: str, mode: str) -> str:
+        (row,) = (row for row in results(name)["rows"] if row["shape"] == shape)
+        return over_frozen(row["results"][contender], mode)
+
+    said, peft = " ".join(README.split()), "PEFT, 16-bit adapters"
+    wide, narrow = "generated for graphs", "generated for graphs, 16-bit adapters"
+    eager, compiled = (
+        [over(name, "1b", contender, mode) for contender in contenders]
+        for name, mode, contenders in (
+            ("model_1b_h100.json", "eager", (narrow, wide, peft)),
+            ("model_1b_h200.json", "compiled", (narrow, peft)),
+        )
+    )
+    text = "then took {} of the frozen step with 16-bit adapters, {} with fp32 ones, and PEFT {} with 16-bit ones"
+    assert text.format(*eager) in said
+    assert "took {} of the compiled frozen one on modules for graphs, PEFT's {} ".format(*compiled) in said
+    (row,) = results("model_1b_h200.json")["rows"]
+    gain = row["results"]["frozen"]["compiled"]["over_frozen_eager"]["median"]
+    assert f"compiled it takes {gain:.2f} of the eager one" in said
+    large = (over("model_graph_h200.json", s, narrow, m) for s in ("13b", "8b") for m in ("eager", "compiled"))
+    text = "layers on modules for graphs took {} in eager mode and {} compiled, 8B-shaped ones {} and {} "
+    assert text.format(*large) in said
+
+
+def test_the_first_step() -> None:
+    document = (ROOT / "docs" / "with-peft.md").read_text(encoding="utf-8")
+    rows = {
+        (row["shape"], row["cache"], row["warmup"]): row
+        for row in results("first_step_h100.json")["rows"]
+        if not row["own_lines"]
+    }
+    for warmup, cache, what in (
+        (False, "empty", "first step, nothing compiled before"),
+        (False, "filled", "first step, kernels on disk"),
+        (True, "empty", "`warmup`, nothing compiled before; the first step after it"),
+        (True, "filled", "`warmup`, kernels on disk; the first step after it"),
+    ):
+        cells = []
+        for row in (rows[shape, cache, warmup] for shape in ("1b", "8b")):
+            first = row["first_step_s"]
+            cells.append(f"{row['warmup_s']:.1f}; {first:.2f}" if warmup else f"{first:.1f}")
+        assert f"| {what} | {' | '.join(cells)} |" in document
+    (own,) = (row for row in results("first_step_h100.json")["rows"] if row["own_lines"])
+    shared = rows[own["shape"], "empty", False]["compiled"]
+    assert f"the {own['shape'].upper()}-shaped layers have {shared}, and would have {own['compiled']} if" in " ".join(
+        document.split()
+    )
+
+
 def test_the_paper_s_rows() -> None:
     rows = results("paper_h100.json")["rows"]
     assert len(rows) == 12

@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import copy
 import io
+import os
 import pickle
 import re
+import shutil
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -155,6 +157,40 @@ def test_compile_under_autocast(module: ModuleType) -> None:
     torch.testing.assert_close(compiled, eager)
     for ours, theirs in zip(gradients(compiled, tensors), gradients(eager, tensors), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.fixture(scope="module")
+def layer(load: Any) -> Any:
+    """Of a module on torch's products; followed by something, as in a model."""
+    module = load(Workload(kernels=False, dtype="fp32"))
+    made = module.LoRALinear.from_linear(torch.nn.Linear(64, 64), r=8, lora_alpha=16)
+    torch.nn.init.normal_(made.lora_B)
+    return torch.nn.Sequential(made, torch.nn.SiLU())
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_export_whole(layer: Any, grad: bool, strict: bool) -> None:
+    """As one graph, for any number of tokens; without a factor of a sum, which Inductor may drop."""
+    tokens = torch.export.Dim("tokens", min=2, max=64)
+    with torch.set_grad_enabled(grad):
+        exported = torch.export.export(layer, (torch.randn(6, 64),), dynamic_shapes=({0: tokens},), strict=strict)
+        for count in (6, 9):
+            x = torch.randn(count, 64)
+            torch.testing.assert_close(exported.module()(x), layer(x))
+    sums = [node for node in exported.graph.nodes if str(node.target).startswith(("aten.add.", "aten.add_."))]
+    assert bool(sums) != grad and not any("alpha" in node.kwargs for node in sums)
+
+
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning", "ignore:.*LeafSpec:FutureWarning")
+def test_a_package_of_inductor(layer: Any, tmp_path: Path) -> None:
+    """Compiled ahead and loaded again it is right: as it was not where a sum had a factor, the scaling."""
+    x = torch.randn(6, 64)
+    with torch.no_grad():
+        exported = torch.export.export(layer, (x,))
+        path = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "layer.pt2"))
+        torch.testing.assert_close(torch._inductor.aoti_load_package(path)(x), layer(x))
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
