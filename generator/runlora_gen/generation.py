@@ -165,7 +165,7 @@ def read_request(
 
 
 def of_model(model: Any, live: LiveModel) -> tuple[dict[str, Any], str]:
-    """What a live model says of its workload (dtypes, device, dropout), and what is to be said of its device's profile."""
+    """What a live model says of its workload (dtypes, device, dropout), and what is to be said of the profile."""
     base = dtype_name(live.dtype)
     adapters = {dtype_name(group.dtype) for group in live.adapters}
     adapter = adapters.pop() if len(adapters) == 1 else "fp32"

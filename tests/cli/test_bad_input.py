@@ -64,6 +64,14 @@ CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "dtype": ((*ARCH, *RANK, "--dtype", "int8"), ("--dtype", "bf16", "int8")),
     "train": ((*ARCH, *RANK, "--train", "c"), ("--train", "'c'", "a,b")),
     "train, empty": ((*ARCH, *RANK, "--train", ""), ("--train", "''")),
+    "dropout 1": ((*ARCH, *RANK, "--dropout", "1"), ("--dropout", "'1'", "from 0 up to but not 1")),
+    "dropout below 0": ((*ARCH, *RANK, "--dropout", "-0.1"), ("--dropout", "'-0.1'")),
+    "dropout nan": ((*ARCH, *RANK, "--dropout", "nan"), ("--dropout", "'nan'")),
+    "dropout in percent": ((*ARCH, *RANK, "--dropout", "10%"), ("--dropout", "'10%'")),
+    "dropout, and merges rounded": (
+        (*ARCH, *RANK, "--dropout", "0.05", "--merge-rounding", "stochastic", "--allow-lossy-merge"),
+        ("--merge-rounding", "--dropout 0", "nothing is merged"),
+    ),
     "criterion": ((*ARCH, *RANK, "--criterion", "speed"), ("--criterion", "time")),
     "device": ((*ARCH, *RANK, "--device", "h10"), ("--device", "did you mean h100?", "rtx-4090")),
     "device, a path": ((*ARCH, *RANK, "--device", "../../x"), ("--device", "'../../x'")),
@@ -118,7 +126,7 @@ def test_bad_options(run, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @settings(deadline=None, max_examples=30)
 @given(
-    option=st.sampled_from(["--rank", "--tokens", "--train", "--max-saved-bytes"]),
+    option=st.sampled_from(["--rank", "--tokens", "--train", "--dropout", "--max-saved-bytes"]),
     value=st.one_of(
         st.text(st.characters(exclude_characters="\0"), max_size=12),
         st.text("0123456789,.-+e ab", max_size=8),

@@ -87,6 +87,7 @@ def test_what_is_not_as_it_was_written_is_written_anew(
         ("--layout", "folder"),
         ("--criterion", "memory"),
         ("--tokens", "8k"),
+        ("--dropout", "0.1"),
     ],
     ids=" ".join,
 )

@@ -14,6 +14,7 @@ from runlora_gen.measure.memory import saved_bytes
 from runlora_gen.request.workload import Workload
 from runlora_gen.search.candidates import setting_for
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 RESULTS = Path(__file__).parents[2] / "tools" / "results"
 TOKENS, IN, OUT, RANK = 24, 48, 80, 4
@@ -22,15 +23,21 @@ TOKENS, IN, OUT, RANK = 24, 48, 80, 4
 @pytest.mark.parametrize("train", [("a", "b"), ("a",), ("b",)], ids="-".join)
 @pytest.mark.parametrize("input_grad", [True, False])
 @pytest.mark.parametrize("adapter_dtype", ["bf16", "fp32"])
-def test_what_a_linear_of_peft_keeps(train: tuple[str, ...], input_grad: bool, adapter_dtype: str) -> None:
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_what_a_linear_of_peft_keeps(
+    train: tuple[str, ...], input_grad: bool, adapter_dtype: str, dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What a GPU runs: there the mask is of bytes, where on a CPU it is of the input's dtype.
+    monkeypatch.setattr(F, "dropout", lambda x, p, training, inplace: torch.native_dropout(x, p, training)[0])
     tuner = pytest.importorskip("peft.tuners.lora.layer")
-    config = pytest.importorskip("peft").LoraConfig(r=RANK, lora_alpha=RANK)
+    config = pytest.importorskip("peft").LoraConfig(r=RANK, lora_alpha=RANK, lora_dropout=dropout)
     linear = nn.Linear(IN, OUT, bias=False).to(torch.bfloat16).requires_grad_(False)
     layer = tuner.Linear(linear, adapter_name="default", config=config, r=RANK, lora_alpha=RANK)
     for name, parameter in layer.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.to(torch.bfloat16 if adapter_dtype == "bf16" else torch.float32)
             parameter.requires_grad_(("a" if "lora_A" in name else "b") in train)
+    assert layer.training and isinstance(layer.lora_dropout["default"], nn.Dropout if dropout else nn.Identity)
     x = torch.randn(TOKENS, IN, dtype=torch.bfloat16, requires_grad=input_grad)
     cast = torch.autocast("cpu", torch.bfloat16) if adapter_dtype == "fp32" else contextlib.nullcontext()
     parameters = list(layer.parameters())
@@ -41,7 +48,7 @@ def test_what_a_linear_of_peft_keeps(train: tuple[str, ...], input_grad: bool, a
 
     own = saved_bytes(forward, [*parameters, x])
     with_input = saved_bytes(forward, parameters)
-    workload = Workload(adapter_dtype=adapter_dtype, train=train, input_grad=input_grad)
+    workload = Workload(adapter_dtype=adapter_dtype, train=train, input_grad=input_grad, dropout=dropout)
     cost = price_peft(setting_for(workload, IN, OUT, RANK, False, TOKENS))
     assert cost.own_bytes == own
     assert cost.keeps_input * TOKENS * IN * 2 == with_input - own

@@ -90,6 +90,23 @@ def test_the_layout_is_in_the_command_alone(run, tmp_path: Path) -> None:
     assert standalone == folder
 
 
+def test_dropout_is_in_the_command_and_in_the_workload(run, tmp_path: Path) -> None:
+    """To the last digit, and not at all where there is none."""
+    for dropout, words in (("0.123456789", " --dropout 0.123456789 "), ("1e-5", " --dropout 1e-05 "), ("0.0", "")):
+        out = tmp_path / dropout
+        run(*SMALL, "--rank", "4", "--no-kernels", "--dropout", dropout, "-o", out).ok()
+        manifest = json.loads((out / "llama_9m_r4" / "manifest.json").read_text())
+        validator("manifest").validate(manifest)
+        assert manifest["workload"]["dropout"] == float(dropout)
+        assert words in manifest["command"] and ("--dropout" in manifest["command"]) == bool(words)
+        run(*manifest["command"].split()[1:-1], out, "--check").ok()
+        text = run("explain", *SMALL, "--rank", "4", "--no-kernels", "--dropout", dropout, "--json").ok().out
+        explained = json.loads(text)
+        validator("explain").validate(explained)
+        kept = {name for layer in explained["layers"] for each in layer["variants"] for name in each["keeps"]}
+        assert kept == ({"S", "K", "H", "A", "B"} if words else {"S", "M", "D", "A", "B"})
+
+
 def test_ranges_follow_the_schema(generated_once: Path) -> None:
     manifest = json.loads((generated_once / "llama_9m_r4" / "manifest.json").read_text())
     validator("manifest").validate(manifest)

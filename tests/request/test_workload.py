@@ -9,7 +9,9 @@ from runlora_gen.request.architecture import load_architecture
 from runlora_gen.request.errors import SpecError, nearest
 from runlora_gen.request.workload import (
     check_ranks,
+    make_workload,
     parse_counts,
+    parse_dropout,
     parse_dtype,
     parse_name,
     parse_targets,
@@ -63,6 +65,36 @@ def test_train(value: str, expected: tuple[str, ...]) -> None:
 def test_bad_train(value: str) -> None:
     with pytest.raises(SpecError, match=r"^--train: .* give a,b or a or b$"):
         parse_train(value)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("0", 0.0), (0, 0.0), (-0.0, 0.0), ("0.05", 0.05), (".5", 0.5), ("1e-3", 0.001), (" 0.1 ", 0.1), (0.1, 0.1),
+        (0.9999999999999999, 0.9999999999999999),
+    ],
+)  # fmt: skip
+def test_dropout(value: object, expected: float) -> None:
+    found = parse_dropout("--dropout", value)
+    assert type(found) is float and str(found) == str(expected)
+    assert parse_dropout("--dropout", str(found)) == found
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        1, "1", "1.0", 1.5, -0.1, "-0.1", -1e-300, float("nan"), "nan", "inf", "x", "", "0.1 0.2", "0,1", "1/2", "10%",
+        "0_1", "0.0_5", "٠.٥", "1e-", "..", "1e999", "0x0", "9" * 5000, True, False, None, 0j, b"0.1", (0.1,),
+    ],
+    ids=lambda value: repr(value)[:20],
+)  # fmt: skip
+def test_bad_dropout(value: object) -> None:
+    with pytest.raises(SpecError, match=r"^--dropout: .* give a number from 0 up to but not 1$") as caught:
+        parse_dropout("--dropout", value)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 160
+    if value is not None:  # which there is as good as not given
+        with pytest.raises(SpecError, match=r"^dropout: "):
+            make_workload(dropout=value)
 
 
 def test_rank_is_held_against_the_narrowest_projection() -> None:

@@ -1,8 +1,8 @@
 """The price of a LoRA linear as PEFT runs it: what a gain is held against.
 
-``lora.Linear.forward`` of PEFT 0.21 is ``base(x) + lora_B(lora_A(dropout(x))) * scaling``, operator by operator, and its
-backward is autograd's. Where the adapter has another dtype than the activations, X is cast to the adapter's
-first (``_cast_input_dtype``), and autocast, under which trainers run this, casts X and the adapter back for the
+``lora.Linear.forward`` of PEFT 0.21 is ``base(x) + lora_B(lora_A(dropout(x))) * scaling``, operator by operator, and
+its backward is autograd's. Where the adapter has another dtype than the activations, X is cast to the adapter's first
+(``_cast_input_dtype``), and autocast, under which trainers run this, casts X and the adapter back for the
 products: every linear then keeps a copy of X of its own. Dropout is one pass that writes what it leaves of X and a mask
 of bytes, both of which every linear keeps; without it there is no operator.
 """

@@ -172,7 +172,7 @@ def _command(
         if getattr(workload, name) != getattr(default, name):
             words += [f"--{name.replace('_', '-')}", getattr(workload, name)]
     if workload.dropout:
-        words += ["--dropout", f"{workload.dropout:g}"]
+        words += ["--dropout", str(workload.dropout)]
     if workload.train != default.train:
         words += ["--train", ",".join(workload.train)]
     if not workload.input_grad:

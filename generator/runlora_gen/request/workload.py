@@ -162,12 +162,14 @@ def parse_dropout(option: str, value: object) -> float:
     Raises:
         SpecError: anything else.
     """
-    try:
-        dropout = float(str(value))
-        if not isinstance(value, bool) and 0 <= dropout < 1:
-            return dropout
-    except ValueError:
-        pass
+    text = str(value).strip()
+    # float() also reads digits of other scripts, and underscores.
+    if not isinstance(value, bool) and re.fullmatch(r"\+?[0-9.]+(?:e[+-]?[0-9]+)?|-0(?:\.0*)?", text, re.ASCII | re.I):
+        try:
+            if 0 <= (dropout := abs(float(text))) < 1:
+                return dropout
+        except ValueError:
+            pass
     raise SpecError(f"{option}: {shorten(value)} is not allowed; give a number from 0 up to but not 1")
 
 
