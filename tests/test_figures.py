@@ -14,7 +14,8 @@ from runlora_gen.cost.profile import parse_toml, read_profile
 
 ROOT = Path(__file__).parents[1]
 README = "".join(
-    (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/benchmarks.md", "docs/module.md")
+    (ROOT / name).read_text(encoding="utf-8")
+    for name in ("README.md", "docs/benchmarks.md", "docs/module.md", "docs/with-peft.md")
 )
 CONTENDERS = (
     "peft fp32 adapters, autocast",
@@ -42,6 +43,38 @@ def test_the_gpu_tables(mode: str, ours: str) -> None:
         cells = [over_frozen(row["results"][name], mode) for name in (*CONTENDERS, f"{ours}, 16-bit adapters")]
         line = " | ".join([f"| {row['tokens']}, {row['shape'].replace('x', '→')}", *cells])
         assert f"{line} | **{over_frozen(row['results'][ours], mode)}** |" in README
+
+
+def test_the_table_of_dropout() -> None:
+    ours = ("generated, torch only", "generated, 16-bit adapters")
+    for row in results("linear_h100_dropout.json")["rows"]:
+        cells = [over_frozen(row["results"][name], "graph") for name in ("peft fp32 adapters, autocast", "peft", *ours)]
+        line = " | ".join([f"| {row['tokens']}, {row['shape'].replace('x', '→')}", *cells])
+        assert f"{line} | **{over_frozen(row['results']['generated'], 'graph')}** |" in README
+
+
+def test_models_with_dropout() -> None:
+    rows = {row["shape"]: row["results"] for row in results("model_dropout_h100.json")["rows"]}
+    peft, ours = ("PEFT, 16-bit adapters, dropout 0.05", "ours for graphs, 16-bit adapters, dropout 0.05")
+
+    def pair(shape: str, mode: str) -> tuple[str, str]:
+        mine, theirs = (over_frozen(rows[shape][name], mode) for name in (ours, peft))
+        return mine, theirs
+
+    text = " ".join(README.split())
+    (eager, peft_eager), (compiled, peft_compiled) = pair("13b", "eager"), pair("13b", "compiled")
+    assert (
+        f"took {eager} of the frozen step in eager mode and {compiled} compiled, PEFT's {peft_eager} and "
+        f"{peft_compiled}" in text
+    )
+    assert (
+        f"13B-shaped {eager} of the frozen step, PEFT's {peft_eager}; 8B-shaped {' and '.join(pair('8b', 'eager'))}."
+        in text
+    )
+    assert f"draws the masks, {compiled} and {peft_compiled} (13B-shaped" in text
+    for mode, share in (("eager", 1.0), ("compiled", 0.95)):
+        mine, theirs = (rows["13b"][name][mode]["peak_total_bytes"] for name in (ours, peft))
+        assert round(mine / theirs, 2) == share
 
 
 def test_other_ranks() -> None:
