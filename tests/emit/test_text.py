@@ -58,6 +58,11 @@ SPECS = {
         *("--arch", "llama-9m", "--launch", "graph", "--tokens", "65536", "--layout", "folder", *NARROW),
         *("--all-variants", "--no-input-grad", "--train", "b", "--target-modules", "q_proj,up_proj"),
     ),
+    "dropout": (*SMALL, "--dropout", "0.05", "--no-kernels"),
+    "dropout with kernels": (
+        *(*SMALL, "--dropout", "0.05", "--launch", "graph", "--tokens", "65536", *NARROW),
+        *("--all-variants", "--layout", "folder"),
+    ),
     "model type": ("--arch", "llama-3-8b", "--model-type", "mistral", "--target-modules", "v_proj, q_proj", *NARROW),
 }
 EVERYWHERE = {"__future__", "collections.abc", "typing"}
