@@ -210,12 +210,16 @@ def windows(package: Any, make: Make, rate: float) -> Any:
 def test_compiled_it_drops_at_its_rate_and_goes_back_through_the_same_mask(
     package: Any, make: Make, backend: str
 ) -> None:
-    rate, scaling, tokens = 0.3, 2, 3000
-    layer = windows(package, make, rate)
+    scaling, tokens = 2, 3000
+    layer = windows(package, make, 0.3)
     torch._dynamo.reset()
     step = torch.compile(layer, fullgraph=True, backend=backend)
     masks = []
-    for _ in range(2):
+    for rate in (0.3, 0.3, 0.6, 0.1):  # rates may change between steps
+        if make is injected:
+            layer.lora_dropout = rate
+        else:
+            layer.lora_dropout["default"].p = rate
         x = torch.ones(tokens, layer.in_features, requires_grad=True)
         y = step(x)
         y.sum().backward()
@@ -225,7 +229,7 @@ def test_compiled_it_drops_at_its_rate_and_goes_back_through_the_same_mask(
         torch.testing.assert_close(x.grad[:, :RANK], expected)
         masks.append(kept)
         assert abs(kept.float().mean() - (1 - rate)) < 5 * (rate * (1 - rate) / kept.numel()) ** 0.5
-    assert not torch.equal(*masks), "a graph draws anew in each call"
+    assert not torch.equal(*masks[:2]), "a graph draws anew in each call"
     layer.eval()
     assert torch.equal(step(torch.ones(tokens, layer.in_features))[:, :RANK], torch.full((tokens, RANK), 2.0))
 
