@@ -27,7 +27,7 @@ NAMED = (
     "second derivatives are silently wrong",
 )
 CATEGORIES = {
-    *("torch", "triton", "launch", "strides", "guards", "casts", "saved", "selection"),
+    *("torch", "dropout", "triton", "launch", "strides", "guards", "casts", "saved", "selection"),
     *("templates", "prices", "schedule", "search", "files"),
 }
 #: Quick ones: of the text that torch runs, of a kernel, of a source file.
