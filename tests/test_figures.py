@@ -71,6 +71,8 @@ def test_models_with_dropout() -> None:
         f"13B-shaped {eager} of the frozen step, PEFT's {peft_eager}; 8B-shaped {' and '.join(pair('8b', 'eager'))}."
         in text
     )
+    mine, theirs = pair("8b", "eager")
+    assert f"16-bit adapters ours takes {mine} of the frozen step in eager mode, PEFT {theirs} (" in text
     assert f"draws the masks, {compiled} and {peft_compiled} (13B-shaped" in text
     for mode, share in (("eager", 1.0), ("compiled", 0.95)):
         mine, theirs = (rows["13b"][name][mode]["peak_total_bytes"] for name in (ours, peft))
