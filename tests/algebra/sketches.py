@@ -1,4 +1,4 @@
-"""Sites that no module is generated for yet: what they will be, in the table's words.
+"""Sites, and ways of sites, that no module is generated for yet: what they will be, in the table's words.
 
 They show what the ground carries: a mask that is kept, drawn again or never made; a weight that is made from its codes,
 with the update merged before the one rounding; stacks of matrices of which each row takes its own.
