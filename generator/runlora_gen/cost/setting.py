@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import assert_never
 
 from ..algebra.derivation import CAST_ADAPTER, Derivation, Facts
-from ..algebra.linear import LINEAR
+from ..algebra.linear import DROPPED, LINEAR
 from ..algebra.operations import BITS, Dims, Store, Symbol
 from .device import DeviceProfile
 
@@ -75,6 +75,11 @@ class Setting:
     def casts(self) -> bool:
         """Whether the products read casts of the adapter."""
         return self.adapter_dtype != self.dtype
+
+    @cached_property
+    def in_evaluation(self) -> Setting:
+        """The same where nothing is trained: nothing is dropped there."""
+        return replace(self, derivation=LINEAR) if self.derivation is DROPPED else self
 
     @cached_property
     def facts(self) -> Facts:

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
-from ..algebra.linear import LINEAR
 from ..cost.lower import with_kernels
 from ..emit.nodes import module_name, module_node
 from ..emit.render import Header, render
@@ -37,9 +36,7 @@ def render_module(
 
 def one_choice(layer: Layer, workload: Workload, decision: Decision) -> LayerChoice:
     """A layer with one decision for all token counts."""
-    # Nothing is dropped where nothing is trained.
-    setting = replace(decision.setting, derivation=LINEAR) if workload.dropout else decision.setting
-    forward = decide_forward(workload, setting, decision.host_share)
+    forward = decide_forward(workload, decision.setting, decision.host_share)
     return LayerChoice(layer, (Range(decision, None),), (Range(forward, None),))
 
 

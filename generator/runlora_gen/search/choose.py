@@ -132,7 +132,8 @@ class ForwardDecision:
 
 
 def decide_forward(workload: Workload, setting: Setting, host_share: float = DEVICE_BOUND) -> ForwardDecision:
-    """Choose the fastest forward, whatever the criterion is for training: nothing is kept."""
+    """Choose the fastest forward, whatever the criterion is for training: nothing is kept, and nothing dropped."""
+    setting = setting.in_evaluation
 
     def key(phase: Phase) -> tuple[float | str, ...]:
         cost = price_phase(phase, setting)

@@ -107,8 +107,7 @@ def decide_model(
         SpecError: no program of some layer meets ``max_saved_bytes``.
     """
     training = _Training(workload, sites, rank, alone).ranges()
-    # Nothing is dropped where nothing is trained.
-    inference = _Inference(replace(workload, dropout=0.0), sites, rank, alone).ranges()
+    inference = _Inference(workload, sites, rank, alone).ranges()
     return tuple(LayerChoice(*parts) for parts in zip(sites, training, inference, strict=True))
 
 
