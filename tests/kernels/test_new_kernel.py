@@ -28,7 +28,7 @@ from ..record import Kernel
 
 KERNEL = Kernel(
     launches=1,
-    call="{left0}, {right0}, scaling",
+    call="{left0}, {right0}, {scaling0}",
     tiles={"BT": 64, "BO": 64, "WARPS": 4, "STAGES": 3},
     largest_rank=64,
     helpers=frozenset({"rank_wide"}),

@@ -10,13 +10,15 @@ from runlora_gen.algebra.linear import LINEAR
 from runlora_gen.algebra.operations import Fused
 from runlora_gen.algebra.sites import DERIVATIONS
 from runlora_gen.algebra.work import work
-from runlora_gen.emit.code import line
+from runlora_gen.emit import code
+from runlora_gen.emit.code import line, numbers_of
 from runlora_gen.kernels import sites
 from runlora_gen.kernels.record import Kernel
 from runlora_gen.kernels.registry import FOLDER, KERNELS
 from runlora_gen.kernels.sites import OPERATIONS, alternatives, draws, operations_of
 
 from ..algebra.sketches import dropout
+from ..search.groups import group
 
 FUSED = {operation.kernel: operation for operation in operations_of(LINEAR) if isinstance(operation, Fused)}
 
@@ -53,6 +55,56 @@ def test_calls_follow_from_the_formulas() -> None:
         'M = _merge(W, A, B, scaling, tiles="M")',
         'M = _merge_stochastic(W, A, B, scaling, seed, tiles="M")',
     }
+
+
+def test_calls_for_a_linear_of_a_group_name_its_operands() -> None:
+    site = group(("q", "k"))
+    for formula, expected in {
+        "S_q = s_q * X @ A_q.T": "S_q = _scaled_mm(X, A_q.t(), scaling_q)",
+        "dA_q = s_q * B_q.T @ G_q": "dA_q = _mm_as(B_q.t(), G_q, A_q_dtype, scaling_q)",
+        "M_q = W_q + s_q * B_q @ A_q": "M_q = _scaled_addmm(W_q, B_q, A_q, scaling_q)",
+        "x_at: S_q = s_q * X @ A_q.T": 'S_q = _x_at(X, A_q, scaling_q, tiles="S_q")',
+        "p_db: P_k = s_k * dY_k @ B_k; dB_k = dY_k.T @ S_k": (
+            'P_k, dB_k = _p_db(dY_k, B_k, S_k, scaling_k, B_k_dtype, tiles="P_k, dB_k")'
+        ),
+    }.items():
+        operation = site.parse(formula)
+        assert line(operation) == expected
+        numbers = {f"scaling_{formula.partition(' * ')[0][-1]}"} if " * " in formula else set()
+        assert numbers_of(operation) == numbers
+
+
+@pytest.mark.parametrize(
+    ("call", "formula", "expected"),
+    [
+        (
+            "{left0}, {*right0T}, {*scaling0}",
+            "S_q = s_q * X @ A_q.T; S_k = s_k * X @ A_k.T",
+            "X, (A_q, A_k), (scaling_q, scaling_k)",
+        ),
+        (
+            "{*left0T}, {right0}, ({dtypes})",
+            "dA_q = P_q.T @ X; dA_k = P_k.T @ X",
+            "(P_q, P_k), X, (A_q_dtype, A_k_dtype)",
+        ),
+        (
+            "{left1}, {*right1T}, {*left0}, {*bias0}",
+            "Y_q = S_q @ B_q.T + b_q; Y_q += X @ W_q.T; Y_k = S_k @ B_k.T; Y_k += X @ W_k.T",
+            "X, (W_q, W_k), (S_q, S_k), (b_q, None)",
+        ),
+        (
+            "{*left1}, {*right1}, {*left0}, {*right0}",
+            "dX = P_q @ A_q; dX += P_k @ A_k; dX += dY_q @ W_q; dX += dY_k @ W_k",
+            "(dY_q, dY_k), (W_q, W_k), (P_q, P_k), (A_q, A_k)",
+        ),
+    ],
+)
+def test_calls_of_several_linears_take_tuples(
+    monkeypatch: pytest.MonkeyPatch, call: str, formula: str, expected: str
+) -> None:
+    record = Kernel(launches=1, call=call, tiles={})
+    monkeypatch.setattr(code, "KERNELS", MappingProxyType({"several": record}))
+    assert f" = _several({expected}, tiles=" in line(group(("q", "k")).parse(f"several: {formula}"))
 
 
 def test_alternatives_are_of_products_that_the_table_has() -> None:

@@ -304,11 +304,6 @@ class Fused(_Hashed):
         return tuple(part for part in self.parts if isinstance(part, Contract))
 
     @property
-    def bias(self) -> Symbol | None:
-        """The bias that one of its products adds."""
-        return next((product.bias for product in self.products if product.bias is not None), None)
-
-    @property
     def formula(self) -> str:
         """The formulas of its parts, accumulations written as one sum."""
         texts: dict[Symbol, str] = {}

@@ -32,6 +32,11 @@ def work(operation: Operation) -> str:
     return f"{operation.kernel}: {steps}" if isinstance(operation, Fused) else steps
 
 
+def kind(product: Contract) -> str:
+    """What a product does, whichever of a site's linears it is of: its form, whose indices have no numbers."""
+    return _form(product, {index: index[0] for symbol in (*product.reads, product.out) for index in symbol.shape})
+
+
 def _letters(operation: Operation) -> Mapping[str, str]:
     """An operation's indices as a form has them."""
     symbols = (symbol for step in products(operation) for symbol in (*step.reads, *step.outputs))

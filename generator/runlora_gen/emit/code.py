@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import assert_never
 
 from ..algebra.operations import Contract, Convert, Draw, Fused, Map, Operand, Operation, Reduce, Step, Symbol, products
+from ..algebra.work import kind
 from ..kernels.registry import KERNELS
 
 
@@ -14,9 +16,16 @@ def dtype_of(gradient: Symbol) -> str | None:
     return f"{gradient.name.removeprefix('d')}_dtype" if gradient.store == "adapter" else None
 
 
-def uses_scaling(operation: Operation) -> bool:
-    """Whether the line reads the scaling."""
-    return any(isinstance(step, Contract) and step.scaled for step in products(operation))
+def numbers_of(operation: Operation) -> frozenset[str]:
+    """The variables that the line reads beside tensors: scalings, and the rate of dropout."""
+    scalings = (_scaling(step) for step in products(operation) if isinstance(step, Contract) and step.scaled)
+    drops = isinstance(operation, Map) and operation.function == "drop"
+    return frozenset((*scalings, *(["dropout"] if drops else [])))
+
+
+def _scaling(product: Contract) -> str:
+    """The variable with what multiplies a product: ``scaling`` for s, ``scaling_q`` for s_q."""
+    return "1.0" if product.scaling is None else f"scaling{product.scaling.removeprefix('s')}"
 
 
 def helpers_of(operation: Operation) -> frozenset[str]:
@@ -47,11 +56,6 @@ def _helpers(step: Step) -> frozenset[str]:
 def drawn_line(draw: Draw, drop: Map) -> str:
     """The statement that draws a mask and drops by it: torch does both in one pass."""
     return f"{drop.out}, {draw.out} = _dropped({drop.operands[0]}, {draw.operands[0]})"
-
-
-def uses_dropout(operation: Operation) -> bool:
-    """Whether the line reads the rate of dropout."""
-    return isinstance(operation, Map) and operation.function == "drop"
 
 
 def line(operation: Operation, owner: str = "", *, tiles: str | None = None) -> str:
@@ -85,13 +89,13 @@ def line(operation: Operation, owner: str = "", *, tiles: str | None = None) -> 
 def _product(product: Contract) -> str:
     left, right = _operand(product.left), _operand(product.right)
     if dtype := dtype_of(product.out):
-        return f"_mm_as({left}, {right}, {dtype}{', scaling' if product.scaled else ''})"
+        return f"_mm_as({left}, {right}, {dtype}{f', {_scaling(product)}' if product.scaled else ''})"
     if product.accumulate:
         return f"_accumulate({product.out}, {left}, {right})"
     if product.addend is not None:
-        return f"_scaled_addmm({product.addend}, {left}, {right}, scaling)"
+        return f"_scaled_addmm({product.addend}, {left}, {right}, {_scaling(product)})"
     if product.scaled:
-        return f"_scaled_mm({left}, {right}, scaling)"
+        return f"_scaled_mm({left}, {right}, {_scaling(product)})"
     if product.bias is not None and product.right.transposed:
         return f"F.linear({left}, {product.right.symbol}, {product.bias})"
     return f"{left} @ {right}"
@@ -109,17 +113,25 @@ def tiles_key(operation: Fused, owner: str = "") -> str:
 
 def _call(operation: Fused, tiles: str) -> str:
     """The call of a kernel's wrapper, with the operands of its parts where the kernel wants them."""
-    values = {
-        "bias": "None" if operation.bias is None else str(operation.bias),
-        "dtypes": ", ".join(dtype for out in operation.outputs if (dtype := dtype_of(out))),
-    }
+    values = {"dtypes": ", ".join(dtype for out in operation.outputs if (dtype := dtype_of(out)))}
+    alike: dict[str, list[Contract]] = {}
     for number, part in enumerate(operation.products):
-        for side, operand in (("left", part.left), ("right", part.right)):
-            values[f"{side}{number}"] = _operand(operand)
-            values[f"{side}{number}T"] = _operand(replace(operand, transposed=not operand.transposed))
-        values[f"addend{number}"] = str(part.addend)
-    arguments = KERNELS[operation.kernel].call.format(**values)
-    return f'_{operation.kernel}({arguments}, tiles="{tiles}")'
+        values |= {name.format(number): text for name, text in _arguments(part).items()}
+        alike.setdefault(kind(part), []).append(part)
+    for number, parts in enumerate(alike.values()):
+        arguments = list(map(_arguments, parts))
+        for name in arguments[0]:
+            values[f"*{name.format(number)}"] = f"({', '.join(each[name] for each in arguments)})"
+    return f'_{operation.kernel}({KERNELS[operation.kernel].call.format(**values)}, tiles="{tiles}")'
+
+
+def _arguments(product: Contract) -> Mapping[str, str]:
+    """What a call may take of a product, by names to be filled with its number."""
+    values = {"addend{}": str(product.addend), "bias{}": str(product.bias), "scaling{}": _scaling(product)}
+    for side, operand in (("left", product.left), ("right", product.right)):
+        values[f"{side}{{}}"] = _operand(operand)
+        values[f"{side}{{}}T"] = _operand(replace(operand, transposed=not operand.transposed))
+    return values
 
 
 def _operand(operand: Operand) -> str:

@@ -21,7 +21,7 @@ from ..search.candidates import goals
 from ..search.choose import Decision, ForwardDecision
 from ..search.criterion import Priced
 from ..search.ranges import LayerChoice
-from .code import dtype_of, helpers_of, uses_dropout, uses_scaling
+from .code import dtype_of, helpers_of, numbers_of
 from .derivation_text import forward_text, program_text
 from .kernel_notes import KernelCall, KernelNode, Tiles, kernels_note, listed, tiles_note
 from .statements import Block, backward_blocks, forward_statements, guard, unpack_needs, witnesses
@@ -342,8 +342,8 @@ def _function(variant: _Variant, workload: Workload, class_name: str, owner: str
         saves += (("seed", guard(needed_by[operation.outputs[0]], site)),)
         made.append("seed")
     gradients = tuple(str(gradient) for gradient in site.gradients if gradient in program.backward.goals)
-    numbers = {"scaling": uses_scaling, "dropout": uses_dropout}
-    keeps = tuple(name for name, uses in numbers.items() if any(map(uses, program.backward.operations)))
+    numbers = frozenset[str]().union(*map(numbers_of, program.backward.operations))
+    keeps = tuple(a.name for a in site.arguments if a.name in numbers)
     used = {*witnesses(site), *(symbol for symbol, _ in saves), *keeps}
     return FunctionNode(
         class_name=class_name,

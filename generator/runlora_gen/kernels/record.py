@@ -52,8 +52,10 @@ class Kernel:
         launches: of one call. A product that is split because few tokens or features would leave the machine idle
             takes one more, to add up its parts; that is not counted.
         call: the arguments of its call in the emitted code, from the parts of the operation: ``left0`` is the left
-            operand of the first part as the formula has it, ``left0T`` its transpose; likewise ``right`` and
-            ``addend``; ``bias`` is b or None, ``dtypes`` are those of results that are gradients of parameters.
+            operand of the first part as the formula has it, ``left0T`` its transpose; likewise ``right``, ``addend``,
+            ``bias`` and ``scaling``; ``dtypes`` are those of results that are gradients of parameters. Where it is of
+            several linears, ``*left0`` is the tuple of the left operands of all parts that do what the first one does,
+            one a linear, ``*left1`` that of the next kind of part; likewise the others.
         tiles: its compile-time constants where none were tuned, for 16-bit operands on GPUs that have tensor
             descriptors and 227 KiB of shared memory a block.
         small_tiles: the same for operands and GPUs (from sm_80 on) where that does not hold; empty for a kernel that

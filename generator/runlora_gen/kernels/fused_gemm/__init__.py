@@ -6,7 +6,7 @@ from ..record import Bounds, Kernel
 
 KERNEL = Kernel(
     launches=1,
-    call="{left1}, {right1T}, {left0}, {right0T}, {bias}",
+    call="{left1}, {right1T}, {left0}, {right0T}, {bias0}",
     tiles={"BM": 128, "BN": 256, "BK": 64, "GROUP_M": 8, "SUBTILES": 2, "PARTS": 2, "WARPS": 8, "STAGES": 4},
     small_tiles={"BM": 128, "BN": 128, "BK": 32, "GROUP_M": 8, "SUBTILES": 1, "PARTS": 1, "WARPS": 8, "STAGES": 3},
     bounds={"GROUP_M": Bounds(1, 64), "SUBTILES": Bounds(1, 2), "PARTS": Bounds(1, 2)},

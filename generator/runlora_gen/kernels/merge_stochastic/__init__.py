@@ -6,7 +6,7 @@ from ..record import Kernel
 
 KERNEL = Kernel(
     launches=2,  # the first one draws the seed
-    call="{addend0}, {right0}, {left0}, scaling, seed",
+    call="{addend0}, {right0}, {left0}, {scaling0}, seed",
     tiles={"BO": 32, "BI": 128, "WARPS": 4, "STAGES": 3},
     dtypes=frozenset({"bf16", "fp16"}),
     helpers=frozenset({"merged_tile"}),

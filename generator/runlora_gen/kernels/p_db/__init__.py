@@ -6,7 +6,7 @@ from ..record import Kernel
 
 KERNEL = Kernel(
     launches=2,  # the second one adds up the partial sums of the first
-    call="{left0}, {right0}, {right1}, scaling, {dtypes}",
+    call="{left0}, {right0}, {right1}, {scaling0}, {dtypes}",
     tiles={"BT": 512, "BO": 64, "WARPS": 4, "STAGES": 3},
     small_tiles={"BT": 128, "BO": 64, "WARPS": 4, "STAGES": 3},
     candidates=({"BT": 256}, {"BT": 256, "WARPS": 8, "BO": 128}),

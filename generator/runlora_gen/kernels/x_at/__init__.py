@@ -6,7 +6,7 @@ from ..record import Kernel
 
 KERNEL = Kernel(
     launches=1,
-    call="{left0}, {right0T}, scaling",
+    call="{left0}, {right0T}, {scaling0}",
     tiles={"BT": 64, "BI": 256, "WARPS": 4, "STAGES": 4},
     small_tiles={"BT": 64, "BI": 64, "WARPS": 4, "STAGES": 3},
     candidates=({"BI": 128}, {"BT": 128, "BI": 128}),
