@@ -34,7 +34,9 @@ def _one_thread() -> Iterator[None]:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """What a package does to a model it does in both layouts."""
-    if "package" in metafunc.fixturenames and metafunc.module.__name__.endswith(("with_peft", "without_peft")):
+    if "package" in metafunc.fixturenames and metafunc.module.__name__.endswith(
+        ("with_peft", "without_peft", "biases")
+    ):
         metafunc.parametrize("package", LAYOUTS, indirect=True, scope="session")
 
 

@@ -132,6 +132,40 @@ def ddp(setting: Setting) -> Finding:
     return found
 
 
+def biases(setting: Setting) -> Finding:
+    """Gradients of adapters with biases, over linears with one and without: DDP's, and those of shards."""
+
+    def base() -> Any:
+        return llama(attention_bias=True).to(setting.device)
+
+    def peft() -> Any:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*lora_bias=True")  # can't be merged into linears without one
+            return with_lora(base(), lora_bias=True).to(setting.device)
+
+    def biased_plain(name: str) -> str:
+        return plain(name.replace("lora_B.default.bias", "lora_bias"))
+
+    def ours() -> Iterator[tuple[str, Any]]:
+        accelerated, injected = peft(), base()
+        setting.package.accelerate(accelerated, strict=True)
+        yield "PEFT", accelerated
+        setting.package.inject_lora(injected, RANK, 8, lora_bias=True)
+        adapters = {biased_plain(name): p for name, p in peft().named_parameters() if "lora_" in name}
+        injected.load_state_dict(adapters, False)
+        yield "injected", injected
+
+    wanted = {biased_plain(name): gradient for name, gradient in gradients(peft(), setting.tokens).items()}
+    found, part = Finding(), setting.tokens.chunk(dist.get_world_size())[dist.get_rank()]
+    for kind, model in ours():
+        parallel = nn.parallel.DistributedDataParallel(model)
+        found[kind] = near({biased_plain(n): g for n, g in gradients(parallel, part).items()}, wanted)
+    for kind, model in ours():
+        shards = gradients(sharded(model, setting.mesh), setting.tokens)
+        found[f"{kind}, sharded"] = near({biased_plain(n): whole(g) for n, g in shards.items()}, wanted)
+    return found
+
+
 def fsdp(setting: Setting) -> Finding:
     """Gradients, and parameters after two steps of AdamW; sharded again after the forward or not, and offloaded."""
     wanted, found = setting.wanted(), Finding()
@@ -278,6 +312,7 @@ CHECKS = {
     check.__name__: check
     for check in (
         ddp,
+        biases,
         fsdp,
         fsdp_mixed_precision,
         fsdp_adapter_files,

@@ -104,15 +104,14 @@ def test_without_it_dropout_is_peft_s_in_training_and_ours_in_evaluation(package
     ("options", "reason", "count"),
     [
         ({"use_dora": True}, "DoraLinearVariant is not covered", ALL),
-        ({"lora_bias": True}, "lora_bias is not covered", ALL),
         ({"r": 8}, f"rank 8 is not in llama_r{RANK}", ALL),
         ({"rank_pattern": {"down_proj": 2}}, f"rank 2 is not in llama_r{RANK}", 2),
         ({"target_modules": ["embed_tokens", "q_proj"]}, "a layer.Embedding is not covered", 1),
         ({"target_modules": ["lm_head", "q_proj"]}, f"64x50 is not in llama_r{RANK}", 1),
     ],
-    ids=["DoRA", "lora_bias", "rank", "rank_pattern", "embedding", "shape"],
+    ids=["DoRA", "rank", "rank_pattern", "embedding", "shape"],
 )
-@pytest.mark.filterwarnings("ignore:.*lora_bias=True.*", "ignore:.*tie_word_embeddings.*")
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings.*")
 def test_what_is_not_covered_is_left_to_peft(
     package: Any, tokens: Tensor, options: dict[str, Any], reason: str, count: int
 ) -> None:

@@ -30,6 +30,7 @@ def inject_lora(
     adapter_dtype: torch.dtype | None = None,
     use_rslora: bool = False,
     lora_dropout: float = 0.0,
+    lora_bias: bool = False,
     output: str | os.PathLike[str] | None = None,
     layout: str = STANDALONE,
     **workload: Any,
@@ -45,6 +46,7 @@ def inject_lora(
         adapter_dtype: of lora_A and lora_B; None for float32 over a 16-bit base, else the base's.
         use_rslora: scale by lora_alpha / sqrt(r).
         lora_dropout: the probability with which an element of an adapter's input is dropped while training.
+        lora_bias: whether each adapter has a bias, which is trained and scaled as the update is.
         output, layout, workload: as for ``accelerate``.
 
     Returns:
@@ -64,7 +66,7 @@ def inject_lora(
     architecture = live.architecture.restricted(wanted) if wanted else live.architecture
     if adapter_dtype is not None:
         workload = {"adapter_dtype": dtype_name(adapter_dtype), **workload}
-    options: dict[str, Any] = {"adapter_dtype": adapter_dtype, "use_rslora": use_rslora}
+    options: dict[str, Any] = {"adapter_dtype": adapter_dtype, "use_rslora": use_rslora, "lora_bias": lora_bias}
     if lora_dropout:
         options["lora_dropout"] = lora_dropout = parse_dropout("lora_dropout", lora_dropout)
         workload = {"dropout": lora_dropout, **workload}
@@ -120,7 +122,7 @@ def merge(model: nn.Module) -> None:
     """Put weights with the updates in them in place of the frozen ones, which are kept for ``unmerge``.
 
     Raises:
-        ValueError: the model has no generated layers.
+        ValueError: the model has no generated layers, or (as with PEFT) a linear without a bias has a lora_bias.
     """
     needed(model).merge(model)
 
