@@ -152,8 +152,8 @@ def _swapped(name: str, **fields: Any) -> Build:
     def build(model: nn.Module, setup: Setup) -> tuple[nn.Module, dict[str, Any]]:
         workload = Workload(tokens=(setup.tokens,), device=setup.profile, **fields)
         modules, chosen = {}, {}
-        for choice in decide_model(workload, sites(model), setup.rank):
-            layer = choice.layer
+        layers = sites(model)
+        for layer, choice in zip(layers, decide_model(workload, layers, setup.rank), strict=True):
             modules[layer.in_features, layer.out_features] = render_module(
                 choice, setup.rank, workload, setup.folder / f"{setup.folder.name}_{name}_{layer.name}"
             )

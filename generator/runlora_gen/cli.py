@@ -106,6 +106,13 @@ _SPEC_OPTIONS = (
         show_default=True,
         help="How steps are launched: compile for torch.compile, graph for CUDA graphs.",
     ),
+    click.option(
+        "--groups",
+        type=click.Choice(CHOICES["groups"]),
+        default="auto",
+        show_default=True,
+        help="Compute q, k, v and gate, up together where that is priced no higher, or never.",
+    ),
     click.option("--no-kernels", is_flag=True, help="Plain torch only: no fused Triton kernels."),
     click.option(
         "--device",
@@ -126,7 +133,7 @@ def _spec_options(command: Command) -> Command:
 #: Options that are fields of a workload as they are.
 _AS_GIVEN = (
     *("dtype", "adapter_dtype", "train", "criterion", "max_saved_bytes", "allow_lossy_merge", "merge_rounding"),
-    *("device", "dropout", "launch", "model_type"),
+    *("device", "dropout", "groups", "launch", "model_type"),
 )
 
 
@@ -213,7 +220,7 @@ def main(context: click.Context, /, **options: Any) -> None:
     )
     if verbose:
         for package in packages:
-            for choice in package.layers:
+            for choice in (*package.layers, *package.groups):
                 for part in choice.ranges:
                     upto = "" if part.last_tokens is None else f" up to {part.last_tokens} tokens"
                     name = part.decision.chosen.program.id
@@ -234,7 +241,7 @@ def main(context: click.Context, /, **options: Any) -> None:
     if verbose or options["dry_run"]:
         for change in changes:
             click.echo(f"{verb if change.text is not None else removed} {change.path}")
-    modules = current | {rank: len(package.layers) for rank, package in zip(stale, packages, strict=True)}
+    modules = current | {rank: package.modules for rank, package in zip(stale, packages, strict=True)}
     for rank, architecture in request.by_rank.items():
         folder = folder_name(architecture, rank)
         count = sum(change.path.parent.name == folder for change in changes)

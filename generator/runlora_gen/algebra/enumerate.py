@@ -80,10 +80,12 @@ class Phase:
     @cached_property
     def name(self) -> str:
         """The ways of all symbols where the table leaves a choice beside saving them, those of the goals first."""
-        names = [self.way_of(goal).name for goal in self.goals if goal in self.derivation.undecided]
+        undecided = self.derivation.undecided
+        first = dict.fromkeys(self.way_of(goal) for goal in self.goals if goal in undecided)
+        names = [way.name for way in first]
         for chosen in self.ways:
             rivals = [way for way in self.derivation.table if way.targets == chosen.targets and not way.saved]
-            named = len(rivals) > 1 or len(chosen.targets) > 1
+            named = len(rivals) > 1 or (len(chosen.targets) > 1 and not undecided.isdisjoint(chosen.targets))
             if named and not chosen.saved and not set(chosen.targets) & set(self.goals):
                 names.append(chosen.name)
         return "-".join(names)

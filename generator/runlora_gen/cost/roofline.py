@@ -31,7 +31,8 @@ def roofline(operation: Operation, setting: Setting) -> OperationCost:
             kernel = KERNELS[operation.kernel]
             launches, host_s = kernel.launches, device.kernel_host_s
             if device.multiprocessors is not None:
-                rows, columns, _ = operation.products[0].mnk(dims)
+                rows, _, _ = operation.products[0].mnk(dims)
+                columns = sum(dims[out.shape[-1]] for out in operation.outputs)
                 idle = kernel.waves(rows, columns, device.multiprocessors)
         case Contract():
             m, n, k = operation.mnk(dims)

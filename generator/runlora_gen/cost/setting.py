@@ -40,6 +40,7 @@ class Setting:
 
     Attributes:
         tokens, in_features, out_features, rank: T, I, O and R.
+            Of a group ``out_features`` is the sum, ``rank`` that of each linear.
         dtype: of activations and weight.
         adapter_dtype: of lora_A, lora_B and their gradients.
         bias: whether the linear has a bias (it is read, not trained).

@@ -75,7 +75,8 @@ def line(operation: Operation, owner: str = "", *, tiles: str | None = None) -> 
         case Reduce():
             return f"{operation.out} = {operation.operands[0]}.sum(0)"
         case Convert(function="cast"):
-            return f"{operation.out} = {operation.operands[0]}.to(dY.dtype)"
+            # A to the dtype of dY, A_q to that of dY_q.
+            return f"{operation.out} = {operation.operands[0]}.to(dY{operation.out.name[1:]}.dtype)"
         case Contract(left=Operand(stacked=False), right=Operand(stacked=False)):
             return f"{operation.out} = {_product(operation)}"
         case Map(function="drop"):

@@ -75,16 +75,17 @@ def _priced_at(
     """What it was priced for, and what it takes beside the frozen linear."""
     frozen_device, frozen_host = (price_frozen(setting, share) for share in (DEVICE_BOUND, HOST_BOUND))
     adapter = f", the adapter in {setting.adapter_dtype.name}," if setting.casts else ""
+    linear = "linear" if len(setting.derivation.outputs) == 1 else "linears"
     yield (
         f"Priced at {setting.tokens} tokens in {setting.dtype.name}{adapter} {_priced_by(setting)}: "
-        f"{device_s / frozen_device:.3f} times the frozen linear ({show_time(frozen_device)}) on the device."
+        f"{device_s / frozen_device:.3f} times the frozen {linear} ({show_time(frozen_device)}) on the device."
     )
     if workload.launch == "graph":
         yield "Launches cost nothing: they are replayed as a graph."
         return
     how = "Under torch.compile" if workload.launch == "compile" else "Launched eagerly"
     yield (
-        f"{how} it takes the host {host_s / frozen_host:.2f} times the frozen linear "
+        f"{how} it takes the host {host_s / frozen_host:.2f} times the frozen {linear} "
         f"({show_time(frozen_host)}); a step of the whole model is bound by {show_bound(host_share)}."
     )
 

@@ -85,7 +85,8 @@ def current_modules(
         if set(files) != {path.name for path in folder.iterdir() if path.is_file()} - {MANIFEST}:
             return None
         texts = {name: read_text(folder / name, label=name, limit=MAX_GENERATED_BYTES, kind="file") for name in files}
-        return len(manifest["layers"]) if {name: sha256(text) for name, text in texts.items()} == files else None
+        count = len(manifest["layers"]) + len(manifest["groups"])
+        return count if {name: sha256(text) for name, text in texts.items()} == files else None
     return None
 
 

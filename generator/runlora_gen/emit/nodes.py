@@ -14,10 +14,11 @@ from ..algebra.liveness import dependents
 from ..algebra.operations import Fused
 from ..kernels.registry import KERNELS
 from ..kernels.sites import draws, seeded
+from ..request.groups import Group
 from ..request.layers import Layer
 from ..request.layout import FOLDER, STANDALONE
 from ..request.workload import Workload
-from ..search.candidates import goals
+from ..search.candidates import Site, goals
 from ..search.choose import Decision, ForwardDecision
 from ..search.criterion import Priced
 from ..search.ranges import LayerChoice
@@ -39,27 +40,24 @@ class FunctionNode:
     id: str
     doc: tuple[str, ...]
     forward: tuple[str, ...]
-    outputs: tuple[str, ...]  # Y, and what is kept beside it
+    outputs: tuple[str, ...]  # of the site, and what is kept beside them
+    kept: tuple[str, ...]  # what the forward makes for the backward
     inputs: str  # the left side that takes from the inputs what is saved or asked
     needs: str  # the left side that unpacks needs_input_grad for what is saved
     saves: tuple[tuple[str, str], ...]  # symbol, condition
     backward_needs: str
     backward: tuple[Block, ...]
     gradients: tuple[str, ...]  # dX, dA, … that it can give
+    summed: tuple[str, ...]  # those of them that a later block adds to
     returns: tuple[str, ...]
     keeps: tuple[str, ...]  # of the numbers among the inputs, those that the backward reads
     dtypes: tuple[str, ...]  # variables that hold the dtypes of trained parameters
     seeded: bool
 
-    @property
-    def kept(self) -> tuple[str, ...]:
-        """What the forward makes for the backward."""
-        return self.outputs[1:]
-
 
 @dataclass(frozen=True)
 class ForwardNode:
-    """A function that computes Y alone."""
+    """A function that computes the outputs alone."""
 
     name: str
     doc: tuple[str, ...]
@@ -91,6 +89,9 @@ class SharedNode:
         dropout: whether the adapter's input may be dropped while training.
         helpers: functions that lines call, and what the kernels need of their common code.
         calls: of fused kernels.
+        function: what the module's function is called, or where several share this, that of the lone linears.
+        linears: those of a group; none of a lone linear.
+        groups: whether any module of those that share this is a group's.
         folder: whether what they share stands once in their folder, and not in each of them.
         width: columns of a line.
     """
@@ -104,13 +105,17 @@ class SharedNode:
     dropout: bool
     helpers: frozenset[str]
     calls: tuple[KernelCall, ...]
+    function: str
+    linears: tuple[str, ...]
+    groups: bool
     folder: bool
     width: int
 
     @property
     def differentiable(self) -> str:
         """Which arguments get gradients, for people."""
-        return listed(self.trains)
+        plural = {"lora_A": "lora_As", "lora_B": "lora_Bs", "bias": "biases"} if self.linears else {}
+        return listed([plural.get(name, name) for name in self.trains])
 
     @cached_property
     def kernels(self) -> tuple[KernelNode, ...]:
@@ -143,19 +148,32 @@ class SharedNode:
 
 @dataclass(frozen=True, kw_only=True)
 class ModuleNode(SharedNode):
-    """One generated module."""
+    """One generated module, of a lone linear or of a group.
+
+    Attributes:
+        out_features: of a group a tuple, of each linear.
+        projections: of a group, the names in the model of its linears, in each kind that it serves.
+        bias: whether a lone linear has one by default.
+        outputs, output_gradients: of its functions.
+        witnesses: arguments on which gradients depend.
+        ranges: ids of variants.
+        forward_ranges: functions that compute the outputs alone.
+    """
 
     name: str
     title: str
     notes: tuple[str, ...]
     in_features: int
-    out_features: int
+    out_features: int | tuple[int, ...]
+    projections: tuple[tuple[str, ...], ...]
     bias: bool
-    witnesses: tuple[str, ...]  # arguments on which gradients depend
+    outputs: tuple[str, ...]
+    output_gradients: tuple[str, ...]
+    witnesses: tuple[str, ...]
     functions: tuple[FunctionNode, ...]
     forwards: tuple[ForwardNode, ...]
-    ranges: tuple[RangeNode, ...]  # ids of variants
-    forward_ranges: tuple[RangeNode, ...]  # functions that compute Y
+    ranges: tuple[RangeNode, ...]
+    forward_ranges: tuple[RangeNode, ...]
 
 
 @dataclass(frozen=True)
@@ -180,16 +198,20 @@ def module_node(
     all_variants: bool = False,
     layout: str = STANDALONE,
 ) -> ModuleNode:
-    """The module of a layer: the chosen variants, or all that were enumerated.
+    """The module of a layer or of a group: the chosen variants, or all that were enumerated.
 
     ``width``: columns of a line.
     """
-    layer = choice.layer
+    site = choice.layer
+    linears = site.linears if isinstance(site, Group) else ()
     folder = layout == FOLDER
-    owner = layer.name if folder else ""
+    owner = site.name if folder else ""
     variants = _variants(choice, all_variants)
     alone = len(variants) == 1
-    programs = {"_LoRALinearFunction" if alone else _class_name(v.program): v.program for v in variants}
+    programs = {
+        f"_LoRA{'Group' if linears else 'Linear'}Function" if alone else _class_name(v.program): v.program
+        for v in variants
+    }
     functions = tuple(
         _function(variant, workload, class_name, owner, width)
         for variant, class_name in zip(variants, programs, strict=True)
@@ -202,13 +224,19 @@ def module_node(
     setting = replace(choice.ranges[-1].decision.setting, tokens=max(workload.tokens))
     trains, frozen = _trained(goals(workload))
     return ModuleNode(
-        name=module_name(layer, rank),
-        title=f"LoRA linear, {layer.in_features} to {layer.out_features} features, rank {rank}",
-        notes=tuple(line for note in _notes(layer) for line in textwrap.wrap(note, width)),
-        in_features=layer.in_features,
-        out_features=layer.out_features,
+        name=module_name(site, rank),
+        title=_title(site, rank),
+        notes=tuple(line for note in _notes(site) for line in textwrap.wrap(note, width)),
+        function=function_name(site),
+        linears=linears,
+        groups=bool(linears),
+        in_features=site.in_features,
+        out_features=site.out_features,
+        projections=site.projections if isinstance(site, Group) else (),
         rank=rank,
-        bias=layer.bias,
+        bias=site.bias,
+        outputs=tuple(map(str, setting.derivation.outputs)),
+        output_gradients=tuple(map(str, setting.derivation.output_gradients)),
         arguments=setting.derivation.arguments,
         witnesses=witnesses(setting.derivation),
         functions=functions,
@@ -232,6 +260,7 @@ def shared_node(modules: Sequence[ModuleNode]) -> SharedNode:
     values = {field.name: getattr(modules[0], field.name) for field in dataclasses.fields(SharedNode)}
     values["helpers"] = frozenset[str]().union(*(module.helpers for module in modules))
     values["calls"] = tuple(call for module in modules for call in module.calls)
+    values["groups"] = any(module.groups for module in modules)
     return SharedNode(**values)
 
 
@@ -276,17 +305,35 @@ def _trained(wanted: Collection[str]) -> tuple[tuple[str, ...], tuple[tuple[str,
     )
 
 
-def module_name(layer: Layer, rank: int) -> str:
-    """The module's file name without its ending; the shape is the name."""
-    return f"linear_{layer.name}_r{rank}"
+def module_name(site: Site, rank: int) -> str:
+    """The module's file name without its ending; what it computes and the shape are the name."""
+    return f"{site.name if isinstance(site, Group) else f'linear_{site.name}'}_r{rank}"
 
 
-def _notes(layer: Layer) -> tuple[str, ...]:
-    notes = [f"Serves {', '.join(layer.projections)} ({layer.count} linears in the model)."]
-    if layer.transposed_weight:
+def function_name(site: Site) -> str:
+    """The name of its function."""
+    return f"lora_{site.kind}" if isinstance(site, Group) else "lora_linear"
+
+
+def _title(site: Site, rank: int) -> str:
+    if isinstance(site, Layer):
+        return f"LoRA linear, {site.in_features} to {site.out_features} features, rank {rank}"
+    widths = listed([str(width) for width in site.out_features])
+    return f"LoRA linears {listed(site.linears)} of one input, {site.in_features} to {widths} features, rank {rank}"
+
+
+def _notes(site: Site) -> tuple[str, ...]:
+    if isinstance(site, Layer):
+        notes = [f"Serves {', '.join(site.projections)} ({site.count} linears in the model)."]
+        taken = "LoRALinear.from_linear takes such a layer; to lora_linear pass weight.t()"
+    else:
+        kinds = "; ".join(listed(names) for names in site.projections)
+        notes = [f"Serves {kinds} ({site.count} such groups in the model)."]
+        taken = f"to {function_name(site)} pass weight.t()"
+    if site.transposed_weight:
         notes.append(
-            f"Checkpoints store the weight of {', '.join(layer.transposed_weight)} as in_features x out_features "
-            "(Conv1D): LoRALinear.from_linear takes such a layer; to lora_linear pass weight.t()."
+            f"Checkpoints store the weight of {', '.join(site.transposed_weight)} as in_features x out_features "
+            f"(Conv1D): {taken}."
         )
     return tuple(notes)
 
@@ -342,23 +389,29 @@ def _function(variant: _Variant, workload: Workload, class_name: str, owner: str
         saves += (("seed", guard(needed_by[operation.outputs[0]], site)),)
         made.append("seed")
     gradients = tuple(str(gradient) for gradient in site.gradients if gradient in program.backward.goals)
+    added = {str(op.outputs[0]) for op in program.backward.operations if op.accumulate}
     numbers = frozenset[str]().union(*map(numbers_of, program.backward.operations))
     keeps = tuple(a.name for a in site.arguments if a.name in numbers)
+    backward = backward_blocks(program.backward, setting, needed_by, owner)
     used = {*witnesses(site), *(symbol for symbol, _ in saves), *keeps}
     return FunctionNode(
         class_name=class_name,
         id=program.id,
         doc=tuple(program_text(variant.candidate, variant.decision, workload, variant.note, width)),
         forward=forward_statements(program.forward, setting, owner),
-        outputs=("Y", *made),
+        outputs=(*map(str, site.outputs), *made),
+        kept=tuple(made),
         inputs=", ".join(a.name if a.name in used else "_" for a in site.arguments),
         needs=unpack_needs(
             site, {name for name in gradients if any(f"need_{name}" in condition for _, condition in saves)}
         ),
         saves=saves,
         backward_needs=unpack_needs(site, set(gradients)),
-        backward=backward_blocks(program.backward, setting, needed_by, owner),
+        backward=backward,
         gradients=gradients,
+        summed=tuple(
+            name for name in gradients if name in added and sum(name in block.assigns for block in backward) > 1
+        ),
         returns=tuple(a.gradient if a.gradient in gradients else "None" for a in site.arguments),
         keeps=keeps,
         dtypes=tuple(name for g in site.gradients if str(g) in gradients and (name := dtype_of(g))),

@@ -16,10 +16,11 @@ from ..request.files import read_text
 from ..request.layers import layers
 from ..request.layout import FOLDER, STANDALONE
 from ..request.workload import Workload
+from ..search.grouped import decide_groups
 from ..search.ranges import LayerChoice, decide_model
 from .manifest import MANIFEST, folder_name, package_digest, public_part, sha256
 from .nodes import ModuleNode, module_name, module_node, shared_node
-from .render import MAX_GENERATED_BYTES, SHARED, Header, render, render_test
+from .render import MAX_GENERATED_BYTES, SHARED, Header, render, render_module, render_test
 from .report import SCHEMA_VERSION, choice_data
 from .style import Style, style_of
 
@@ -31,11 +32,17 @@ MANIFEST_SCHEMA = "manifest.schema.json"
 
 @dataclass(frozen=True)
 class Package:
-    """Files of one generated folder by name."""
+    """Files of one generated folder by name, and what was chosen for its layers and its groups."""
 
     folder: str
     files: Mapping[str, str]
     layers: tuple[LayerChoice, ...]
+    groups: tuple[LayerChoice, ...]
+
+    @property
+    def modules(self) -> int:
+        """How many there are."""
+        return len(self.layers) + len(self.groups)
 
 
 class _Former:
@@ -111,30 +118,35 @@ def build_package(
         digest=package_digest(architecture, rank, workload, all_variants=all_variants, layout=layout),
     )
     decided = decide_model(workload, layers(architecture), rank)
-    nodes = [
-        module_node(choice, rank, workload, width=style.line_length, all_variants=all_variants, layout=layout)
-        for choice in decided
-    ]
-    rendered = {f"{node.name}.py": render("linear.py.jinja", {"header": header, "module": node}) for node in nodes}
-    shared = _shared(nodes, header) if layout == FOLDER else {}
+    together = decide_groups(workload, architecture, rank)
+    nodes, groups = (
+        [
+            module_node(choice, rank, workload, width=style.line_length, all_variants=all_variants, layout=layout)
+            for choice in choices
+        ]
+        for choices in (decided, together)
+    )
+    rendered = {f"{node.name}.py": render_module(node, header) for node in (*nodes, *groups)}
+    shared = _shared((*nodes, *groups), header) if layout == FOLDER else {}
     context = {
         "header": header,
         "title": architecture.slug,
         "modules": nodes,
+        "groups": groups,
         "folder": layout == FOLDER,
         "kernels": "kernels" in shared,
     }
     rendered |= {f"{name}.py": text for name, text in shared.items()}
     rendered |= {f"{name}.py": render(f"{name}.py.jinja", context) for name in OF_MODELS}
     rendered["test_equivalence.py"] = render_test(
-        [node.name for node in nodes], dropout=workload.dropout > 0, shared=shared, header=header
+        [node.name for node in nodes], groups=groups, dropout=workload.dropout > 0, shared=shared, header=header
     )
     former = _Former(out / folder if reuse else None, style)
     files = former.format(rendered)
     files["py.typed"] = ""
     digests = {name: former.digest(source) for name, source in rendered.items()}
-    files[MANIFEST] = _manifest(architecture, rank, public, header, style, decided, digests, files)
-    return Package(folder, files, decided)
+    files[MANIFEST] = _manifest(architecture, rank, public, header, style, (decided, together), digests, files)
+    return Package(folder, files, decided, together)
 
 
 def _shared(modules: Sequence[ModuleNode], header: Header) -> Mapping[str, str]:
@@ -168,7 +180,7 @@ def _command(
         words += ["--model-type", workload.model_type]
     if workload.tokens != default.tokens:
         words += ["--tokens", ",".join(map(str, workload.tokens))]
-    for name in ("dtype", "adapter_dtype", "criterion", "device", "launch", "merge_rounding"):
+    for name in ("dtype", "adapter_dtype", "criterion", "device", "launch", "merge_rounding", "groups"):
         if getattr(workload, name) != getattr(default, name):
             words += [f"--{name.replace('_', '-')}", getattr(workload, name)]
     if workload.dropout:
@@ -198,7 +210,7 @@ def _manifest(
     workload: Workload,
     header: Header,
     style: Style,
-    decided: Sequence[LayerChoice],
+    decided: tuple[Sequence[LayerChoice], Sequence[LayerChoice]],
     rendered: Mapping[str, str],
     files: Mapping[str, str],
 ) -> str:
@@ -215,9 +227,10 @@ def _manifest(
         "model_type": architecture.model_type,
         "rank": rank,
         "workload": {**asdict(workload), "tokens": list(workload.tokens), "train": list(workload.train)},
-        "layers": [
-            {"module": module_name(choice.layer, rank), "rank": rank, **choice_data(choice)} for choice in decided
-        ],
+        **{
+            kind: [{"module": module_name(choice.layer, rank), "rank": rank, **choice_data(choice)} for choice in some]
+            for kind, some in zip(("layers", "groups"), decided, strict=True)
+        },
         "files": {name: sha256(text) for name, text in sorted(files.items())},
         "rendered": dict(sorted(rendered.items())),
     }

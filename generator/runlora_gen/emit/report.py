@@ -46,11 +46,8 @@ def variant_data(candidate: Priced, decision: Decision) -> dict[str, Any]:
 
 def choice_data(choice: LayerChoice) -> dict[str, Any]:
     """What was chosen for one layer shape; of its candidates those that mattered, and how many there were."""
-    layer = choice.layer
     return {
-        **asdict(layer),
-        "projections": list(layer.projections),
-        "transposed_weight": list(layer.transposed_weight),
+        **asdict(choice.layer),
         "ranges": [_range_data(part) for part in choice.ranges],
         "forwards": [
             {

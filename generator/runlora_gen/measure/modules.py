@@ -10,10 +10,10 @@ from types import ModuleType
 
 from ..cost.lower import with_kernels
 from ..emit.nodes import module_name, module_node
-from ..emit.render import Header, render
+from ..emit.render import render_module as text_of
 from ..kernels.sites import alternatives
-from ..request.layers import Layer
 from ..request.workload import Workload
+from ..search.candidates import Site
 from ..search.choose import Decision, decide, decide_forward
 from ..search.criterion import Priced
 from ..search.ranges import LayerChoice, Range
@@ -26,18 +26,18 @@ _WIDTH = 120
 def render_module(
     choice: LayerChoice, rank: int, workload: Workload, path: Path, *, all_variants: bool = False
 ) -> ModuleType:
-    """Render the module of a layer into a folder, which must not exist, and import it under a name of its own."""
+    """Render the module of a site into a folder, which must not exist, and import it under a name of its own."""
     node = module_node(choice, rank, workload, width=_WIDTH, all_variants=all_variants)
     path.mkdir(parents=True)
     file = path / f"{module_name(choice.layer, rank)}.py"  # Triton reads the source of its kernels: it must be a file
-    file.write_text(render("linear.py.jinja", {"header": Header("", ""), "module": node}), encoding="utf-8")
+    file.write_text(text_of(node), encoding="utf-8")
     return import_file(file, f"{path.name}_{file.stem}")
 
 
-def one_choice(layer: Layer, workload: Workload, decision: Decision) -> LayerChoice:
-    """A layer with one decision for all token counts."""
+def one_choice(site: Site, workload: Workload, decision: Decision) -> LayerChoice:
+    """A layer or a group with one decision for all token counts."""
     forward = decide_forward(workload, decision.setting, decision.host_share)
-    return LayerChoice(layer, (Range(decision, None),), (Range(forward, None),))
+    return LayerChoice(site, (Range(decision, None),), (Range(forward, None),))
 
 
 def import_file(path: Path, name: str) -> ModuleType:

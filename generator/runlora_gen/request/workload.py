@@ -20,6 +20,7 @@ CHOICES = {
     "criterion": ("time", "flops", "memory"),
     "merge_rounding": ("nearest", "stochastic"),
     "launch": ("eager", "compile", "graph"),
+    "groups": ("auto", "none"),
 }
 MAX_SAVED_BYTES = 2**50
 #: Above this, byte counts of a layer leave 64 bits; no training step is near it.
@@ -47,6 +48,8 @@ class Workload:
         kernels: allow fused Triton kernels where the device has them.
         target_modules: the projections that were asked for; empty for all.
         model_type: the model type that the config was read as by request, or None.
+        groups: ``auto`` for modules of linears that share their input, where they are priced no higher than the lone
+            ones; ``none`` for lone linears alone. With dropout there are none.
         dropout: the probability with which the adapter's input is dropped while training, from 0 up to but not 1. Above
             0 the modules take it as an argument, whatever it is then.
     """
@@ -65,6 +68,7 @@ class Workload:
     kernels: bool = True
     target_modules: tuple[str, ...] = ()
     model_type: str | None = None
+    groups: str = "auto"
     dropout: float = 0.0
 
 

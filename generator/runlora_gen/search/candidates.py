@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import lru_cache
+from typing import TypeAlias
 
 from ..algebra.derivation import Derivation, Facts, Way
 from ..algebra.enumerate import Phase, Program, enumerate_backwards, enumerate_forwards, enumerate_programs
+from ..algebra.group import group
 from ..algebra.linear import DROPPED, LINEAR
 from ..algebra.operations import Fused, Symbol
 from ..cost.device import device_for
@@ -15,13 +17,46 @@ from ..cost.measured import is_priced
 from ..cost.setting import DTYPES, Setting
 from ..cost.vector import DEVICE_BOUND
 from ..kernels.sites import alternatives, serves
+from ..request.groups import Group
+from ..request.layers import Layer
 from ..request.workload import Workload
 
+#: What a module is generated for.
+Site: TypeAlias = Layer | Group
 
-def goals(workload: Workload) -> tuple[str, ...]:
+
+def goals(workload: Workload, derivation: Derivation = LINEAR) -> tuple[str, ...]:
     """The gradients that a module of this workload can give: the bias may always be trained."""
     wanted = {"dX": workload.input_grad, "dA": "a" in workload.train, "dB": "b" in workload.train, "db": True}
-    return tuple(name for name, needed in wanted.items() if needed)
+    return tuple(gradient.name for gradient in derivation.gradients if wanted[gradient.name.partition("_")[0]])
+
+
+def setting_of(workload: Workload, site: Site, rank: int, tokens: int) -> Setting:
+    """The setting in which a site of this workload is priced: the bias frozen."""
+    if isinstance(site, Group):
+        return _setting_of_group(workload, site, rank, tokens)
+    return setting_for(workload, site.in_features, site.out_features, rank, site.bias, tokens)
+
+
+@lru_cache(maxsize=65536)
+def _setting_of_group(workload: Workload, site: Group, rank: int, tokens: int) -> Setting:
+    derivation = group(site.linears)
+    return Setting(
+        tokens=tokens,
+        in_features=site.in_features,
+        out_features=sum(site.out_features),
+        rank=rank,
+        dtype=DTYPES[workload.dtype],
+        adapter_dtype=DTYPES[workload.adapter_dtype],
+        bias=site.bias,
+        gradients=frozenset(name for name in goals(workload, derivation) if not name.startswith("db")),
+        device=device_for(workload),
+        derivation=derivation,
+        sizes={
+            **{f"O_{linear}": width for linear, width in zip(site.linears, site.out_features, strict=True)},
+            **{f"R_{linear}": rank for linear in site.linears},
+        },
+    )
 
 
 @lru_cache(maxsize=65536)
@@ -44,7 +79,7 @@ def setting_for(workload: Workload, in_features: int, out_features: int, rank: i
 def enumerated(workload: Workload, setting: Setting) -> tuple[Program, ...]:
     """Every program that can serve, its single products computed by torch."""
     programs = enumerate_programs(
-        setting.derivation, goals(workload), table=rows_for(workload, setting), facts=setting.facts
+        setting.derivation, goals(workload, setting.derivation), table=rows_for(workload, setting), facts=setting.facts
     )
     if workload.merge_rounding == "stochastic":
         programs = tuple(with_kernels(p, stochastic_for(workload, setting)) for p in programs)
@@ -74,7 +109,7 @@ def paired_phases(workload: Workload, setting: Setting) -> Iterable[tuple[tuple[
     """
     return _paired(
         setting.derivation,
-        goals(workload),
+        goals(workload, setting.derivation),
         rows_for(workload, setting),
         setting.facts,
         stochastic_for(workload, setting),
@@ -129,6 +164,6 @@ def stochastic_for(workload: Workload, setting: Setting) -> tuple[Fused, ...]:
 
 def _kernels(workload: Workload, setting: Setting) -> bool:
     device, dtype = setting.device, setting.dtype
-    aligned = dtype.on_16_bytes(setting.in_features, setting.out_features)
+    aligned = dtype.on_16_bytes(*(size for name, size in setting.dims.items() if name[0] in "IO"))
     measured = dtype.half or bool(device.meter.times_for(dtype.name))
     return workload.kernels and device.kernels and aligned and measured

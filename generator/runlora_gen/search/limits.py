@@ -12,7 +12,7 @@ from ..request.architecture import Architecture
 from ..request.errors import SpecError
 from ..request.layers import layers
 from ..request.workload import Workload, check_ranks
-from .candidates import enumerated, setting_for
+from .candidates import enumerated, setting_of
 from .criterion import Priced
 
 
@@ -67,7 +67,7 @@ def check_saved_limit(architecture: Architecture, ranks: Sequence[int], workload
         (
             (least_saved(setting), setting)
             for layer, rank, tokens in itertools.product(layers(architecture), ranks, workload.tokens)
-            for setting in [setting_for(workload, layer.in_features, layer.out_features, rank, layer.bias, tokens)]
+            for setting in [setting_of(workload, layer, rank, tokens)]
         ),
         key=lambda need: need[0],
     )

@@ -18,9 +18,8 @@ from ..cost.passes import Times
 from ..cost.price import price, price_frozen, price_phase
 from ..cost.setting import Setting
 from ..cost.vector import DEVICE_BOUND, HOST_BOUND, Cost, PhaseCost
-from ..request.layers import Layer
 from ..request.workload import Workload
-from .candidates import setting_for
+from .candidates import Site, setting_of
 from .choose import Decision, ForwardDecision, decide, decide_forward, fastest
 from .criterion import Priced, ranked
 from .limits import within
@@ -61,20 +60,20 @@ class Range(Generic[Choice]):
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """What was chosen for a layer shape.
+    """What was chosen for a layer shape, or for a group.
 
     Attributes:
-        layer: the shape.
+        layer: what it is for.
         ranges: for training, from few tokens to many.
         forwards: where no gradient is wanted, likewise.
     """
 
-    layer: Layer
+    layer: Site
     ranges: tuple[Range[Decision], ...]
     forwards: tuple[Range[ForwardDecision], ...]
 
 
-def decide_step(workload: Workload, sites: Sequence[Layer], rank: int, tokens: int) -> list[Decision]:
+def decide_step(workload: Workload, sites: Sequence[Site], rank: int, tokens: int) -> list[Decision]:
     """The decision of every layer shape at one token count, under what bounds the whole step.
 
     Raises:
@@ -83,14 +82,14 @@ def decide_step(workload: Workload, sites: Sequence[Layer], rank: int, tokens: i
     return _Training(workload, sites, rank).decide(tokens)
 
 
-def rest_of_step(workload: Workload, sites: Sequence[Layer], rank: int, tokens: int) -> Times:
+def rest_of_step(workload: Workload, sites: Sequence[Site], rank: int, tokens: int) -> Times:
     """What a step of the model does beside these linears, as :func:`decide_step` reckons it."""
     contest = _Training(workload, sites, rank)
     return contest.rest_of_step(contest.settings(tokens))
 
 
 def decide_model(
-    workload: Workload, sites: Sequence[Layer], rank: int, *, alone: bool = False
+    workload: Workload, sites: Sequence[Site], rank: int, *, alone: bool = False
 ) -> tuple[LayerChoice, ...]:
     """The choice for every layer shape at all token counts.
 
@@ -114,7 +113,7 @@ def decide_model(
 class _Contest(ABC, Generic[Choice, Candidate]):
     """Candidates for every layer shape of a model, held against each other at any token count."""
 
-    def __init__(self, workload: Workload, sites: Sequence[Layer], rank: int, alone: bool = False) -> None:
+    def __init__(self, workload: Workload, sites: Sequence[Site], rank: int, alone: bool = False) -> None:
         self.workload, self.sites, self.rank = workload, sites, rank
         compiled = workload.launch == "compile"
         of_model = (COMPILED_REST_DEVICE, COMPILED_REST_HOST) if compiled else (REST_DEVICE, REST_HOST)
@@ -151,10 +150,7 @@ class _Contest(ABC, Generic[Choice, Candidate]):
 
     def settings(self, tokens: int) -> list[Setting]:
         """The setting of every layer shape."""
-        return [
-            setting_for(self.workload, layer.in_features, layer.out_features, self.rank, layer.bias, tokens)
-            for layer in self.sites
-        ]
+        return [setting_of(self.workload, site, self.rank, tokens) for site in self.sites]
 
     def rest_of_step(self, settings: Sequence[Setting]) -> Times:
         """What the step does beside these linears."""
