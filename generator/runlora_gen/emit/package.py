@@ -37,7 +37,7 @@ class Package:
     folder: str
     files: Mapping[str, str]
     layers: tuple[LayerChoice, ...]
-    groups: tuple[LayerChoice, ...]
+    groups: tuple[LayerChoice, ...] = ()
 
     @property
     def modules(self) -> int:

@@ -76,7 +76,7 @@ def check_saved_limit(architecture: Architecture, ranks: Sequence[int], workload
 
 
 def within(candidates: Sequence[Priced], workload: Workload, setting: Setting) -> list[Priced]:
-    """Those that keep to the limit on saved bytes.
+    """Those that keep to the limit on saved bytes, of which each linear of a group has its share.
 
     Raises:
         SpecError: there are none; the message names the closest feasible value.
@@ -84,7 +84,7 @@ def within(candidates: Sequence[Priced], workload: Workload, setting: Setting) -
     limit = workload.max_saved_bytes
     if limit is None:
         return list(candidates)
-    fitting = [c for c in candidates if c.cost.saved_bytes <= limit]
+    fitting = [c for c in candidates if c.cost.saved_bytes <= limit * len(setting.derivation.outputs)]
     if not fitting:
         raise _infeasible(limit, min(c.cost.saved_bytes for c in candidates), setting)
     return fitting
