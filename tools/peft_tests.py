@@ -86,9 +86,8 @@ class Plugin:
         from runlora_gen.into_model.packages import imported
 
         folder = Path(tempfile.mkdtemp())
-        (path,) = generate(
-            "llama-9m", rank=4, output=folder, target_modules=["q_proj"], dtype="fp32", device="cpu", kernels=False
-        )
+        options = {"dtype": "fp32", "device": "cpu", "kernels": False, "dropout": 0.1}
+        (path,) = generate("llama-9m", rank=4, output=folder, target_modules=["q_proj"], **options)
         with_peft = imported(path).with_peft
         (linear,) = with_peft.LINEARS.values()
         shutil.rmtree(folder)
