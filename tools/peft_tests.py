@@ -86,7 +86,7 @@ class Plugin:
         from runlora_gen.into_model.packages import imported
 
         folder = Path(tempfile.mkdtemp())
-        options = {"dtype": "fp32", "device": "cpu", "kernels": False, "dropout": 0.1}
+        options: dict[str, Any] = {"dtype": "fp32", "device": "cpu", "kernels": False, "dropout": 0.1}
         (path,) = generate("llama-9m", rank=4, output=folder, target_modules=["q_proj"], **options)
         with_peft = imported(path).with_peft
         (linear,) = with_peft.LINEARS.values()

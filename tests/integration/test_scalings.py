@@ -9,7 +9,6 @@ from typing import Any
 import peft
 import pytest
 import torch
-from runlora_gen.into_model.packages import imported
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
