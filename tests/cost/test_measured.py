@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from runlora_gen.algebra.linear import LINEAR
 from runlora_gen.algebra.operations import Fused, Symbol, parse
+from runlora_gen.algebra.work import work
 from runlora_gen.cost.device import DeviceProfile, load_device
-from runlora_gen.cost.measured import setting_at, tuned_constants
+from runlora_gen.cost.measured import is_priced, measured_as, setting_at, tuned_constants
 from runlora_gen.cost.price import price_operation
 from runlora_gen.cost.roofline import roofline
 from runlora_gen.cost.setting import DTYPES, Setting
@@ -19,6 +20,7 @@ from runlora_gen.request.errors import SpecError
 from runlora_gen.request.workload import Workload
 from runlora_gen.search.candidates import enumerated, setting_for
 
+from ..kernels.several import operations
 from .tables import times
 
 PRODUCT = LINEAR.parse("Y = X @ W.T + b")
@@ -200,6 +202,36 @@ def test_a_linear_of_a_group_is_as_fast_as_a_linear(measured: DeviceProfile) -> 
             case = setting(measured, tokens)
             group = replace(case, out_features=1, sizes={"O_q": 512})
             assert price_operation(parse(ours, symbols), group) == price_operation(LINEAR.parse(lone), case)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "lone"),
+    [
+        ("x_ats", "x_at: S = s * X @ A.T"),
+        ("pt_xs", "pt_x: dA = P.T @ X"),
+        ("fused_gemms", str(FUSED)),
+        ("fused_gemm_sum", "fused_gemm: dX = P @ A; dX += dY @ W"),
+    ],
+)
+def test_a_kernel_of_several_linears_is_as_efficient_as_that_of_one_as_large_as_all(kernel: str, lone: str) -> None:
+    operation, other = operations(("q", "k"))[kernel], LINEAR.parse(lone)
+    assert isinstance(other, Fused)
+    assert measured_as(operation) == work(other)
+    h200 = load_device("h200")
+    for tokens in (4096, 3000):
+        case = replace(setting(h200, tokens), in_features=5120, out_features=13824, rank=24)
+        several = replace(case, sizes={"O_q": 8192, "O_k": 5632, "R_q": 8, "R_k": 16})
+        ratio, expected = (
+            price_operation(op, at).device_s / roofline(op, at).device_s
+            for op, at in ((operation, several), (other, case))
+        )
+        assert ratio == pytest.approx(expected) != pytest.approx(1)
+        assert tuned_constants(operation, several) == tuned_constants(other, case) is not None
+
+
+def test_a_kernel_of_several_linears_is_a_candidate_where_that_of_one_was_measured(measured: DeviceProfile) -> None:
+    found = operations(("gate", "up")).items()
+    assert [name for name, operation in found if is_priced(operation, DTYPES["bf16"], measured)] == ["fused_gemms"]
 
 
 def test_another_machine_s_ratios_stand_in() -> None:

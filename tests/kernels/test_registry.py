@@ -10,7 +10,6 @@ from runlora_gen.algebra.linear import LINEAR
 from runlora_gen.algebra.operations import Fused
 from runlora_gen.algebra.sites import DERIVATIONS
 from runlora_gen.algebra.work import work
-from runlora_gen.emit import code
 from runlora_gen.emit.code import line, numbers_of
 from runlora_gen.kernels import sites
 from runlora_gen.kernels.record import Kernel
@@ -19,6 +18,7 @@ from runlora_gen.kernels.sites import OPERATIONS, alternatives, draws, operation
 
 from ..algebra.sketches import dropout
 from ..search.groups import group
+from .several import operations
 
 FUSED = {operation.kernel: operation for operation in operations_of(LINEAR) if isinstance(operation, Fused)}
 
@@ -33,8 +33,11 @@ def test_every_folder_is_a_kernel_with_all_its_files() -> None:
 
 
 def test_every_kernel_is_of_a_site() -> None:
-    assert FUSED.keys() == KERNELS.keys()
+    assert FUSED.keys() | operations(("q", "k")).keys() == KERNELS.keys()
     for name, kernel in KERNELS.items():
+        if name not in FUSED:
+            assert kernel.priced_as in FUSED and not kernel.replaces, "of several linears: it goes by that of one"
+            continue
         in_rows = any(isinstance(op, Fused) and op.kernel == name for op in LINEAR.operations)
         assert in_rows != bool(kernel.replaces), "of several products, in a row, or in the place of a single one"
 
@@ -74,37 +77,13 @@ def test_calls_for_a_linear_of_a_group_name_its_operands() -> None:
         assert numbers_of(operation) == numbers
 
 
-@pytest.mark.parametrize(
-    ("call", "formula", "expected"),
-    [
-        (
-            "{left0}, {*right0T}, {*scaling0}",
-            "S_q = s_q * X @ A_q.T; S_k = s_k * X @ A_k.T",
-            "X, (A_q, A_k), (scaling_q, scaling_k)",
-        ),
-        (
-            "{*left0T}, {right0}, ({dtypes})",
-            "dA_q = P_q.T @ X; dA_k = P_k.T @ X",
-            "(P_q, P_k), X, (A_q_dtype, A_k_dtype)",
-        ),
-        (
-            "{left1}, {*right1T}, {*left0}, {*bias0}",
-            "Y_q = S_q @ B_q.T + b_q; Y_q += X @ W_q.T; Y_k = S_k @ B_k.T; Y_k += X @ W_k.T",
-            "X, (W_q, W_k), (S_q, S_k), (b_q, None)",
-        ),
-        (
-            "{*left1}, {*right1}, {*left0}, {*right0}",
-            "dX = P_q @ A_q; dX += P_k @ A_k; dX += dY_q @ W_q; dX += dY_k @ W_k",
-            "(dY_q, dY_k), (W_q, W_k), (P_q, P_k), (A_q, A_k)",
-        ),
-    ],
-)
-def test_calls_of_several_linears_take_tuples(
-    monkeypatch: pytest.MonkeyPatch, call: str, formula: str, expected: str
-) -> None:
-    record = Kernel(launches=1, call=call, tiles={})
-    monkeypatch.setattr(code, "KERNELS", MappingProxyType({"several": record}))
-    assert f" = _several({expected}, tiles=" in line(group(("q", "k")).parse(f"several: {formula}"))
+def test_calls_for_several_linears_take_tuples() -> None:
+    assert [line(operation) for operation in operations(("q", "k")).values()] == [
+        'S_q, S_k = _x_ats(X, (A_q, A_k), (scaling_q, scaling_k), tiles="S_q, S_k")',
+        'dA_q, dA_k = _pt_xs((P_q, P_k), X, (A_q_dtype, A_k_dtype), tiles="dA_q, dA_k")',
+        'Y_q, Y_k = _fused_gemms(X, (W_q, W_k), (S_q, S_k), (B_q, B_k), (b_q, b_k), tiles="Y_q, Y_k")',
+        'dX = _fused_gemm_sum((dY_q, dY_k), (W_q, W_k), (P_q, P_k), (A_q, A_k), tiles="dX")',
+    ]
 
 
 def test_alternatives_are_of_products_that_the_table_has() -> None:

@@ -27,7 +27,8 @@ SOURCE = "kernels/fused_gemm/device.jinja"
 OWN = {"kernel": KernelNode("fused_gemm")}
 TEMPLATE = rendering._environment().get_template(SOURCE)
 #: What a place holds if nothing fills it.
-SEAMS = {name: "".join(block(TEMPLATE.new_context(OWN))) for name, block in TEMPLATE.blocks.items()}
+CONTEXT = TEMPLATE.new_context({**OWN, "own": TEMPLATE.make_module(OWN).own})
+SEAMS = {name: "".join(block(CONTEXT)) for name, block in TEMPLATE.blocks.items()}
 
 
 def filled(blocks: str = "", kernel: str = "fused_gemm") -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 from ..algebra.operations import Contract, Dims, Fused, Operation, dimensions
-from ..algebra.work import work
+from ..algebra.work import kind, work
 from ..kernels.registry import KERNELS
 from ..kernels.sites import OPERATIONS
 from .device import DeviceProfile
@@ -23,9 +23,11 @@ from .setting import DType, Setting
 def correction(operation: Operation, at: Size, dtype: DType, device: DeviceProfile) -> float:
     """Measured time over roofline, at some dimensions; 1 if the operation was never measured.
 
+    A kernel of several linears is as efficient as that of one which is as large as all are together.
     Sizes whose rows start off 16 bytes are another class: cuBLAS is up to four times slower there.
     """
-    sizes, ratios = _alike(operation, dtype, device.meter, _aligned(operation, at, dtype))
+    sizes, ratios = _alike(_of_one(operation), dtype, device.meter, _aligned(operation, at, dtype))
+    at = _together(operation, at)
     if at in sizes.places:  # of several products that stand for one, each has been there
         return math.exp(statistics.mean(ratios[place] for place in sizes.places[at]))
     apart, weights = _apart(sizes, at)
@@ -46,9 +48,30 @@ def _aligned(operation: Operation, at: Size, dtype: DType) -> bool:
 
 def measured_as(operation: Operation) -> str:
     """The work under which a profile holds an operation's times."""
-    if isinstance(operation, Fused) and (stand_in := KERNELS[operation.kernel].priced_as) is not None:
-        return work(replace(operation, kernel=stand_in))
-    return work(operation)
+    one = _of_one(operation)
+    if isinstance(one, Fused) and (other := KERNELS[one.kernel].priced_as) is not None:
+        one = replace(one, kernel=other)
+    return work(one)
+
+
+@lru_cache(maxsize=4096)
+def _of_one(operation: Operation) -> Operation:
+    """What a kernel that another one is measured for computes of one linear; else the operation itself."""
+    if not isinstance(operation, Fused) or KERNELS[operation.kernel].priced_as is None:
+        return operation
+    first = {kind(part): part for part in reversed(operation.products)}
+    return replace(operation, parts=tuple(first.values())[::-1])
+
+
+def _together(operation: Operation, at: Size) -> Size:
+    """The size of that linear if it is as large as all are together."""
+    one = _of_one(operation)
+    if one == operation:
+        return at
+    names = dimensions(operation)
+    return tuple(
+        sum(size for name, size in zip(names, at, strict=True) if name[0] == dim[0]) for dim in dimensions(one)
+    )
 
 
 @lru_cache(maxsize=4096)
@@ -132,9 +155,12 @@ def setting_at(dims: Dims, dtype: DType, device: DeviceProfile) -> Setting:
 
 
 def tuned_constants(operation: Fused, setting: Setting) -> Mapping[str, int] | None:
-    """What to replace of a kernel's constants: the best at the nearest size where it was tuned; None if never."""
-    at = tuple(setting.dims[d] for d in dimensions(operation))
-    tuned = setting.device.meter.tiles_for(setting.dtype.name).get(work(operation), ())
+    """What to replace of a kernel's constants: the best at the nearest size where it was tuned; None if never.
+
+    Those of what stands in for it are the best for it as well.
+    """
+    at = _together(operation, tuple(setting.dims[d] for d in dimensions(operation)))
+    tuned = setting.device.meter.tiles_for(setting.dtype.name).get(measured_as(operation), ())
     return min(tuned, key=lambda row: (distance(row[0], at), row[0]))[1] if tuned else None
 
 

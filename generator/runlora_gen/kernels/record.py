@@ -71,7 +71,8 @@ class Kernel:
         replaces: the work, see ``algebra/work.py``, of the single products whose place it may take, whatever a site
             calls their symbols. A kernel of several products replaces none: it is in a row of the table.
         when: it takes the place of these.
-        priced_as: the kernel whose measured efficiency stands for its own.
+        priced_as: the kernel whose measured efficiency, and whose tuned constants, stand for its own; for those of a
+            kernel of several linears, those of one that is as large as all are together.
         seeded: whether it draws random numbers, from the emitted code's variable ``seed``.
         persistent: whether its programs walk over tiles of BM×BN of the result, those of the last wave cut into PARTS:
             then it is busy for whole waves.
