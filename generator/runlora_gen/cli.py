@@ -86,6 +86,13 @@ _SPEC_OPTIONS = (
         show_default=True,
         help="Of the adapter's input while training: above 0 modules take any rate below 1.",
     ),
+    click.option(
+        "--bias",
+        type=click.Choice(CHOICES["bias"]),
+        default="none",
+        show_default=True,
+        help="Which biases train, as PEFT calls it; lora_bias is that of an adapter.",
+    ),
     click.option("--no-input-grad", is_flag=True, help="The input needs no gradient (a first layer)."),
     click.option("--criterion", type=click.Choice(CHOICES["criterion"]), default="time", show_default=True),
     click.option("--max-saved-bytes", metavar="N", help="Most that one linear may keep for its backward."),
@@ -133,7 +140,7 @@ def _spec_options(command: Command) -> Command:
 #: Options that are fields of a workload as they are.
 _AS_GIVEN = (
     *("dtype", "adapter_dtype", "train", "criterion", "max_saved_bytes", "allow_lossy_merge", "merge_rounding"),
-    *("device", "dropout", "groups", "launch", "model_type"),
+    *("bias", "device", "dropout", "groups", "launch", "model_type"),
 )
 
 
@@ -315,7 +322,7 @@ def explain(variants: bool, show_all: bool, as_json: bool, **options: Any) -> No
     console.print()
     console.print(
         f"{found.linears} LoRA linears of {architecture.name}, rank {rank}, {tokens} tokens, {workload.dtype}, "
-        f"{decisions[0].setting.device.title}"
+        f"{'' if workload.bias == 'none' else 'biases trained, '}{decisions[0].setting.device.title}"
     )
     console.print(gain_table(sites, decisions))
     if variants or show_all:

@@ -60,8 +60,9 @@ class Request:
         Raises:
             SpecError: it can't be generated, with the reason in one line.
         """
-        from .search.limits import check_request
+        from .search.limits import check_bias, check_request
 
+        check_bias(self.by_rank.values(), self.workload)
         groups: dict[Architecture, list[int]] = {}  # what is said of several ranks is of all that share their linears
         for rank, architecture in self.by_rank.items():
             groups.setdefault(architecture, []).append(rank)
@@ -125,7 +126,7 @@ def read_request(
         target_modules: names of projections; none or "all-linear" for all.
         layout: ``standalone``, for modules that work alone, or ``folder``, for what they share to stand once.
         prefix: what errors put before a name: ``--`` for options.
-        fields: of ``Workload``; a live model gives its own dtypes, dropout and device.
+        fields: of ``Workload``; a live model gives its own dtypes, dropout, biases and device.
 
     Raises:
         SpecError: a value that is not allowed, or that does not fit the others, named in one line.
@@ -165,7 +166,7 @@ def read_request(
 
 
 def of_model(model: Any, live: LiveModel) -> tuple[dict[str, Any], str]:
-    """What a live model says of its workload (dtypes, device, dropout), and what is to be said of the profile."""
+    """What a live model says of its workload (dtypes, device, dropout, biases), and what to say of the profile."""
     base = dtype_name(live.dtype)
     adapters = {dtype_name(group.dtype) for group in live.adapters}
     adapter = adapters.pop() if len(adapters) == 1 else "fp32"
@@ -173,6 +174,11 @@ def of_model(model: Any, live: LiveModel) -> tuple[dict[str, Any], str]:
     adapter = adapter if adapter == base else "fp32"
     dropout = max((group.dropout for group in live.adapters if group.dropout < 1), default=0.0)
     options = {"tokens": TOKENS, "dtype": base, "adapter_dtype": adapter, "device": device, "dropout": dropout}
+    trained = any(p.requires_grad for name, p in model.named_parameters() if name.endswith("base_layer.bias"))
+    if any(group.bias for group in live.adapters):
+        options["bias"] = "lora_bias"
+    elif live.adapters and trained:
+        options["bias"] = "all"
     return options, note
 
 

@@ -72,6 +72,8 @@ CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (*ARCH, *RANK, "--dropout", "0.05", "--merge-rounding", "stochastic", "--allow-lossy-merge"),
         ("--merge-rounding", "--dropout 0", "nothing is merged"),
     ),
+    "bias": ((*ARCH, *RANK, "--bias", "some"), ("--bias", "some", "lora_only")),
+    "bias, and none is there": ((*ARCH, *RANK, "--bias", "all"), ("--bias", "all", "none has", "lora_bias")),
     "criterion": ((*ARCH, *RANK, "--criterion", "speed"), ("--criterion", "time")),
     "device": ((*ARCH, *RANK, "--device", "h10"), ("--device", "did you mean h100?", "rtx-4090")),
     "device, a path": ((*ARCH, *RANK, "--device", "../../x"), ("--device", "'../../x'")),

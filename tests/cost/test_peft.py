@@ -75,5 +75,6 @@ def test_more_is_computed_for_more_gradients() -> None:
         return cost.backward.device_s, cost.backward.host_s
 
     whole = seconds()
+    assert seconds(bias="lora_bias") > whole == seconds(bias="all"), "the linear has no bias of its own"
     for less in ({"train": ("a",)}, {"train": ("b",)}, {"input_grad": False}, {"adapter_dtype": "bf16"}):
         assert all(mine < most for mine, most in zip(seconds(**less), whole, strict=True))

@@ -6,6 +6,7 @@ import copy
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,43 @@ def test_dropout_is_in_the_command_and_in_the_workload(run, tmp_path: Path) -> N
         validator("explain").validate(explained)
         kept = {name for layer in explained["layers"] for each in layer["variants"] for name in each["keeps"]}
         assert kept == ({"S", "K", "H", "A", "B"} if words else {"S", "M", "D", "A", "B"})
+
+
+@pytest.mark.parametrize(
+    ("arch", "bias"), [("llama-9m", "lora_bias"), ("gpt2", "all"), ("gpt2", "lora_only"), ("gpt2", "none")]
+)
+def test_trained_biases_are_in_the_command_and_priced(run, tmp_path: Path, arch: str, bias: str) -> None:
+    """Their gradient is one more pass over dY in every program; what is generated can give it in any case."""
+    narrow = ("--rank", "4", "--no-kernels", "--adapter-dtype", "bf16")
+    options = ("--arch", arch, *narrow, "--groups", "none")
+    run(*options, "--bias", bias, "-o", tmp_path).ok()
+    folder = tmp_path / f"{arch.replace('-', '_')}_r4"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    validator("manifest").validate(manifest)
+    assert manifest["workload"]["bias"] == bias
+    assert (f" --bias {bias} " in manifest["command"]) == (bias != "none")
+    run(*manifest["command"].split()[1:-1], tmp_path, "--check").ok()
+    for module in folder.glob("linear_*.py"):
+        assert ("db = Σₜ dY" in module.read_text(encoding="utf-8").replace("  ", " ")) == (bias != "none")
+        assert re.search("^TRAINS = .*bias", module.read_text(encoding="utf-8"), re.M)
+    frozen, trained = (
+        json.loads(run("explain", *options, *more, "--json").ok().out) for more in ((), ("--bias", bias))
+    )
+    validator("explain").validate(trained)
+    for before, layer in zip(frozen["layers"], trained["layers"], strict=True):
+        costs = {variant["id"]: variant for variant in before["variants"]}
+        bytes_of_bias = layer["out_features"] * 2
+        more = 4096 * bytes_of_bias + bytes_of_bias if bias != "none" else 0
+        more += bytes_of_bias if bias == "lora_bias" else 0  # these linears read none else
+        for variant in layer["variants"]:
+            assert variant["bytes_moved"] - costs[variant["id"]]["bytes_moved"] == more
+            assert variant["launches"] - costs[variant["id"]]["launches"] == (bias != "none")
+            assert (variant["time_us"] > costs[variant["id"]]["time_us"]) == (bias != "none")
+        assert layer["chosen"] == before["chosen"]
+    peft = [data["model"]["peft"]["device_us"] for data in (frozen, trained)]
+    assert (peft[1] > peft[0]) == (bias != "none")
+    text = run("explain", *options, "--bias", bias).ok().out
+    assert ("biases trained" in text) == (bias != "none")
 
 
 def test_ranges_follow_the_schema(generated_once: Path) -> None:

@@ -278,6 +278,22 @@ def test_files_with_and_without_one_do_not_mix(package: Any, folder: str) -> Non
         package.load_adapter(injected(package, **BIASED), folder)
 
 
+@pytest.mark.parametrize(
+    ("options", "bias"),
+    [
+        ({}, "none"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"bias": "all"}, "all"),
+        ({"bias": "lora_only", "lora_bias": True}, "lora_bias"),
+    ],
+    ids=["none", "lora_bias", "all", "both"],
+)
+def test_what_trains_is_what_is_priced(tmp_path: Path, options: dict[str, Any], bias: str) -> None:
+    model = with_lora(biased(**BIASED), **options)
+    (folder,) = runlora_gen.generate(model, output=tmp_path, tokens=64, kernels=False)
+    assert json.loads((folder / "manifest.json").read_text())["workload"]["bias"] == bias
+
+
 def test_in_one_line(tmp_path: Path, tokens: Tensor) -> None:
     """Through ``runlora_gen``, both ways."""
     options: dict[str, Any] = {"kernels": False, "tokens": 64, "output": tmp_path / "packages"}

@@ -68,6 +68,8 @@ def price_peft(setting: Setting) -> PeftCost:
         if name in wanted:
             backward.append(formula)
             casts_backward += cast(adapter[name])
+    if "db" in wanted:
+        backward.append("db = sum(dY)")
     kept = x * size if (casts or drops) and "dA" in wanted else 0
     kept += x if drops and "dX" in wanted else 0
     kept += setting.tokens * setting.rank * size if "dB" in wanted else 0

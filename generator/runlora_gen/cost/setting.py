@@ -43,7 +43,7 @@ class Setting:
             Of a group ``out_features`` is the sum, ``rank`` that of each linear.
         dtype: of activations and weight.
         adapter_dtype: of lora_A, lora_B and their gradients.
-        bias: whether the linear has a bias (it is read, not trained).
+        bias: whether the linear has a bias.
         gradients: names of the gradients that training needs, of dX, dA, dB, db.
         device: the profile that gives the time.
         derivation: of the site that is computed.

@@ -180,7 +180,7 @@ def _command(
         words += ["--model-type", workload.model_type]
     if workload.tokens != default.tokens:
         words += ["--tokens", ",".join(map(str, workload.tokens))]
-    for name in ("dtype", "adapter_dtype", "criterion", "device", "launch", "merge_rounding", "groups"):
+    for name in ("dtype", "adapter_dtype", "criterion", "device", "launch", "merge_rounding", "groups", "bias"):
         if getattr(workload, name) != getattr(default, name):
             words += [f"--{name.replace('_', '-')}", getattr(workload, name)]
     if workload.dropout:

@@ -21,6 +21,7 @@ CHOICES = {
     "merge_rounding": ("nearest", "stochastic"),
     "launch": ("eager", "compile", "graph"),
     "groups": ("auto", "none"),
+    "bias": ("none", "all", "lora_only", "lora_bias"),
 }
 MAX_SAVED_BYTES = 2**50
 #: Above this, byte counts of a layer leave 64 bits; no training step is near it.
@@ -50,6 +51,8 @@ class Workload:
         model_type: the model type that the config was read as by request, or None.
         groups: ``auto`` for modules of linears that share their input, where they are priced no higher than the lone
             ones; ``none`` for lone linears alone. With dropout there are none.
+        bias: which biases train, in PEFT's words: ``none``; ``all`` or ``lora_only``, of the linears that have one; or
+            ``lora_bias``, of an adapter on every linear. It is priced: modules give the gradient in any case.
         dropout: the probability with which the adapter's input is dropped while training, from 0 up to but not 1. Above
             0 the modules take it as an argument, whatever it is then.
     """
@@ -69,6 +72,7 @@ class Workload:
     target_modules: tuple[str, ...] = ()
     model_type: str | None = None
     groups: str = "auto"
+    bias: str = "none"
     dropout: float = 0.0
 
 

@@ -31,8 +31,13 @@ def goals(workload: Workload, derivation: Derivation = LINEAR) -> tuple[str, ...
     return tuple(gradient.name for gradient in derivation.gradients if wanted[gradient.name.partition("_")[0]])
 
 
+def _trained_bias(workload: Workload, bias: bool) -> bool:
+    """Whether a site trains one, ``bias``: whether it has one of its base."""
+    return workload.bias == "lora_bias" or (bias and workload.bias != "none")
+
+
 def setting_of(workload: Workload, site: Site, rank: int, tokens: int) -> Setting:
-    """The setting in which a site of this workload is priced: the bias frozen."""
+    """The setting in which a site of this workload is priced."""
     if isinstance(site, Group):
         return _setting_of_group(workload, site, rank, tokens)
     return setting_for(workload, site.in_features, site.out_features, rank, site.bias, tokens)
@@ -40,7 +45,7 @@ def setting_of(workload: Workload, site: Site, rank: int, tokens: int) -> Settin
 
 @lru_cache(maxsize=65536)
 def _setting_of_group(workload: Workload, site: Group, rank: int, tokens: int) -> Setting:
-    derivation = group(site.linears)
+    derivation, trained = group(site.linears), _trained_bias(workload, site.bias)
     return Setting(
         tokens=tokens,
         in_features=site.in_features,
@@ -48,8 +53,8 @@ def _setting_of_group(workload: Workload, site: Group, rank: int, tokens: int) -
         rank=rank,
         dtype=DTYPES[workload.dtype],
         adapter_dtype=DTYPES[workload.adapter_dtype],
-        bias=site.bias,
-        gradients=frozenset(name for name in goals(workload, derivation) if not name.startswith("db")),
+        bias=site.bias or trained,
+        gradients=frozenset(name for name in goals(workload, derivation) if trained or not name.startswith("db")),
         device=device_for(workload),
         derivation=derivation,
         sizes={
@@ -61,7 +66,8 @@ def _setting_of_group(workload: Workload, site: Group, rank: int, tokens: int) -
 
 @lru_cache(maxsize=65536)
 def setting_for(workload: Workload, in_features: int, out_features: int, rank: int, bias: bool, tokens: int) -> Setting:
-    """The setting in which a layer shape of this workload is priced: the bias frozen."""
+    """The setting in which a layer shape of this workload is priced; ``bias``: whether its base has one."""
+    trained = _trained_bias(workload, bias)
     return Setting(
         tokens=tokens,
         in_features=in_features,
@@ -69,8 +75,8 @@ def setting_for(workload: Workload, in_features: int, out_features: int, rank: i
         rank=rank,
         dtype=DTYPES[workload.dtype],
         adapter_dtype=DTYPES[workload.adapter_dtype],
-        bias=bias,
-        gradients=frozenset(goals(workload)) - {"db"},
+        bias=bias or trained,
+        gradients=frozenset(goals(workload)) - (frozenset() if trained else {"db"}),
         device=device_for(workload),
         derivation=DROPPED if workload.dropout else LINEAR,
     )

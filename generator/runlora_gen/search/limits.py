@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ..cost.device import device_for
 from ..cost.price import price
@@ -26,6 +26,16 @@ def check_request(architecture: Architecture, ranks: Sequence[int], workload: Wo
     device_for(workload)
     check_merge_rounding(workload)
     check_saved_limit(architecture, ranks, workload)
+
+
+def check_bias(architectures: Iterable[Architecture], workload: Workload) -> None:
+    """Refuse to train the biases of linears none of which has one.
+
+    Raises:
+        SpecError: naming what such linears may train.
+    """
+    if workload.bias in ("all", "lora_only") and not any(p.bias for a in architectures for p in a.projections):
+        raise SpecError(f"--bias: {workload.bias} needs a linear that has one, and none has; give none or lora_bias")
 
 
 def check_merge_rounding(workload: Workload) -> None:
