@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from .cost.device import DeviceProfile
+    from .search.candidates import Site
+    from .search.choose import Decision
 
 EXIT_STALE = 1
 EXIT_BAD_INPUT = 2
@@ -288,8 +290,9 @@ def explain(variants: bool, show_all: bool, as_json: bool, **options: Any) -> No
 
     Then a line for each shape: what was chosen, and its time over that of the frozen linear.
     """
-    from .emit.report import SCHEMA_VERSION, explain_table, gain_data, gain_lines, gain_table, layer_data
+    from .emit.report import SCHEMA_VERSION, explain_table, gain_data, gain_lines, gain_table, site_data
     from .forecast.gain import gain
+    from .search.grouped import alone, decide_groups_of_step
     from .search.ranges import decide_step, rest_of_step
 
     request = _read_spec(options)
@@ -299,8 +302,9 @@ def explain(variants: bool, show_all: bool, as_json: bool, **options: Any) -> No
     rank, tokens = request.ranks[0], workload.tokens[0]
     sites = layers(architecture)
     decisions = decide_step(workload, sites, rank, tokens)
-    found = gain(architecture, sites, decisions, rest_of_step(workload, sites, rank, tokens))
-    decided = list(zip(sites, decisions, strict=True))
+    grouped = decide_groups_of_step(workload, architecture, rank, tokens)
+    found = gain(architecture, sites, decisions, rest_of_step(workload, sites, rank, tokens), grouped)
+    decided = dict(zip(sites, decisions, strict=True))
     if as_json:
         data = {
             "schema_version": SCHEMA_VERSION,
@@ -312,24 +316,34 @@ def explain(variants: bool, show_all: bool, as_json: bool, **options: Any) -> No
             "device": workload.device,
             "launch": workload.launch,
             "model": gain_data(found),
-            "layers": [layer_data(layer, rank, decision) for layer, decision in decided],
+            "layers": [site_data(layer, rank, decision) for layer, decision in decided.items()],
+            "groups": [site_data(group, rank, decision) for group, decision in grouped],
         }
         click.echo(json.dumps(data, indent=1))
         return
+    # What runs: groups, and of each shape the linears that are in none.
+    shapes = {(layer.in_features, layer.out_features): decision for layer, decision in decided.items()}
+    rows: list[tuple[Site, Decision]] = [
+        *grouped,
+        *(
+            (layer, shapes[layer.in_features, layer.out_features])
+            for layer in alone(architecture, [group for group, _ in grouped])
+        ),
+    ]
     console = _console(PLAIN_WIDTH)
-    for line in gain_lines(found, decisions, workload):
+    for line in gain_lines(found, [decision for _, decision in rows], workload):
         console.print(line, markup=False)
     console.print()
     console.print(
         f"{found.linears} LoRA linears of {architecture.name}, rank {rank}, {tokens} tokens, {workload.dtype}, "
         f"{'' if workload.bias == 'none' else 'biases trained, '}{decisions[0].setting.device.title}"
     )
-    console.print(gain_table(sites, decisions))
+    console.print(gain_table(*zip(*rows, strict=True)))
     if variants or show_all:
         console = _console(REPORT_WIDTH)
-        for layer, decision in decided:
+        for site, decision in rows:
             console.print()
-            for part in explain_table(layer, rank, decision, show_all=show_all):
+            for part in explain_table(site, rank, decision, show_all=show_all):
                 console.print(part)
 
 

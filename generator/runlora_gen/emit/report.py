@@ -13,8 +13,9 @@ from ..cost.vector import DEVICE_BOUND, HOST_BOUND
 from ..forecast.estimate import Batch, Estimate
 from ..forecast.gain import Gain, Side, shared_stem
 from ..request.architecture import Architecture
-from ..request.layers import Layer
+from ..request.groups import Group
 from ..request.workload import Workload
+from ..search.candidates import Site
 from ..search.choose import Decision
 from ..search.criterion import Priced
 from ..search.ranges import LayerChoice, Range
@@ -81,15 +82,16 @@ def _range_data(part: Range[Decision]) -> dict[str, Any]:
     }
 
 
-def layer_data(layer: Layer, rank: int, decision: Decision) -> dict[str, Any]:
-    """One layer shape with all candidates in one setting."""
+def site_data(site: Site, rank: int, decision: Decision) -> dict[str, Any]:
+    """One layer shape or group with all candidates in one setting."""
     return {
-        "name": layer.name,
-        "in_features": layer.in_features,
-        "out_features": layer.out_features,
+        "name": site.name,
+        **({"linears": site.linears} if isinstance(site, Group) else {}),
+        "in_features": site.in_features,
+        "out_features": site.out_features,
         "rank": rank,
-        "count": layer.count,
-        "projections": list(layer.projections),
+        "count": site.count,
+        "projections": site.projections,
         "host_share": decision.host_share,
         "chosen": decision.chosen.program.id,
         "on_16_bit_weights": decision.fallback.program.id,
@@ -203,8 +205,8 @@ def estimate_lines(
     yield "kernel; no optimizer step. Peak: weights, adapters, what is kept, intermediates."
 
 
-def gain_table(sites: Sequence[Layer], decisions: Sequence[Decision]) -> RenderableType:
-    """One line a shape: how often the model has it, what was chosen, and its ratio to the frozen linear."""
+def gain_table(sites: Sequence[Site], decisions: Sequence[Decision]) -> RenderableType:
+    """One line a site: how often the model has it, what was chosen, and its ratio to the frozen linears."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="bold")
@@ -220,20 +222,24 @@ def gain_table(sites: Sequence[Layer], decisions: Sequence[Decision]) -> Rendera
             site.name,
             f"{program.forward.name}/{program.backward.name}",
             f"{decision.chosen.cost.time_s / price_frozen(decision.setting, decision.host_share):.2f}",
-            shared_stem(site.projections),
+            "; ".join(map(shared_stem, site.projections)) if isinstance(site, Group) else shared_stem(site.projections),
         )
     return table
 
 
-def explain_table(layer: Layer, rank: int, decision: Decision, *, show_all: bool) -> Iterable[RenderableType]:
+def explain_table(site: Site, rank: int, decision: Decision, *, show_all: bool) -> Iterable[RenderableType]:
     """The readable form: the Pareto variants, the paper's, the chosen one and why; ``show_all``: every program."""
     from rich.table import Table
     from rich.text import Text
 
     setting = decision.setting
     frozen = price_frozen(setting, decision.host_share)
+    if isinstance(site, Group):
+        served = "; ".join(" with ".join(names) for names in site.projections)
+    else:
+        served = ", ".join(site.projections)
     yield Text(
-        f"{layer.name}  rank {rank}  ({', '.join(layer.projections)}; {layer.count} in the model)  "
+        f"{site.name}  rank {rank}  ({served}; {site.count} in the model)  "
         f"{setting.tokens} tokens, {setting.dtype.name}, {setting.device.title}",
         style="bold",
     )

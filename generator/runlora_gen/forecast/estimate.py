@@ -8,8 +8,9 @@ layers, and nothing of the base model trains. The optimizer's step is not part o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from ..cost.passes import CAST, Times, price_passes
 from ..cost.peft import price_peft
@@ -18,10 +19,12 @@ from ..cost.setting import DTYPES, Setting
 from ..request.architecture import Architecture, Projection, decoder_types
 from ..request.decoder import Decoder
 from ..request.errors import SpecError
+from ..request.groups import Group
 from ..request.layers import layers
 from ..request.workload import Workload
 from ..search.candidates import setting_for
 from ..search.choose import Decision
+from ..search.grouped import decide_groups_of_step, sums_by_autograd
 from ..search.ranges import decide_step
 from .gain import Keeps, frozen_times, keeps, kept_bytes
 
@@ -151,11 +154,12 @@ def estimate(architecture: Architecture, rank: int, workload: Workload, batch: B
     sites = layers(architecture)
     decisions = decide_step(workload, sites, rank, batch.tokens)
     adapted = dict(zip(((site.in_features, site.out_features) for site in sites), decisions, strict=True))
+    grouped = {group: _of_group(d) for group, d in decide_groups_of_step(workload, architecture, rank, batch.tokens)}
     model = _Model(decoder, architecture, rank, workload, batch)
     return {
         "frozen": model.estimate({}),
         "peft": model.estimate({shape: _by_peft(decision.setting) for shape, decision in adapted.items()}),
-        "ours": model.estimate({shape: _ours(decision) for shape, decision in adapted.items()}),
+        "ours": model.estimate({shape: _ours(decision) for shape, decision in adapted.items()}, grouped),
     }
 
 
@@ -175,6 +179,12 @@ def _ours(decision: Decision) -> _Linear:
     return _Linear(Times(forward.device_s, forward.host_s), Times(backward.device_s, backward.host_s), keeps(decision))
 
 
+def _of_group(decision: Decision) -> _Linear:
+    """All of its linears, without the sums that autograd is spared."""
+    one = _ours(decision)
+    return replace(one, backward=one.backward + sums_by_autograd(decision.setting) * -1)
+
+
 @dataclass(frozen=True)
 class _Model:
     decoder: Decoder
@@ -192,10 +202,17 @@ class _Model:
 
     # Time
 
-    def estimate(self, adapted: dict[tuple[int, int], _Linear]) -> Estimate:
+    def estimate(
+        self, adapted: dict[tuple[int, int], _Linear], grouped: Mapping[Group, _Linear] = MappingProxyType({})
+    ) -> Estimate:
         forward, backward = Times(), Times()
         targets = {projection.name for projection in self.architecture.projections} if adapted else set()
+        for group, linears in grouped.items():
+            forward += linears.forward * group.count
+            backward += linears.backward * group.count
         for projection in self.decoder.projections:
+            if any(group.has(projection) for group in grouped):
+                continue
             if projection.name in targets:
                 linear = adapted[projection.in_features, projection.out_features]
             else:
@@ -210,7 +227,7 @@ class _Model:
         ends = self._ends()
         return Estimate(
             forward + backward + ends,
-            self._memory(adapted),
+            self._memory(adapted, grouped),
             graph=self.workload.launch == "graph",
         )
 
@@ -300,11 +317,11 @@ class _Model:
         attention = s * tokens * (2 * q + 2 * kv) + FLOAT * tokens * d.heads  # q, k, v, output; logsumexp
         return norms + attention + 3 * s * tokens * d.intermediate  # gate, silu(gate), up
 
-    def _memory(self, adapted: dict[tuple[int, int], _Linear]) -> Memory:
+    def _memory(self, adapted: dict[tuple[int, int], _Linear], grouped: Mapping[Group, _Linear]) -> Memory:
         d, batch, s = self.decoder, self.batch, self.size
         count, hidden = d.layers, batch.tokens * d.hidden
-        of_linears = self._kept(adapted)
-        down = self._kept(adapted, "mlp_hidden") // count
+        of_linears = self._kept(adapted, grouped)
+        down = self._kept(adapted, {}, "mlp_hidden") // count
         logits = 0 if batch.body or d.vocab is None else batch.tokens * d.vocab
         layer = self.layer_bytes() + of_linears // count
         if batch.checkpointing:
@@ -333,15 +350,21 @@ class _Model:
     def _read(self, name: str) -> list[Projection]:
         return [projection for projection in self.architecture.projections if projection.input == name]
 
-    def _kept(self, adapted: dict[tuple[int, int], _Linear], name: str | None = None) -> int:
+    def _kept(
+        self,
+        adapted: dict[tuple[int, int], _Linear],
+        grouped: Mapping[Group, _Linear],
+        name: str | None = None,
+    ) -> int:
         """What LoRA keeps in all layers, or that of the linears that read one of a layer's activations."""
         if not adapted:
             return 0
         row = self.batch.tokens * self.size
         projections = self.architecture.projections if name is None else tuple(self._read(name))
         by_shape = {shape: linear.keeps for shape, linear in adapted.items()}
+        together = [(group, linears.keeps) for group, linears in grouped.items()]
         # The attention keeps its output anyway.
-        return kept_bytes(projections, by_shape, row, there=frozenset({"attn_out"}))
+        return kept_bytes(projections, by_shape, row, there=frozenset({"attn_out"}), grouped=together)
 
     def _weights(self) -> int:
         d = self.decoder

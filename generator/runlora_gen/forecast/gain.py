@@ -12,8 +12,10 @@ from ..cost.price import price_frozen
 from ..cost.setting import Setting
 from ..cost.vector import DEVICE_BOUND, HOST_BOUND, weighted
 from ..request.architecture import Architecture, Projection
+from ..request.groups import Group, ungrouped
 from ..request.layers import Layer
 from ..search.choose import Decision
+from ..search.grouped import sums_by_autograd
 
 
 @dataclass(frozen=True)
@@ -75,19 +77,30 @@ def keeps(decision: Decision) -> Keeps:
     return Keeps(bool(saved & inputs), sum(map(setting.bytes_of, saved - inputs)))
 
 
-def gain(architecture: Architecture, sites: Sequence[Layer], decisions: Sequence[Decision], rest: Times) -> Gain:
+def gain(
+    architecture: Architecture,
+    sites: Sequence[Layer],
+    decisions: Sequence[Decision],
+    rest: Times,
+    grouped: Sequence[tuple[Group, Decision]] = (),
+) -> Gain:
     """Sum up a model.
 
     Args:
         architecture: the model.
         sites: its layer shapes.
         decisions: what was chosen for each of them, in one step.
-        rest: what the model does beside its linears, as :func:`~.ranges.rest_of_step` has it.
+        rest: what the model does beside its linears, as :func:`~.ranges.rest_of_step` has it; of groups we do a part of
+            it, the sums of their inputs' gradients.
+        grouped: the linears that are computed together.
     """
     chosen = dict(zip(((site.in_features, site.out_features) for site in sites), decisions, strict=True))
     peft = {shape: price_peft(decision.setting) for shape, decision in chosen.items()}
     frozen = {shape: frozen_times(decision.setting) for shape, decision in chosen.items()}
-    ours = {shape: Times(d.chosen.cost.device_s, d.chosen.cost.host_s) for shape, d in chosen.items()}
+    left = ungrouped(architecture, [group for group, _ in grouped])
+    ours = sum((_times(decision) * left[shape] for shape, decision in chosen.items()), Times())
+    for group, decision in grouped:
+        ours += (_times(decision) + sums_by_autograd(decision.setting) * -1) * group.count
 
     def total(times: dict[tuple[int, int], Times]) -> Times:
         return sum((times[site.in_features, site.out_features] * site.count for site in sites), Times())
@@ -105,10 +118,21 @@ def gain(architecture: Architecture, sites: Sequence[Layer], decisions: Sequence
             ),
         ),
         ours=Side(
-            total(ours), kept_bytes(architecture.projections, {s: keeps(d) for s, d in chosen.items()}, tokens * size)
+            ours,
+            kept_bytes(
+                architecture.projections,
+                {s: keeps(d) for s, d in chosen.items()},
+                tokens * size,
+                grouped=[(group, keeps(decision)) for group, decision in grouped],
+            ),
         ),
         rest=rest,
     )
+
+
+def _times(decision: Decision) -> Times:
+    """Of what was chosen."""
+    return Times(decision.chosen.cost.device_s, decision.chosen.cost.host_s)
 
 
 def frozen_times(setting: Setting) -> Times:
@@ -122,6 +146,7 @@ def kept_bytes(
     row_bytes: int,
     *,
     there: frozenset[str] = frozenset(),
+    grouped: Sequence[tuple[Group, Keeps]] = (),
 ) -> int:
     """Bytes kept by all linears of a model, an input of several of them once.
 
@@ -130,15 +155,22 @@ def kept_bytes(
         by_shape: what one linear of each shape keeps.
         row_bytes: of one feature of an input, of all tokens.
         there: inputs that are kept anyway.
+        grouped: what groups keep of those of the linears that are computed together.
     """
     inputs: dict[tuple[str, int], int] = {}
+    together: dict[tuple[str, int, int], Keeps] = {}
     own = 0
+    for group, kept in grouped:
+        members = {(p.name, p.in_features, p.out_features): Keeps(kept.input, 0) for p in projections if group.has(p)}
+        together |= members
+        own += group.count * kept.own_bytes
     for projection in projections:
-        kept = by_shape[projection.in_features, projection.out_features]
+        key = projection.name, projection.in_features, projection.out_features
+        kept = together.get(key) or by_shape[projection.in_features, projection.out_features]
         own += projection.count * kept.own_bytes
         if kept.input and projection.input not in there:
-            key = projection.input, projection.in_features
-            inputs[key] = max(inputs.get(key, 0), projection.count)
+            read = projection.input, projection.in_features
+            inputs[read] = max(inputs.get(read, 0), projection.count)
     return own + sum(count * features * row_bytes for (_, features), count in inputs.items())
 
 

@@ -49,6 +49,18 @@ class Check:
     run: Callable[[], None]
 
 
+@dataclass(frozen=True)
+class _Group:
+    """The module of a group, and its function."""
+
+    name: str
+    function: str
+
+
+def _function_of(module: ModuleType) -> str:
+    return next(str(name) for name in module.__all__ if name.startswith("lora_"))
+
+
 def load(modules: Mapping[str, Path]) -> None:
     """Import module files of one folder by names, as members of a package of our own.
 
@@ -89,9 +101,11 @@ def checks(modules: Sequence[str], part: str, examples: int) -> Iterator[Check]:
     tests.__package__ = _PACKAGE
     sys.modules[tests.__name__] = tests  # hypothesis looks modules up by name
     shared = [name for name in SHARED if f"{_PACKAGE}.{name}" in sys.modules]
-    loaded = [sys.modules[f"{_PACKAGE}.{name}"] for name in modules]
-    dropout = any("dropout" in inspect.signature(module.lora_linear).parameters for module in loaded)
-    source = render_test(modules, dropout=dropout, shared=shared)
+    loaded = {name: sys.modules[f"{_PACKAGE}.{name}"] for name in modules}
+    groups = [_Group(name, _function_of(module)) for name, module in loaded.items() if hasattr(module, "LINEARS")]
+    lone = [name for name, module in loaded.items() if hasattr(module, "lora_linear")]
+    dropout = any("dropout" in inspect.signature(loaded[name].lora_linear).parameters for name in lone)
+    source = render_test(lone, groups=groups, dropout=dropout, shared=shared)
     exec(compile(ast.parse(source), "<properties>", "exec"), tests.__dict__)
     properties = [value for name, value in vars(tests).items() if name.startswith("test_") and name not in _LEFT_OUT]
     for function in properties:

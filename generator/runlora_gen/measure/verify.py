@@ -31,7 +31,7 @@ from ..request.files import is_plain, read_text
 from .proof import KERNELS, TORCH
 
 #: What a generated module holds, and no other generated file.
-_MODULE = "def lora_linear("
+_MODULE = "\nVARIANTS: Mapping["
 
 
 @dataclass
@@ -101,7 +101,7 @@ def _found(path: Path) -> Iterator[list[Path]]:
     """The modules to prove, by the folder that they lie in."""
     if is_plain(path):
         if _MODULE not in _read(path):
-            raise SpecError(f"verify: {shorten(str(path))} is no generated module: it has no function lora_linear")
+            raise SpecError(f"verify: {shorten(str(path))} is no generated module: it has no VARIANTS")
         yield [path]
         return
     folders = [path, *sorted(place for place in path.glob("*") if place.is_dir())] if path.is_dir() else []
@@ -124,7 +124,7 @@ def _modules_in(folder: Path) -> list[Path]:
         manifest = json.loads(text)
         if manifest["generator"] != GENERATOR:
             raise ValueError
-        names = [str(layer["module"]) for layer in manifest["layers"]]
+        names = [str(site["module"]) for site in (*manifest["layers"], *manifest.get("groups", ()))]
     except (KeyError, TypeError, ValueError, RecursionError):
         raise SpecError(f"verify: {shorten(str(folder / MANIFEST))} is no manifest of {GENERATOR}") from None
     for name in names:

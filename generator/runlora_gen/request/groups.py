@@ -53,6 +53,14 @@ class Group:
         widths = self.out_features if len(set(self.out_features)) > 1 else self.out_features[:1]
         return f"{self.kind}_{self.in_features}x{'_'.join(map(str, widths))}"
 
+    def has(self, projection: Projection) -> bool:
+        """Whether a projection of the architecture that it is of is one of its linears."""
+        return any(
+            (projection.name, projection.in_features, projection.out_features) == (name, self.in_features, width)
+            for names in self.projections
+            for name, width in zip(names, self.out_features, strict=True)
+        )
+
 
 def groups(architecture: Architecture) -> tuple[Group, ...]:
     """The distinct groups of an architecture, in the order in which its projections first use them.

@@ -30,49 +30,70 @@ def decide_groups(workload: Workload, architecture: Architecture, rank: int) -> 
     Raises:
         SpecError: no program of some group meets ``max_saved_bytes``.
     """
-    found = () if workload.groups == "none" or workload.dropout else groups(architecture)
-    if not found:
-        return ()
-    kept = [True] * len(found)
+    found = _candidates(workload, architecture)
+    chosen = list(found)
     for tokens in workload.tokens:
-        paying = _paying(workload, architecture, found, rank, tokens)
-        kept = [both and pays for both, pays in zip(kept, paying, strict=True)]
-    chosen = [group for group, pays in zip(found, kept, strict=True) if pays]
+        paying = {group for group, _ in decide_groups_of_step(workload, architecture, rank, tokens)}
+        chosen = [group for group in chosen if group in paying]
     if not chosen:
         return ()
-    return decide_model(workload, (*chosen, *_alone(architecture, chosen)), rank)[: len(chosen)]
+    return decide_model(workload, (*chosen, *alone(architecture, chosen)), rank)[: len(chosen)]
 
 
-def _paying(
-    workload: Workload, architecture: Architecture, found: Sequence[Group], rank: int, tokens: int
-) -> list[bool]:
-    """Of each group whether it takes no longer than its linears one by one, at one token count."""
+def decide_groups_of_step(
+    workload: Workload, architecture: Architecture, rank: int, tokens: int
+) -> tuple[tuple[Group, Decision], ...]:
+    """The groups that take no longer than their linears one by one, at one token count, with their decisions.
+
+    Raises:
+        SpecError: no program of some group meets ``max_saved_bytes``.
+    """
+    found = _candidates(workload, architecture)
+    if not found:
+        return ()
     lone = layers(architecture)
     by_shape = {
         (layer.in_features, layer.out_features): decision
         for layer, decision in zip(lone, decide_step(workload, lone, rank, tokens), strict=True)
     }
-    sites: tuple[Site, ...] = (*found, *_alone(architecture, found))
+    sites: tuple[Site, ...] = (*found, *alone(architecture, found))
     decisions = decide_step(workload, sites, rank, tokens)[: len(found)]
-    pays = []
+    paying = []
     for group, decision in zip(found, decisions, strict=True):
-        apart, share = one_by_one(group, by_shape, decision.setting), decision.host_share
-        pays.append(decision.chosen.cost.weighted_s(share) <= weighted(apart.device_s, apart.host_s, share))
-    return pays
+        apart, share = _one_by_one(group, by_shape, decision.setting), decision.host_share
+        if decision.chosen.cost.weighted_s(share) <= weighted(apart.device_s, apart.host_s, share):
+            paying.append((group, decision))
+    return tuple(paying)
 
 
-def one_by_one(group: Group, by_shape: Mapping[tuple[int, int], Decision], setting: Setting) -> Times:
+def _candidates(workload: Workload, architecture: Architecture) -> tuple[Group, ...]:
+    return () if workload.groups == "none" or workload.dropout else groups(architecture)
+
+
+def _one_by_one(group: Group, by_shape: Mapping[tuple[int, int], Decision], setting: Setting) -> Times:
     """What the linears of a group take where each is computed by itself, and autograd sums their gradients."""
     costs = [by_shape[group.in_features, width].chosen.cost for width in group.out_features]
-    times = sum((Times(cost.device_s, cost.host_s) for cost in costs), Times())
+    return sum((Times(cost.device_s, cost.host_s) for cost in costs), sums_by_autograd(setting))
+
+
+def sums_by_autograd(setting: Setting) -> Times:
+    """What autograd takes to add up the gradients of an input, of whose linears each has its own."""
     if "dX" not in setting.gradients:
-        return times
-    gradient = setting.bytes_of(setting.derivation["dX"])
-    return times + price_passes([_PASSES_OF_A_SUM * gradient] * (len(group.linears) - 1), setting.device)
+        return Times()
+    count = len(setting.derivation.outputs) - 1
+    return price_passes([_PASSES_OF_A_SUM * setting.bytes_of(setting.derivation["dX"])] * count, setting.device)
 
 
-def _alone(architecture: Architecture, grouped: Sequence[Group]) -> tuple[Layer, ...]:
+def alone(architecture: Architecture, grouped: Sequence[Group]) -> tuple[Layer, ...]:
     """The layers with just the linears that are in none of these groups."""
+    together = {name for group in grouped for names in group.projections for name in names}
     left = ungrouped(architecture, grouped)
-    counted = (replace(layer, count=left[layer.in_features, layer.out_features]) for layer in layers(architecture))
-    return tuple(layer for layer in counted if layer.count)
+    return tuple(
+        replace(
+            layer,
+            count=count,
+            projections=tuple(p for p in layer.projections if p not in together) or layer.projections,
+        )
+        for layer in layers(architecture)
+        if (count := left[layer.in_features, layer.out_features])
+    )
