@@ -1,0 +1,145 @@
+"""Modules of groups: every variant is proved as a package proves its own, and they compile without a break."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from runlora_gen.cost.passes import Times
+from runlora_gen.emit.package import build_package
+from runlora_gen.measure.modules import one_choice, render_module
+from runlora_gen.request.architecture import load_architecture
+from runlora_gen.request.groups import Group, groups
+from runlora_gen.request.layout import FOLDER, LAYOUTS
+from runlora_gen.request.workload import Workload
+from runlora_gen.search import grouped
+from runlora_gen.search.candidates import setting_of
+from runlora_gen.search.choose import decide
+from torch import Tensor
+
+PACKAGE = "llama_9m_r4"
+QKV, GATE_UP = "qkv_128x128_r4", "gate_up_128x352_r4"
+WORKLOAD = Workload(adapter_dtype="bf16", launch="graph", tokens=(65536,))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder on the path with a package that has groups in each layout, at in_LAYOUT/."""
+    place = tmp_path_factory.mktemp("groups")
+    with pytest.MonkeyPatch.context() as patch:
+        # Whatever their price is.
+        patch.setattr(grouped, "_one_by_one", lambda group, by_shape, setting: Times(1.0, 1.0))
+        for layout in LAYOUTS:
+            out = place / f"in_{layout}"
+            made = build_package(load_architecture("llama-9m"), 4, WORKLOAD, out=out, layout=layout)
+            (out / made.folder).mkdir(parents=True)
+            for file, text in made.files.items():
+                (out / made.folder / file).write_text(text, encoding="utf-8")
+    sys.path.insert(0, str(place))
+    yield place
+    sys.path.remove(str(place))
+    for name in [name for name in sys.modules if name.startswith("in_")]:
+        del sys.modules[name]
+
+
+def load(layout: str, name: str) -> ModuleType:
+    return importlib.import_module(f"in_{layout}.{PACKAGE}.{name}")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_package_proves_its_groups(place: Path, layout: str) -> None:
+    """The torch path and, in the interpreter, the kernels."""
+    environment = {**os.environ, "RUNLORA_EXAMPLES": "4"}
+    # The kernels in one of the layouts: their text is the same, and the interpreter slow.
+    which = "groups" if layout == FOLDER else "groups or own"
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "-k", which]
+    tests = place / f"in_{layout}" / PACKAGE / "test_equivalence.py"
+    done = subprocess.run([*command, tests], env=environment, cwd=place, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+
+
+def operands(ranks: tuple[int, ...], widths: tuple[int, ...]) -> tuple[Tensor, dict[str, Any]]:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*size: int, trains: bool = True) -> Tensor:
+        return torch.randn(size, generator=generator, dtype=torch.float64).requires_grad_(trains)
+
+    x = draw(2, 7, 128)
+    return x, {
+        "weights": [draw(width, 128, trains=False) for width in widths],
+        "lora_As": [draw(rank, 128) for rank in ranks],
+        "lora_Bs": [draw(width, rank) for width, rank in zip(widths, ranks, strict=True)],
+        "biases": [None, *(draw(width) for width in widths[1:])],
+        "scalings": [0.5, -2.0, 1.5][: len(widths)],
+    }
+
+
+def plain(x: Tensor, given: dict[str, Any]) -> list[Tensor]:
+    return [
+        torch.nn.functional.linear(x, weight, bias) + scaling * (x @ lora_A.t() @ lora_B.t())
+        for weight, lora_A, lora_B, bias, scaling in zip(*given.values(), strict=True)
+    ]
+
+
+def gradients(outputs: list[Tensor], x: Tensor, given: dict[str, Any]) -> tuple[Tensor, ...]:
+    leaves = [x, *given["lora_As"], *given["lora_Bs"], *given["biases"][1:]]
+    return torch.autograd.grad(sum(((i + 1) * y.sin()).sum() for i, y in enumerate(outputs)), leaves)
+
+
+@pytest.mark.parametrize("group", groups(load_architecture("llama-9m")), ids=lambda group: group.kind)
+def test_every_variant_equals_plain_linears(tmp_path: Path, group: Group) -> None:
+    """Of ranks and widths of their own; in float64, so that nothing is left to rounding."""
+    choice = one_choice(group, WORKLOAD, decide(WORKLOAD, setting_of(WORKLOAD, group, 4, 65536)))
+    module = render_module(choice, 4, WORKLOAD, tmp_path / group.kind, all_variants=True)
+    function, count = getattr(module, f"lora_{group.kind}"), len(group.linears)
+    x, given = operands((4, 1, 6)[:count], (128, 24, 352)[:count])
+    wanted = plain(x, given)
+    expected = gradients(wanted, x, given)
+    assert len(module.VARIANTS) == len(choice.ranges[0].decision.candidates) > 20
+    for variant in module.VARIANTS:
+        outputs = list(function(x, **given, variant=variant))
+        torch.testing.assert_close(outputs, wanted)
+        torch.testing.assert_close(gradients(outputs, x, given), expected)
+        with torch.no_grad():
+            torch.testing.assert_close(list(function(x, **given, variant=variant)), wanted)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_compiles_without_a_break(place: Path, layout: str) -> None:
+    module = load(layout, QKV)
+    x, given = operands((4, 4, 4), (128, 128, 128))
+
+    def outputs(x: Tensor) -> list[Tensor]:
+        return list(module.lora_qkv(x, **given))
+
+    compiled: Any = torch.compile(outputs, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(gradients(compiled(x), x, given), gradients(plain(x, given), x, given))
+
+
+def test_an_input_changed_in_place_is_noticed(place: Path) -> None:
+    """Before the backward: as autograd notices it of what it saves itself."""
+    module = load("standalone", QKV)
+    x, given = operands((4, 4, 4), (128, 128, 128))
+    twice = x * 2
+    outputs = module.lora_qkv(twice, **given)
+    twice.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        gradients(list(outputs), x, given)
+
+
+def test_the_manifest_names_them(place: Path) -> None:
+    manifest = json.loads((place / "in_standalone" / PACKAGE / "manifest.json").read_text(encoding="utf-8"))
+    found = {group["module"]: (group["linears"], group["out_features"], group["count"]) for group in manifest["groups"]}
+    assert found == {
+        QKV: (["q", "k", "v"], [128, 128, 128], 4),
+        GATE_UP: (["gate", "up"], [352, 352], 4),
+    }
