@@ -63,6 +63,21 @@ def test_all_variants_are_measured_and_judged(tmp_path: Path) -> None:
         assert -1 <= spearman <= 1 <= regret
 
 
+def test_linears_of_one_input_are_compared(tmp_path: Path) -> None:
+    path = tmp_path / "group.json"
+    options = ("--dtype", "fp32", "--profile", "cpu", "--launch", "eager", "--rank", "2", "--rounds", "2")
+    printed = tool("bench_group", "--groups", "8:16x16+8+8,8:16x24+24", *options, "--json", path)
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["group"] for row in rows] == ["8:16x16+8+8", "8:16x24+24"]
+    for row in rows:
+        assert set(row["results"]) == {"frozen", "peft", "ours, one by one", "ours"}
+        assert row["results"]["frozen"]["eager"]["over_frozen"]["max"] == 1
+        assert all(result["eager"]["median_us"] > 0 for result in row["results"].values())
+        # One X, not three; of PEFT's own intermediates there is none.
+        assert row["results"]["ours"]["saved_bytes"] <= row["results"]["peft"]["saved_bytes"]
+    assert len(printed.splitlines()) == 2 * 5
+
+
 def test_what_the_host_needs_is_measured(tmp_path: Path) -> None:
     path = tmp_path / "host.json"
     shape = ("--tokens", 4, "--width", 64, "--rank", 2, "--rounds", 1)

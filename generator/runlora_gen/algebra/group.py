@@ -44,6 +44,8 @@ def group(linears: tuple[str, ...]) -> Derivation:
         base=(*each("Y_? = X @ W_?.T + b_?"), *_sum(each("dY_? @ W_?"))),
         table=(
             rows("S_?", "x_at", *each("S_? = s_? * X @ A_?.T")),
+            # One pass over X yields all.
+            rows("S_?", "one_pass", f"x_ats: {'; '.join(each('S_? = s_? * X @ A_?.T'))}"),
             rows("S_?", SAVED),
             *(
                 rows(f"{symbol}_?", way, *formulas, when=(CAST_ADAPTER,))
@@ -54,11 +56,17 @@ def group(linears: tuple[str, ...]) -> Derivation:
             rows("Y_?", "base_first", *each("Y_? = X @ W_?.T + b_?", "Y_? += S_? @ B_?.T")),
             rows("Y_?", "lowrank_first", *each("Y_? = S_? @ B_?.T + b_?", "Y_? += X @ W_?.T")),
             rows("Y_?", "fused", *each("fused_gemm: Y_? = S_? @ B_?.T + b_?; Y_? += X @ W_?.T")),
+            # One persistent kernel, whose tiles are those of all outputs.
+            rows("Y_?", "in_one", f"fused_gemms: {'; '.join(each('Y_? = S_? @ B_?.T + b_?', 'Y_? += X @ W_?.T'))}"),
             # The backward.
             rows("P_?", "dy_b", *each("P_? = s_? * dY_? @ B_?")),
             row("dX", "base_first", *_sum(in_turn("dY_? @ W_?", "P_? @ A_?"))),
             row("dX", "lowrank_first", *_sum(in_turn("P_? @ A_?", "dY_? @ W_?"))),
+            # One persistent kernel, whose inner loop goes through all products.
+            row("dX", "in_one", f"fused_gemm_sum: {'; '.join(_sum(in_turn('P_? @ A_?', 'dY_? @ W_?')))}"),
             rows("dA_?", "pt_x", *each("dA_? = P_?.T @ X")),
+            # One pass over X yields all.
+            rows("dA_?", "one_pass", f"pt_xs: {'; '.join(each('dA_? = P_?.T @ X'))}"),
             rows("dB_?", "dyt_s", *each("dB_? = dY_?.T @ S_?")),
             # One pass over each dY yields both.
             rows("P_? dB_?", "one_pass", *each("p_db: P_? = s_? * dY_? @ B_?; dB_? = dY_?.T @ S_?")),
