@@ -132,7 +132,10 @@ class Program:
     @cached_property
     def plain_id(self) -> str:
         """The id with torch's products in place of kernels for single ones."""
-        kept = "-".join(str(symbol).lower() for symbol in self.kept) or "nothing"
+        saved = [way.targets for way in self.backward.ways if way.saved]
+        # Of a group all linears keep the same: S_q, S_k and S_v are one word.
+        names = [str(targets[0]).partition("_")[0] if len(targets) > 1 else str(targets[0]) for targets in saved]
+        kept = "-".join(names).lower() or "nothing"
         return f"{self.forward.name}/{self.backward.name}/keep-{kept}"
 
     @cached_property

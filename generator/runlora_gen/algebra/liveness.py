@@ -7,7 +7,8 @@ from functools import lru_cache
 from types import MappingProxyType
 
 from .enumerate import Phase, Program
-from .operations import Operation, Symbol, products
+from .operations import Operation, Step, Symbol, products
+from .work import work
 
 
 @lru_cache(maxsize=65536)
@@ -17,19 +18,29 @@ def dependents(phase: Phase) -> Mapping[Symbol, frozenset[Symbol]]:
     The emitted code computes and saves a symbol only if one of these gradients is wanted.
     """
     needed: dict[Symbol, set[Symbol]] = {goal: {goal} for goal in phase.goals}
-    # By single products: where only one result of a fused kernel is wanted, its product runs alone.
-    steps = [product for operation in phase.operations for product in products(operation)]
+    steps = [step for operation in phase.operations for step in _apart(operation)]
     changed = True
     while changed:
         changed = False
         for step in steps:
             goals = set().union(*(needed.get(out, set()) for out in step.outputs))
-            for symbol in step.reads:
+            for symbol in (*step.reads, *step.outputs):
                 known = needed.setdefault(symbol, set())
                 if not goals <= known:
                     known |= goals
                     changed = True
     return MappingProxyType({symbol: frozenset(goals) for symbol, goals in needed.items()})
+
+
+def _apart(operation: Operation) -> tuple[Step, ...] | tuple[Operation]:
+    """What runs alone where it alone is wanted: of a fused kernel with several results the product of each.
+
+    But one that does the same for several linears yields all where any is wanted: the pass over what they read is its
+    price.
+    """
+    steps = products(operation)
+    alike = len(operation.outputs) == len(steps) > 1 and len(set(map(work, steps))) == 1
+    return (operation,) if alike else steps
 
 
 @lru_cache(maxsize=65536)

@@ -59,10 +59,13 @@ def _price_table(title: str, phase: Phase, total: PhaseCost, setting: Setting) -
     prices: list[tuple[str, OperationCost | PhaseCost]] = [
         (operation.formula, price_operation(operation, setting)) for operation in ordered
     ]
-    columns = max(len(formula) for formula, _ in prices)
+    # What yields several results has a line for each, and its price on the last.
+    columns = max(len(line) for formula, _ in prices for line in formula.split(", "))
     prices.append(("in all", total))
     yield from ("", f"{title}::", "")
-    for formula, price in prices:
+    for formulas, price in prices:
+        *others, formula = formulas.split(", ")
+        yield from (f"    {other}" for other in others)
         yield (
             f"    {formula:<{columns}}  {show_count(price.flops, 'FLOP'):>11}  {show_bytes(price.bytes_moved):>10}  "
             f"{show_time(price.device_s):>12}"

@@ -110,6 +110,11 @@ def render_module(module: ModuleNode, header: Header | None = None) -> str:
     return render(template, {"header": header or Header("", ""), "module": module})
 
 
+def _natural(name: str) -> list[tuple[int, str]]:
+    """By which names are sorted as people count: ``linear_64x96`` before ``linear_128x64``."""
+    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
+
+
 class Named(Protocol):
     """A module of a group, by its name and that of its function: a node has them."""
 
@@ -142,5 +147,13 @@ def render_test(
         header: of the file.
     """
     inside = {name: name in shared for name in ("kernels", "products")}
-    context = {"header": header or Header("", ""), "modules": modules, "groups": groups, "dropout": dropout, **inside}
+    imported = [*modules, *(module.name for module in groups), *(name for name in inside if inside[name])]
+    context = {
+        "header": header or Header("", ""),
+        "modules": modules,
+        "groups": groups,
+        "imported": sorted(imported, key=_natural),
+        "dropout": dropout,
+        **inside,
+    }
     return render("test_equivalence.py.jinja", context)

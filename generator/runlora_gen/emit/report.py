@@ -222,7 +222,7 @@ def gain_table(sites: Sequence[Site], decisions: Sequence[Decision]) -> Renderab
             site.name,
             f"{program.forward.name}/{program.backward.name}",
             f"{decision.chosen.cost.time_s / price_frozen(decision.setting, decision.host_share):.2f}",
-            "; ".join(map(shared_stem, site.projections)) if isinstance(site, Group) else shared_stem(site.projections),
+            ",".join(site.linears) if isinstance(site, Group) else shared_stem(site.projections),
         )
     return table
 

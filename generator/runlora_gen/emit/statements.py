@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 from ..algebra.derivation import Derivation
 from ..algebra.enumerate import Phase
-from ..algebra.operations import Draw, Map, Operation, Symbol, products
+from ..algebra.operations import Draw, Map, Symbol, products
 from ..algebra.schedule import schedule
-from ..algebra.work import work
 from ..cost.setting import Setting
 from .code import drawn_line, line
 
@@ -88,11 +87,7 @@ def backward_blocks(
             blocks.append(Block(condition, (text,)))
 
     for step in schedule(phase, setting.bytes_of).steps:
-        wanted = {symbol: needed_by[symbol] for symbol in step.operation.outputs}
-        if _does_one_thing(step.operation):
-            # The pass over what all read is the price: it yields those that are not wanted, too.
-            wanted = dict.fromkeys(wanted, frozenset[Symbol]().union(*wanted.values()))
-        guards = {symbol: guard(goals, phase.derivation) for symbol, goals in wanted.items()}
+        guards = {symbol: guard(needed_by[symbol], phase.derivation) for symbol in step.operation.outputs}
         if len(set(guards.values())) == 1:
             add(guards[step.operation.outputs[0]], line(step.operation, owner))
         else:
@@ -108,9 +103,3 @@ def backward_blocks(
         for symbol in step.frees:
             add(guard(needed_by[symbol], phase.derivation), f"del {symbol}")
     return tuple(blocks)
-
-
-def _does_one_thing(operation: Operation) -> bool:
-    """Whether it does the same for several linears."""
-    steps = products(operation)
-    return len(operation.outputs) == len(steps) > 1 and len(set(map(work, steps))) == 1
