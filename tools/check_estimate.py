@@ -95,7 +95,9 @@ def compared(report: dict[str, Any]) -> Iterator[Compared]:
         @cache
         def guesses(adapter_dtype: str, checkpointing: bool) -> dict[str, Estimate]:
             tokens = (row["batch"] * row["sequence"],)  # noqa: B023  # called within this round
-            workload = Workload(tokens=tokens, adapter_dtype=adapter_dtype, device=report["profile"])
+            # What was measured are lone linears.
+            fields = {"adapter_dtype": adapter_dtype, "device": report["profile"], "groups": "none"}
+            workload = Workload(tokens=tokens, **fields)
             batch = Batch(row["batch"], row["sequence"], checkpointing=checkpointing, body=True)  # noqa: B023
             return estimate(architecture, row["rank"], workload, batch)  # noqa: B023
 

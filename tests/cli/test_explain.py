@@ -6,6 +6,7 @@ import json
 import re
 
 import pytest
+from runlora_gen.cost.device import load_device
 
 SPEC = ("--arch", "llama-9m", "--target-modules", "q_proj", "--rank", "8", "--tokens", "4096")
 #: With adapters in the activations' dtype, of which no casts are kept or not kept, there are fewer programs.
@@ -51,11 +52,13 @@ def test_all_shows_every_program_by_time(run, layer: dict) -> None:
 
 @pytest.fixture(scope="module")
 def model(run) -> dict:
-    return json.loads(run("explain", "--arch", "llama-13b", "--rank", "8", "--no-kernels", "--json").ok().out)
+    return json.loads(
+        run("explain", "--arch", "llama-13b", "--rank", "8", "--no-kernels", "--groups", "none", "--json").ok().out
+    )
 
 
 def test_starts_with_three_lines_for_the_whole_model(run, model: dict) -> None:
-    arguments = ("explain", "--arch", "llama-13b", "--rank", "8", "--no-kernels")
+    arguments = ("explain", "--arch", "llama-13b", "--rank", "8", "--no-kernels", "--groups", "none")
     time, memory, decides, *rest = run(*arguments).ok().out.splitlines()
     found = model["model"]
     ours, frozen, peft = (found[name] for name in ("ours", "frozen", "peft"))
@@ -74,7 +77,11 @@ def test_starts_with_three_lines_for_the_whole_model(run, model: dict) -> None:
 
 
 def test_then_a_line_a_shape(run, model: dict) -> None:
-    lines = run(*["explain", "--arch", "llama-13b", "--rank", "8", "--no-kernels"]).ok().out.splitlines()[-3:]
+    lines = (
+        run(*["explain", "--arch", "llama-13b", "--rank", "8", "--no-kernels", "--groups", "none"])
+        .ok()
+        .out.splitlines()[-3:]
+    )
     assert "projections" not in lines[0]
     for line, layer, names in zip(lines, model["layers"], ("q,k,v,o_proj", "gate,up_proj", "down_proj"), strict=True):
         chosen = next(variant for variant in layer["variants"] if variant["id"] == layer["chosen"])
@@ -105,8 +112,8 @@ def test_the_model_is_the_sum_of_its_linears(model: dict) -> None:
     ("arguments", "text"),
     [
         (("llama-9m", "--tokens", "128"), "decides  the host ("),
-        (("llama-13b", "--launch", "graph"), " a step), under CUDA graphs: kernels in 3 of 3 shapes"),
-        (("llama-13b", "--launch", "compile"), " compiled): kernels in 3 of 3 shapes"),
+        (("llama-13b", "--launch", "graph"), " a step), under CUDA graphs: kernels in 4 of 4 shapes"),
+        (("llama-13b", "--launch", "compile"), " compiled): kernels in 4 of 4 shapes"),
         (("llama-9m", "--launch", "compile", "--tokens", "128"), "decides  the host ("),
         (("llama-9m", "--criterion", "memory"), "decides  least memory; the host ("),
         (("llama-13b", "--tokens", "3072", "--dtype", "fp16", "--criterion", "flops"), "decides  fewest FLOPs; "),
@@ -133,8 +140,49 @@ def test_says_what_runs_on_16_bit_weights(run) -> None:
 
 
 def test_no_line_is_cut_and_nothing_is_coloured_in_a_pipe(run) -> None:
-    text = run("explain", "--arch", "llama-3.1-405b", "--rank", "8", "--all", *NARROW).ok().out
+    text = run("explain", "--arch", "llama-3.1-405b", "--rank", "8", "--all", "--groups", "none", *NARROW).ok().out
     assert "\x1b" not in text and "…" not in text
     programs = {name.split("/kernel-")[0] for name in rows(text)}
     assert len(programs) == 310  # the same for each shape, some with kernels for single products
     assert max(map(len, text.splitlines())) <= 180
+
+
+@pytest.fixture(scope="module")
+def grouped(run) -> dict:
+    return json.loads(run("explain", "--arch", "llama-13b", "--rank", "8", "--json").ok().out)
+
+
+def test_groups_have_lines_and_the_linears_in_them_none(run, grouped: dict) -> None:
+    lines = run("explain", "--arch", "llama-13b", "--rank", "8").ok().out.splitlines()
+    table = [line.split() for line in lines if "/" in line and re.match(r" *\d+ (\w+_)?\d+x\d+ ", line)]
+    assert [(row[0], row[1]) for row in table] == [
+        ("40", "qkv_5120x5120"),
+        ("40", "gate_up_5120x13824"),
+        ("40", "5120x5120"),
+        ("40", "13824x5120"),
+    ]
+    for row, group in zip(table, grouped["groups"], strict=False):
+        chosen = next(variant for variant in group["variants"] if variant["id"] == group["chosen"])
+        assert row[2] == f"{chosen['forward']}/{chosen['backward']}"
+        assert row[4] == ",".join(group["linears"])
+
+
+def test_the_model_is_the_sum_of_its_groups_and_what_is_in_none(grouped: dict) -> None:
+    """Less the sums of gradients that autograd is spared, two of q, k and v and one of gate and up."""
+
+    def chosen(site: dict) -> dict:
+        return next(variant for variant in site["variants"] if variant["id"] == site["chosen"])
+
+    device = load_device("h100")
+    sums = (3 * 4096 * 5120 * 2 / device.bytes_per_s + device.launch_s) * 1e6
+    groups, (attention, _, down) = grouped["groups"], grouped["layers"]
+    together = [40 * chosen(group)["device_us"] for group in groups]
+    alone = [40 * chosen(layer)["device_us"] for layer in (attention, down)]
+    expected = sum(together) + sum(alone) - 40 * 3 * sums
+    assert grouped["model"]["ours"]["device_us"] == pytest.approx(expected, rel=1e-4)
+    assert grouped["model"]["linears"] == 280
+
+
+def test_no_groups_by_request(run) -> None:
+    found = json.loads(run("explain", "--arch", "llama-13b", "--rank", "8", "--groups", "none", "--json").ok().out)
+    assert found["groups"] == []

@@ -16,6 +16,7 @@ from runlora_gen.request.architecture import Architecture, load_architecture
 from runlora_gen.request.errors import SpecError
 from runlora_gen.request.layers import layers
 from runlora_gen.request.workload import Workload
+from runlora_gen.search.grouped import decide_groups_of_step, sums_by_autograd
 from runlora_gen.search.ranges import decide_step
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -189,7 +190,7 @@ def test_only_the_targets_have_adapters() -> None:
 def test_ours_is_what_the_choice_says() -> None:
     """Beside the frozen model: the difference of the chosen programs and the frozen linears."""
     architecture = load_architecture("llama-3.2-1b")
-    workload = Workload(tokens=(4096,), kernels=False)
+    workload = Workload(tokens=(4096,), kernels=False, groups="none")
     found = estimate(architecture, 16, workload, Batch(2, 2048))
     from runlora_gen.forecast.gain import frozen_times
 
@@ -199,6 +200,35 @@ def test_ours_is_what_the_choice_says() -> None:
         for site, decision in zip(sites, decide_step(workload, sites, 16, 4096), strict=True)
     )
     assert found["ours"].times.device_s - found["frozen"].times.device_s == pytest.approx(more)
+
+
+def test_groups_are_in_the_step() -> None:
+    """In place of their linears, and without the sums that autograd is spared."""
+    architecture, workload = load_architecture("llama-13b"), Workload(tokens=(4096,))
+    together, apart = (
+        estimate(architecture, 16, replace(workload, groups=groups), Batch(2, 2048)) for groups in ("auto", "none")
+    )
+    chosen = decide_groups_of_step(workload, architecture, 16, 4096)
+    assert "qkv" in {group.kind for group, _ in chosen}
+    lone = {
+        (site.in_features, site.out_features): decision.chosen.cost.device_s
+        for site, decision in zip(
+            layers(architecture), decide_step(workload, layers(architecture), 16, 4096), strict=True
+        )
+    }
+    spared = sum(
+        group.count
+        * (
+            sum(lone[group.in_features, width] for width in group.out_features)
+            + sums_by_autograd(decision.setting).device_s
+            - decision.chosen.cost.device_s
+        )
+        for group, decision in chosen
+    )
+    assert spared > 0
+    assert apart["ours"].times.device_s - together["ours"].times.device_s == pytest.approx(spared)
+    assert together["peft"] == apart["peft"] and together["frozen"] == apart["frozen"]
+    assert together["ours"].memory.forward == apart["ours"].memory.forward
 
 
 def test_under_cuda_graphs_the_host_does_not_count() -> None:
