@@ -105,6 +105,8 @@ def test_files_are_those_of_the_contract(made: Path) -> None:
     modules |= {f"{group['module']}.py" for group in groups}
     assert all(re.fullmatch(r"[a-z][a-z_]*_\d+x\d+(_\d+)*_r4", group["module"]) for group in groups)
     rest = {"manifest.json", "py.typed", "test_equivalence.py", *(f"{name}.py" for name in OF_MODELS)}
+    if groups:
+        rest.add("groups.py")
     if is_folder(made):
         has_kernels = any("@triton.jit" in text for text in sources(made).values())
         rest |= {f"{name}.py" for name in SHARED if name != "kernels" or has_kernels}

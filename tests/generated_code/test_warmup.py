@@ -220,10 +220,11 @@ def test_layers_of_peft(package: Any) -> None:
         patch.setattr(warming, "_is_whole_on_gpu", lambda _: True)
         cases = warming._cases(wrapped)
         assert [tuple(case.weight.shape) for case in cases] == [(352, 128), (128, 352)]
-        assert [case.scaling for case in cases] == [2.0, 2.0]
+        (given,), (other,) = (case.operands for case in cases)
+        assert [given.scaling, other.scaling] == [2.0, 2.0]
         base = model[0].base_layer
-        assert cases[0].weight.data_ptr() == base.weight.data_ptr() and cases[0].bias.data_ptr() == base.bias.data_ptr()
-        assert cases[0].lora_A.is_leaf and cases[0].lora_A.requires_grad and not cases[0].weight.requires_grad
+        assert given.weight.data_ptr() == base.weight.data_ptr() and given.bias.data_ptr() == base.bias.data_ptr()
+        assert given.lora_A.is_leaf and given.lora_A.requires_grad and not given.weight.requires_grad
         base.register_forward_hook(lambda *_: None)
         assert len(warming._cases(wrapped)) == 1
 

@@ -12,6 +12,7 @@ import runlora_gen
 import torch
 from runlora_gen.into_model.packages import imported
 from runlora_gen.request.layout import LAYOUTS, STANDALONE
+from runlora_gen.search import grouped
 from torch import Tensor
 
 for name in ("transformers", "peft"):
@@ -46,6 +47,17 @@ def package(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     layout = getattr(request, "param", STANDALONE)
     out = tmp_path_factory.mktemp("packages")
     (folder,) = runlora_gen.generate(llama(), rank=RANK, tokens=64, kernels=False, layout=layout, output=out)
+    return imported(folder)
+
+
+@pytest.fixture(scope="session")
+def with_groups(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The same with a module for each of the model's groups, whatever they are priced at."""
+    layout = getattr(request, "param", STANDALONE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grouped, "_paying", lambda workload, architecture, found, *_: [True] * len(found))
+        out = tmp_path_factory.mktemp("packages")
+        (folder,) = runlora_gen.generate(llama(), rank=RANK, tokens=64, kernels=False, layout=layout, output=out)
     return imported(folder)
 
 

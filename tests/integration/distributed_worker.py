@@ -111,8 +111,11 @@ def blocks_of(model: Any) -> Any:
     return getattr(inner, "model", inner).layers
 
 
-def sharded(model: Any, mesh: DeviceMesh, **options: Any) -> Any:
+def sharded(model: Any, mesh: DeviceMesh, *, each: bool = False, **options: Any) -> Any:
+    """Its blocks, or each of the attention's linears before; and all that is left."""
     for block in blocks_of(model):
+        for linear in (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj) if each else ():
+            fully_shard(linear, mesh=mesh, **options)
         fully_shard(block, mesh=mesh, **options)
     return fully_shard(model, mesh=mesh, **options)
 
@@ -190,6 +193,36 @@ def two_steps(setting: Setting, model: Any) -> dict[str, Tensor]:
         model(setting.tokens, labels=setting.tokens).loss.backward()
         optimizer.step()
     return found_in(model, lambda parameter: parameter)
+
+
+def groups(setting: Setting) -> Finding:
+    """Where the package has modules of groups: the same, and how often they were run, by DDP and by FSDP2."""
+    wanted, found, run = setting.wanted(), Finding(), 0
+    grouped = getattr(setting.package, "groups", None)
+    compute = getattr(grouped, "compute", None)
+
+    def counted(*given: Any) -> Any:
+        nonlocal run
+        run += 1
+        return compute(*given)
+
+    if grouped is not None:
+        grouped.compute = counted
+    for kind, model in setting.ours():
+        run = 0
+        part = setting.tokens.chunk(dist.get_world_size())[dist.get_rank()]
+        parallel = nn.parallel.DistributedDataParallel(model)
+        near({plain(n): g for n, g in gradients(parallel, part).items()}, wanted)
+        found[f"{kind}, DDP"], run = run, 0
+        parallel = sharded(checkpointed(model.train(), use_reentrant=False), setting.mesh)
+        near({plain(n): whole(g) for n, g in gradients(parallel, setting.tokens).items()}, wanted)
+        found[f"{kind}, FSDP2 checkpointed"], run = run, 0
+        model = sharded(next(each for name, each in setting.ours() if name == kind), setting.mesh, each=True)
+        near({plain(n): whole(g) for n, g in gradients(model, setting.tokens).items()}, wanted)
+        found[f"{kind}, FSDP2 of each linear"] = run
+    if grouped is not None:
+        grouped.compute = compute
+    return found
 
 
 def fsdp_mixed_precision(setting: Setting) -> Finding:
@@ -314,6 +347,7 @@ CHECKS = {
         ddp,
         biases,
         fsdp,
+        groups,
         fsdp_mixed_precision,
         fsdp_adapter_files,
         tensor_parallel_peft,

@@ -51,6 +51,17 @@ def test_two_processes_compute_what_one_does(package: Any, tmp_path: Path) -> No
     assert list(found) == names and all(found.values())
 
 
+def test_groups_in_two_processes(with_groups: Any, tmp_path: Path) -> None:
+    """Parameters that are whole in a linear's own forward alone, as where it is sharded by itself, can't be shared."""
+    names = ["ddp", "fsdp", "groups", "fsdp_mixed_precision", "tensor_parallel_peft", "tensor_parallel_injected"]
+    found = found_by(2, with_groups, names, tmp_path)
+    assert list(found) == names
+    for kind in ("PEFT", "injected"):
+        assert found["groups"][f"{kind}, DDP"] == 4
+        assert found["groups"][f"{kind}, FSDP2 checkpointed"] == 8
+        assert found["groups"][f"{kind}, FSDP2 of each linear"] == 2
+
+
 def test_a_checkpoint_of_four_ranks_is_loaded_on_two(package: Any, tmp_path: Path) -> None:
     assert found_by(4, package, ["save_distributed"], tmp_path) == {"save_distributed": {"ranks": 4}}
     assert found_by(2, package, ["load_distributed"], tmp_path) == {"load_distributed": {"ranks": 2}}

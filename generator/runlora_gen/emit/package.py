@@ -24,7 +24,7 @@ from .render import MAX_GENERATED_BYTES, SHARED, Header, render, render_module, 
 from .report import SCHEMA_VERSION, choice_data
 from .style import Style, style_of
 
-#: The files of a package that put its modules into a model.
+#: The files of a package that put its modules into a model; ``groups`` is one more where there are some.
 OF_MODELS = ("__init__", "adapters", "inject", "peft_layers", "report", "shapes", "warmup", "with_peft")
 #: Where the manifest's JSON Schema is published, beside this file.
 MANIFEST_SCHEMA = "manifest.schema.json"
@@ -137,7 +137,8 @@ def build_package(
         "kernels": "kernels" in shared,
     }
     rendered |= {f"{name}.py": text for name, text in shared.items()}
-    rendered |= {f"{name}.py": render(f"{name}.py.jinja", context) for name in OF_MODELS}
+    in_models = (*OF_MODELS, "groups") if groups else OF_MODELS
+    rendered |= {f"{name}.py": render(f"{name}.py.jinja", context) for name in in_models}
     rendered["test_equivalence.py"] = render_test(
         [node.name for node in nodes], groups=groups, dropout=workload.dropout > 0, shared=shared, header=header
     )
