@@ -20,7 +20,7 @@ from ..search.grouped import decide_groups
 from ..search.ranges import LayerChoice, decide_model
 from .manifest import MANIFEST, folder_name, package_digest, public_part, sha256
 from .nodes import ModuleNode, module_name, module_node, shared_node
-from .render import MAX_GENERATED_BYTES, SHARED, Header, render, render_module, render_test
+from .render import MAX_GENERATED_BYTES, SHARED, Header, natural, render, render_module, render_test
 from .report import SCHEMA_VERSION, choice_data
 from .style import Style, style_of
 
@@ -135,6 +135,7 @@ def build_package(
         "groups": groups,
         "folder": layout == FOLDER,
         "kernels": "kernels" in shared,
+        "imported": sorted((node.name for node in (*nodes, *groups)), key=natural),
     }
     rendered |= {f"{name}.py": text for name, text in shared.items()}
     in_models = (*OF_MODELS, "groups") if groups else OF_MODELS

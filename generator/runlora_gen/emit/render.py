@@ -110,7 +110,7 @@ def render_module(module: ModuleNode, header: Header | None = None) -> str:
     return render(template, {"header": header or Header("", ""), "module": module})
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
+def natural(name: str) -> list[tuple[int, str]]:
     """By which names are sorted as people count: ``linear_64x96`` before ``linear_128x64``."""
     return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
 
@@ -152,7 +152,7 @@ def render_test(
         "header": header or Header("", ""),
         "modules": modules,
         "groups": groups,
-        "imported": sorted(imported, key=_natural),
+        "imported": sorted(imported, key=natural),
         "dropout": dropout,
         **inside,
     }
