@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import runlora_gen
 import torch
+from runlora_gen.from_model.live import read_model
 from runlora_gen.into_model.packages import imported
+from runlora_gen.request.groups import groups
 from runlora_gen.request.layout import LAYOUTS, STANDALONE
 from runlora_gen.search import grouped
 from torch import Tensor
@@ -55,7 +57,8 @@ def with_groups(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     """The same with a module for each of the model's groups, whatever they are priced at."""
     layout = getattr(request, "param", STANDALONE)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grouped, "_paying", lambda workload, architecture, found, *_: [True] * len(found))
+        pays = [(group, None) for group in groups(read_model(llama()).architecture)]
+        patch.setattr(grouped, "decide_groups_of_step", lambda *_: pays)
         out = tmp_path_factory.mktemp("packages")
         (folder,) = runlora_gen.generate(llama(), rank=RANK, tokens=64, kernels=False, layout=layout, output=out)
     return imported(folder)
