@@ -8,13 +8,16 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from runlora_gen.algebra.enumerate import Phase
 from runlora_gen.cost.passes import Times
+from runlora_gen.emit.nodes import module_node
 from runlora_gen.emit.package import build_package
 from runlora_gen.measure.modules import one_choice, render_module
 from runlora_gen.request.architecture import load_architecture
@@ -22,8 +25,9 @@ from runlora_gen.request.groups import Group, groups
 from runlora_gen.request.layout import FOLDER, LAYOUTS
 from runlora_gen.request.workload import Workload
 from runlora_gen.search import grouped
-from runlora_gen.search.candidates import setting_of
+from runlora_gen.search.candidates import forwards_for, setting_of
 from runlora_gen.search.choose import decide
+from runlora_gen.search.ranges import Range, decide_model
 from torch import Tensor
 
 PACKAGE = "llama_9m_r4"
@@ -134,6 +138,22 @@ def test_an_input_changed_in_place_is_noticed(place: Path) -> None:
     twice.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         gradients(list(outputs), x, given)
+
+
+def test_functions_have_names_of_python() -> None:
+    """Also those of forwards that no variant has, whose ways have several words."""
+    group = groups(load_architecture("llama-13b"))[1]
+    workload = Workload(tokens=(2048, 16384))
+    (choice,) = decide_model(workload, (group,), 8)
+    forwards = [replace(part.decision, chosen=phase) for part in choice.forwards[-1:] for phase in forwards_of(group)]
+    for forward in forwards:
+        node = module_node(replace(choice, forwards=(Range(forward, None),)), 8, workload, width=88)
+        assert all(made.name.isidentifier() for made in node.forwards)
+
+
+def forwards_of(group: Group) -> tuple[Phase, ...]:
+    workload = Workload(tokens=(16384,))
+    return forwards_for(workload, setting_of(workload, group, 8, 16384))
 
 
 def test_the_manifest_names_them(place: Path) -> None:

@@ -354,8 +354,9 @@ def _forwards(
             if program.forward.ways == phase.ways:
                 return f"{class_name}.forward"
         if phase not in made:
-            taken = sum(node.name.startswith(f"_forward_{phase.name}") for node in made.values())
-            name = f"_forward_{phase.name}{f'_{taken + 1}' if taken else ''}"
+            stem = f"_forward_{phase.name.replace('-', '_')}"
+            taken = sum(node.name.startswith(stem) for node in made.values())
+            name = f"{stem}{f'_{taken + 1}' if taken else ''}"
             made[phase] = ForwardNode(
                 name,
                 tuple(forward_text(phase, decision, workload, width)),
