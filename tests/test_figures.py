@@ -53,6 +53,34 @@ def test_the_table_of_dropout() -> None:
         assert f"{line} | **{over_frozen(row['results']['generated'], 'graph')}** |" in README
 
 
+def test_the_table_of_groups() -> None:
+    for row in results("group_h100.json")["rows"]:
+        if row["rank"] == 16:
+            tokens, shape = row["group"].split(":")
+            apart, together = (over_frozen(row["results"][name], "graph") for name in ("ours, one by one", "ours"))
+            cells = [f"{tokens}, {shape.replace('x', '→')}", over_frozen(row["results"]["peft"], "graph"), apart]
+            peaks = [f"{row['results'][name]['peak_bytes'] / 2**20:.0f}" for name in ("frozen", "peft", "ours")]
+            assert f"| {' | '.join(cells)} | **{together}** | {' | '.join(peaks)} |" in README
+
+
+def test_models_with_groups() -> None:
+    rows = {row["shape"]: row["results"] for row in results("model_groups_h100.json")["rows"]}
+    together, apart = "ours, 16-bit adapters", results("model_h100.json")["rows"]
+    said = " ".join(README.split())
+    ratios = {
+        mode: [over_frozen(rows[shape][together], mode) for shape in ("13b", "8b")]
+        for mode in ("eager", "checkpointing", "compiled")
+    }
+    assert f"in eager mode {ratios['eager'][0]} (13B-shaped) and {ratios['eager'][1]} (8B-shaped) of the frozen" in said
+    assert "checkpointing {} and {}, compiled {} and {} (".format(*ratios["checkpointing"], *ratios["compiled"]) in said
+    before = {row["shape"]: row["results"][together]["compiled"]["peak_bytes"] / 2**20 for row in apart}
+    now = [f"{rows[shape][together]['compiled']['peak_bytes'] / 2**20:.0f}" for shape in ("13b", "8b")]
+    assert (
+        f"peaks of {now[0]} and {now[1]} MiB, where one by one they were {before['13b']:.0f} and {before['8b']:.0f}"
+        in said
+    )
+
+
 def test_models_with_dropout() -> None:
     rows = {row["shape"]: row["results"] for row in results("model_dropout_h100.json")["rows"]}
     peft, ours = ("PEFT, 16-bit adapters, dropout 0.05", "ours for graphs, 16-bit adapters, dropout 0.05")
