@@ -74,6 +74,14 @@ def test_models_with_groups() -> None:
     assert f"in eager mode {ratios['eager'][0]} (13B-shaped) and {ratios['eager'][1]} (8B-shaped) of the frozen" in said
     assert "checkpointing {} and {}, compiled {} and {} (".format(*ratios["checkpointing"], *ratios["compiled"]) in said
     before = {row["shape"]: row["results"][together]["compiled"]["peak_bytes"] / 2**20 for row in apart}
+    (which,) = results("model_which_groups_h100.json")["rows"]
+    both, none = (
+        [over_frozen(which["results"][name], mode) for mode in ("eager", "compiled")]
+        for name in (together, "ours none")
+    )
+    assert f"have {both[0]} in eager mode and {both[1]} compiled, without groups {none[0]} and {none[1]} (" in said
+    peaks = {name: result["compiled"]["peak_bytes"] >> 20 for name, result in which["results"].items()}
+    assert peaks["ours gate_up"] == peaks[together] > peaks["ours qkv"] == peaks["ours none"]
     now = [f"{rows[shape][together]['compiled']['peak_bytes'] / 2**20:.0f}" for shape in ("13b", "8b")]
     assert (
         f"peaks of {now[0]} and {now[1]} MiB, where one by one they were {before['13b']:.0f} and {before['8b']:.0f}"
