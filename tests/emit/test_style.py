@@ -24,8 +24,10 @@ from runlora_gen.emit.style import DEFAULT_LINE_LENGTH, MAX_LINE_LENGTH, MIN_LIN
 from runlora_gen.kernels.registry import KERNELS
 from runlora_gen.kernels.sites import operations_of
 from runlora_gen.request.errors import SpecError
+from runlora_gen.request.groups import Group
 from runlora_gen.request.layers import Layer
 from runlora_gen.request.workload import Workload
+from runlora_gen.search.candidates import setting_of
 from runlora_gen.search.ranges import decide_model
 
 #: One module with kernels, whose text has strings in both quotes, trailing commas and long lines; few programs.
@@ -150,7 +152,10 @@ def test_functions_are_formatted_as_in_the_whole() -> None:
     helpers = frozenset[str]().union(*(kernel.helpers for kernel in KERNELS.values()))
     node = module_node(choice, 4, workload, width=DEFAULT_LINE_LENGTH)
     setting = choice.ranges[-1].decision.setting
-    calls = tuple(KernelCall(op, setting) for op in operations_of(setting.derivation) if isinstance(op, Fused))
+    together = setting_of(workload, Group(("q", "k"), 128, (128, 128), False, 1, (("q_proj", "k_proj"),)), 4, 4096)
+    calls = tuple(
+        KernelCall(op, of) for of in (setting, together) for op in operations_of(of.derivation) if isinstance(op, Fused)
+    )
     node = replace(node, calls=calls, helpers=node.helpers | helpers)
     assert [kernel.name for kernel in node.kernels] == list(KERNELS)
     source = render("linear.py.jinja", {"header": Header("command", "digest"), "module": node})
