@@ -1,4 +1,4 @@
-"""A site that no module is generated for yet: linears that share X, in the table's words.
+"""Linears that share X, each computed in a way of its own: modules are of groups that compute all of theirs in one way.
 
 S and dA of each linear by itself, or those of all in one pass over X; dX as one sum, to which every linear adds in a
 way of its own. With kernels, the linear that begins the sum may do it in one.

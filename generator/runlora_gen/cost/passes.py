@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .device import DeviceProfile
+from .vector import Cost, PhaseCost
 
 #: What passes that change the dtype reach of the bandwidth: X's four casts in PEFT's linears with float32 adapters took
 #: 1.35 times as long as their bytes (tools/results/linear_h100_bf16_r16.json, against those with 16-bit adapters).
@@ -18,6 +19,11 @@ class Times:
 
     device_s: float = 0.0
     host_s: float = 0.0
+
+    @classmethod
+    def of(cls, cost: Cost | PhaseCost) -> Times:
+        """Those of a price."""
+        return cls(cost.device_s, cost.host_s)
 
     def __add__(self, other: Times) -> Times:
         return Times(self.device_s + other.device_s, self.host_s + other.host_s)

@@ -48,7 +48,7 @@ class FunctionNode:
     backward_needs: str
     backward: tuple[Block, ...]
     gradients: tuple[str, ...]  # dX, dA, … that it can give
-    summed: tuple[str, ...]  # those of them that a later block adds to
+    summed: frozenset[str]  # those of them that several blocks add to
     returns: tuple[str, ...]
     keeps: tuple[str, ...]  # of the numbers among the inputs, those that the backward reads
     dtypes: tuple[str, ...]  # variables that hold the dtypes of trained parameters
@@ -390,7 +390,6 @@ def _function(variant: _Variant, workload: Workload, class_name: str, owner: str
         saves += (("seed", guard(needed_by[operation.outputs[0]], site)),)
         made.append("seed")
     gradients = tuple(str(gradient) for gradient in site.gradients if gradient in program.backward.goals)
-    added = {str(op.outputs[0]) for op in program.backward.operations if op.accumulate}
     numbers = frozenset[str]().union(*map(numbers_of, program.backward.operations))
     keeps = tuple(a.name for a in site.arguments if a.name in numbers)
     backward = backward_blocks(program.backward, setting, needed_by, owner)
@@ -410,9 +409,7 @@ def _function(variant: _Variant, workload: Workload, class_name: str, owner: str
         backward_needs=unpack_needs(site, set(gradients)),
         backward=backward,
         gradients=gradients,
-        summed=tuple(
-            name for name in gradients if name in added and sum(name in block.assigns for block in backward) > 1
-        ),
+        summed=frozenset[str]().union(*(block.adds_to for block in backward)),
         returns=tuple(a.gradient if a.gradient in gradients else "None" for a in site.arguments),
         keeps=keeps,
         dtypes=tuple(name for g in site.gradients if str(g) in gradients and (name := dtype_of(g))),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..algebra.derivation import Derivation
 from ..algebra.enumerate import Phase
@@ -20,11 +20,7 @@ class Block:
     guard: str
     lines: tuple[str, ...]
     keyword: str = "if"
-
-    @property
-    def assigns(self) -> frozenset[str]:
-        """The variables that it assigns to."""
-        return frozenset(name for text in self.lines for name in text.partition(" = ")[0].split(", "))
+    adds_to: frozenset[str] = frozenset()  # what a block before it began
 
 
 def witnesses(site: Derivation) -> tuple[str, ...]:
@@ -79,17 +75,21 @@ def backward_blocks(
         owner: of the constants of kernels: see :func:`.code.tiles_key`.
     """
     blocks: list[Block] = []
+    begun: dict[Symbol, int] = {}  # in which block
 
     def add(condition: str, text: str) -> None:
         if blocks and (blocks[-1].guard, blocks[-1].keyword) == (condition, "if"):
-            blocks[-1] = Block(condition, (*blocks[-1].lines, text))
+            blocks[-1] = replace(blocks[-1], lines=(*blocks[-1].lines, text))
         else:
             blocks.append(Block(condition, (text,)))
 
     for step in schedule(phase, setting.bytes_of).steps:
         guards = {symbol: guard(needed_by[symbol], phase.derivation) for symbol in step.operation.outputs}
         if len(set(guards.values())) == 1:
-            add(guards[step.operation.outputs[0]], line(step.operation, owner))
+            out = step.operation.outputs[0]
+            add(guards[out], line(step.operation, owner))
+            if begun.setdefault(out, len(blocks)) != len(blocks):
+                blocks[-1] = replace(blocks[-1], adds_to=blocks[-1].adds_to | {str(out)})
         else:
             # Each result is wanted for other gradients: the kernel where all are, else the one product.
             blocks.append(

@@ -175,8 +175,8 @@ def _by_peft(setting: Setting) -> _Linear:
 
 
 def _ours(decision: Decision) -> _Linear:
-    forward, backward = decision.chosen.cost.forward, decision.chosen.cost.backward
-    return _Linear(Times(forward.device_s, forward.host_s), Times(backward.device_s, backward.host_s), keeps(decision))
+    cost = decision.chosen.cost
+    return _Linear(Times.of(cost.forward), Times.of(cost.backward), keeps(decision))
 
 
 def _of_group(decision: Decision) -> _Linear:

@@ -98,9 +98,9 @@ def gain(
     peft = {shape: price_peft(decision.setting) for shape, decision in chosen.items()}
     frozen = {shape: frozen_times(decision.setting) for shape, decision in chosen.items()}
     left = ungrouped(architecture, [group for group, _ in grouped])
-    ours = sum((_times(decision) * left[shape] for shape, decision in chosen.items()), Times())
+    ours = sum((Times.of(decision.chosen.cost) * left[shape] for shape, decision in chosen.items()), Times())
     for group, decision in grouped:
-        ours += (_times(decision) + sums_by_autograd(decision.setting) * -1) * group.count
+        ours += (Times.of(decision.chosen.cost) + sums_by_autograd(decision.setting) * -1) * group.count
 
     def total(times: dict[tuple[int, int], Times]) -> Times:
         return sum((times[site.in_features, site.out_features] * site.count for site in sites), Times())
@@ -128,11 +128,6 @@ def gain(
         ),
         rest=rest,
     )
-
-
-def _times(decision: Decision) -> Times:
-    """Of what was chosen."""
-    return Times(decision.chosen.cost.device_s, decision.chosen.cost.host_s)
 
 
 def frozen_times(setting: Setting) -> Times:

@@ -20,24 +20,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..request.architecture import LIVE, Architecture, Projection, family_projections, slug
 from ..request.errors import SpecError, shorten
+from ..request.groups import ATTENTION, OTHERS
 
-#: Linears of one parent that read one activation, by the names that models give them: first attention's, the query
-#: before the others. Where a parent has several of a row and their widths agree, these share it.
-ATTENTION = (
-    ("q_proj", "k_proj", "v_proj", "kv_a_proj_with_mqa"),
-    ("q_a_proj", "kv_a_proj_with_mqa"),
-    ("query", "key", "value"),
-    ("q", "k", "v"),
-    ("q_lin", "k_lin", "v_lin"),
-    ("wq", "wk", "wv"),
-)
-OTHERS = (
-    ("gate_proj", "up_proj"),
-    ("w1", "w3"),
-    ("wi_0", "wi_1"),
-    ("in_proj_qkvz", "in_proj_ba"),
-    ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"),
-)
 #: In these, queries come from another sequence than keys and values.
 _CROSS = re.compile(r"cross|encoder_attn|encdec", re.IGNORECASE)
 #: Kernels of these modules take the weights of these children and never call them, so an adapter there is passed over.

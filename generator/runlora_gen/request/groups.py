@@ -8,14 +8,33 @@ from dataclasses import dataclass
 
 from .architecture import Architecture, Projection
 
-#: What the linears of a group are called in its module, by the names that models give them; others by their own.
+#: What the linears of a group are called in its module, and the names that models give them.
+_QKV = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q", "k", "v"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("wq", "wk", "wv"),
+)
+_GATE_UP = (("gate_proj", "up_proj"), ("w1", "w3"), ("wi_0", "wi_1"))
 _SHORT = {
-    **dict.fromkeys(("q_proj", "query", "q_lin", "wq"), "q"),
-    **dict.fromkeys(("k_proj", "key", "k_lin", "wk"), "k"),
-    **dict.fromkeys(("v_proj", "value", "v_lin", "wv"), "v"),
-    **dict.fromkeys(("gate_proj", "w1", "wi_0"), "gate"),
-    **dict.fromkeys(("up_proj", "w3", "wi_1"), "up"),
+    name: short
+    for linears, rows in ((("q", "k", "v"), _QKV), (("gate", "up"), _GATE_UP))
+    for names in rows
+    for name, short in zip(names, linears, strict=True)
 }
+#: Linears of one parent that read one activation, by the names that models give them: first attention's, the query
+#: before the others. Where a parent has several of a row and their widths agree, these share it.
+ATTENTION = (
+    (*_QKV[0], "kv_a_proj_with_mqa"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+    *_QKV[1:],
+)
+OTHERS = (
+    *_GATE_UP,
+    ("in_proj_qkvz", "in_proj_ba"),
+    ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"),
+)
 #: Linears of a group: what the kernels take, and more of them are rare.
 _FEWEST, _MOST = 2, 3
 

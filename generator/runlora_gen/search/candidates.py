@@ -31,43 +31,36 @@ def goals(workload: Workload, derivation: Derivation = LINEAR) -> tuple[str, ...
     return tuple(gradient.name for gradient in derivation.gradients if wanted[gradient.name.partition("_")[0]])
 
 
-def _trained_bias(workload: Workload, bias: bool) -> bool:
-    """Whether a site trains one, ``bias``: whether it has one of its base."""
-    return workload.bias == "lora_bias" or (bias and workload.bias != "none")
-
-
 def setting_of(workload: Workload, site: Site, rank: int, tokens: int) -> Setting:
     """The setting in which a site of this workload is priced."""
     if isinstance(site, Group):
-        return _setting_of_group(workload, site, rank, tokens)
+        linears, widths = site.linears, site.out_features
+        return _setting(
+            workload, group(linears), site.in_features, sum(widths), rank, site.bias, tokens, linears, widths
+        )
     return setting_for(workload, site.in_features, site.out_features, rank, site.bias, tokens)
 
 
-@lru_cache(maxsize=65536)
-def _setting_of_group(workload: Workload, site: Group, rank: int, tokens: int) -> Setting:
-    derivation, trained = group(site.linears), _trained_bias(workload, site.bias)
-    return Setting(
-        tokens=tokens,
-        in_features=site.in_features,
-        out_features=sum(site.out_features),
-        rank=rank,
-        dtype=DTYPES[workload.dtype],
-        adapter_dtype=DTYPES[workload.adapter_dtype],
-        bias=site.bias or trained,
-        gradients=frozenset(name for name in goals(workload, derivation) if trained or not name.startswith("db")),
-        device=device_for(workload),
-        derivation=derivation,
-        sizes={
-            **{f"O_{linear}": width for linear, width in zip(site.linears, site.out_features, strict=True)},
-            **{f"R_{linear}": rank for linear in site.linears},
-        },
-    )
-
-
-@lru_cache(maxsize=65536)
 def setting_for(workload: Workload, in_features: int, out_features: int, rank: int, bias: bool, tokens: int) -> Setting:
     """The setting in which a layer shape of this workload is priced; ``bias``: whether its base has one."""
-    trained = _trained_bias(workload, bias)
+    derivation = DROPPED if workload.dropout else LINEAR
+    return _setting(workload, derivation, in_features, out_features, rank, bias, tokens)
+
+
+@lru_cache(maxsize=65536)
+def _setting(
+    workload: Workload,
+    derivation: Derivation,
+    in_features: int,
+    out_features: int,
+    rank: int,
+    bias: bool,
+    tokens: int,
+    linears: tuple[str, ...] = (),
+    widths: tuple[int, ...] = (),
+) -> Setting:
+    """The setting of a site; ``linears``, ``widths``: of a group, of which ``out_features`` is the sum."""
+    trained = workload.bias == "lora_bias" or (bias and workload.bias != "none")
     return Setting(
         tokens=tokens,
         in_features=in_features,
@@ -76,9 +69,13 @@ def setting_for(workload: Workload, in_features: int, out_features: int, rank: i
         dtype=DTYPES[workload.dtype],
         adapter_dtype=DTYPES[workload.adapter_dtype],
         bias=bias or trained,
-        gradients=frozenset(goals(workload)) - (frozenset() if trained else {"db"}),
+        gradients=frozenset(name for name in goals(workload, derivation) if trained or not name.startswith("db")),
         device=device_for(workload),
-        derivation=DROPPED if workload.dropout else LINEAR,
+        derivation=derivation,
+        sizes={
+            **{f"O_{linear}": width for linear, width in zip(linears, widths, strict=True)},
+            **{f"R_{linear}": rank for linear in linears},
+        },
     )
 
 

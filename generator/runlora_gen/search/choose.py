@@ -46,6 +46,7 @@ class Decision:
     difference: Difference | None
 
 
+@lru_cache(maxsize=256)  # a linear is asked for by itself, and where it is held against a group
 def decide(workload: Workload, setting: Setting, host_share: float = DEVICE_BOUND) -> Decision:
     """Price every program and choose.
 

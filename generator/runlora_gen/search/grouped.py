@@ -72,8 +72,8 @@ def _candidates(workload: Workload, architecture: Architecture) -> tuple[Group, 
 
 def _one_by_one(group: Group, by_shape: Mapping[tuple[int, int], Decision], setting: Setting) -> Times:
     """What the linears of a group take where each is computed by itself, and autograd sums their gradients."""
-    costs = [by_shape[group.in_features, width].chosen.cost for width in group.out_features]
-    return sum((Times(cost.device_s, cost.host_s) for cost in costs), sums_by_autograd(setting))
+    costs = (by_shape[group.in_features, width].chosen.cost for width in group.out_features)
+    return sum(map(Times.of, costs), sums_by_autograd(setting))
 
 
 def sums_by_autograd(setting: Setting) -> Times:
