@@ -27,7 +27,7 @@ from runlora_gen.request.errors import SpecError
 from runlora_gen.request.groups import Group
 from runlora_gen.request.layers import Layer
 from runlora_gen.request.workload import Workload
-from runlora_gen.search.candidates import setting_of
+from runlora_gen.search.candidates import setting_for, setting_of
 from runlora_gen.search.ranges import decide_model
 
 #: One module with kernels, whose text has strings in both quotes, trailing commas and long lines; few programs.
@@ -152,10 +152,10 @@ def test_functions_are_formatted_as_in_the_whole() -> None:
     helpers = frozenset[str]().union(*(kernel.helpers for kernel in KERNELS.values()))
     node = module_node(choice, 4, workload, width=DEFAULT_LINE_LENGTH)
     setting = choice.ranges[-1].decision.setting
-    together = setting_of(workload, Group(("q", "k"), 128, (128, 128), False, 1, (("q_proj", "k_proj"),)), 4, 4096)
-    calls = tuple(
-        KernelCall(op, of) for of in (setting, together) for op in operations_of(of.derivation) if isinstance(op, Fused)
-    )
+    group = Group(("q", "k"), 128, (128, 128), False, 1, (("q_proj", "k_proj"),))
+    settings = [setting, *(setting_of(replace(workload, dropout=rate), group, 4, 4096) for rate in (0.0, 0.1))]
+    settings.append(setting_for(replace(workload, dropout=0.1), 128, 128, 4, False, 4096))
+    calls = tuple(KernelCall(op, of) for of in settings for op in operations_of(of.derivation) if isinstance(op, Fused))
     node = replace(node, calls=calls, helpers=node.helpers | helpers)
     assert [kernel.name for kernel in node.kernels] == list(KERNELS)
     source = render("linear.py.jinja", {"header": Header("command", "digest"), "module": node})

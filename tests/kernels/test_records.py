@@ -48,10 +48,13 @@ def test_every_template_renders(name: str) -> None:
     arguments = [argument.arg for argument in functions[f"_launch_{name}"].args.args]
     taken = [text.split()[-1] for text in re.findall(r"\((.*)\) ->", schema)[0].split(", ")]
     assert taken == [*arguments[:-1], "*", "tiles"] and arguments[-1] == "tiles"
-    # A kernel of several linears may be called with a dtype for each, and give all the same.
+    # A kernel of several linears may be called with a dtype for each, and give all the same. One that is told what is
+    # needed gets nothing to read for the rest.
     called = [argument.arg for argument in functions[f"_{name}"].args.args]
-    assert called in (arguments[:-1], ["dtypes" if argument == "dtype" else argument for argument in arguments[:-1]])
-    assert len(KERNELS[name].call.split(", ")) == len(arguments) - 1
+    assert ["dtype" if argument == "dtypes" else argument for argument in called if argument != "needs"] == arguments[
+        :-1
+    ]
+    assert len(KERNELS[name].call.split(", ")) == len(called)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -59,7 +62,7 @@ def test_records_are_whole(name: str) -> None:
     kernel = KERNELS[name]
     assert kernel.launches > 0 and {"WARPS", "STAGES"} <= kernel.tiles.keys()
     assert bool(kernel.small_tiles) == ("descriptors" in kernel.helpers)
-    assert kernel.priced_as is None or KERNELS[kernel.priced_as].tiles.keys() == kernel.tiles.keys()
+    assert kernel.priced_as is None or KERNELS[kernel.priced_as].tiles.keys() <= kernel.tiles.keys()
     assert kernel.seeded == ("seed" in kernel.call.split(", "))
     assert {} not in kernel.candidates
 

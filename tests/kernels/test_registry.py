@@ -6,7 +6,8 @@ import ast
 from types import MappingProxyType
 
 import pytest
-from runlora_gen.algebra.linear import LINEAR
+from runlora_gen.algebra.group import group as group_of
+from runlora_gen.algebra.linear import DROPPED, LINEAR
 from runlora_gen.algebra.operations import Fused
 from runlora_gen.algebra.sites import DERIVATIONS
 from runlora_gen.algebra.work import work
@@ -20,6 +21,12 @@ from ..algebra.sketches import dropout
 from ..search.groups import group
 from .several import operations
 
+DROPPING = {
+    operation.kernel: operation
+    for site in (DROPPED, group_of(("q", "k"), dropout=True))
+    for operation in operations_of(site)
+    if isinstance(operation, Fused)
+}
 FUSED = {operation.kernel: operation for operation in operations_of(LINEAR) if isinstance(operation, Fused)}
 
 
@@ -33,10 +40,10 @@ def test_every_folder_is_a_kernel_with_all_its_files() -> None:
 
 
 def test_every_kernel_is_of_a_site() -> None:
-    assert FUSED.keys() | operations(("q", "k")).keys() == KERNELS.keys()
+    assert FUSED.keys() | operations(("q", "k")).keys() | DROPPING.keys() == KERNELS.keys()
     for name, kernel in KERNELS.items():
         if name not in FUSED:
-            assert kernel.priced_as in FUSED and not kernel.replaces, "of several linears: it goes by that of one"
+            assert kernel.priced_as in FUSED and not kernel.replaces, "of several linears, or of what is left of X"
             continue
         in_rows = any(isinstance(op, Fused) and op.kernel == name for op in LINEAR.operations)
         assert in_rows != bool(kernel.replaces), "of several products, in a row, or in the place of a single one"

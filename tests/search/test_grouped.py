@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 from runlora_gen.algebra.enumerate import enumerate_programs
+from runlora_gen.algebra.operations import Draw
 from runlora_gen.cost.passes import Times
 from runlora_gen.cost.price import price
 from runlora_gen.request.architecture import load_architecture
@@ -24,10 +25,21 @@ QKV, GATE_UP = groups(ARCHITECTURE)
 WORKLOAD = Workload(adapter_dtype="bf16", tokens=(4096,))
 
 
-def test_none_where_nobody_wants_them_and_with_dropout() -> None:
-    for workload in (replace(WORKLOAD, groups="none"), replace(WORKLOAD, dropout=0.1)):
-        assert decide_groups(workload, ARCHITECTURE, 8) == ()
-        assert decide_groups_of_step(workload, ARCHITECTURE, 8, 4096) == ()
+def test_none_where_nobody_wants_them() -> None:
+    workload = replace(WORKLOAD, groups="none")
+    assert decide_groups(workload, ARCHITECTURE, 8) == ()
+    assert decide_groups_of_step(workload, ARCHITECTURE, 8, 4096) == ()
+
+
+def test_groups_with_dropout_draw_a_mask_for_each_linear() -> None:
+    choices, others = (decide_groups(replace(WORKLOAD, dropout=rate), ARCHITECTURE, 8) for rate in (0.1, 0.0))
+    assert [choice.layer for choice in choices] == [choice.layer for choice in others] != []
+    for choice in choices:
+        for part in choice.ranges:
+            drawn = [op for op in part.decision.chosen.program.forward.operations if isinstance(op, Draw)]
+            assert len(drawn) == len({op.out for op in drawn}) == len(choice.layer.linears)
+        for forward in choice.forwards:
+            assert not any(isinstance(op, Draw) for op in forward.decision.chosen.operations), "in evaluation"
 
 
 def test_none_of_a_model_without_any() -> None:

@@ -14,10 +14,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeAlias
 
 from .derivation import NO_FACTS, Derivation, Facts, Way
 from .enumerate import given_to_backward, rows_that_hold
 from .operations import Symbol
+
+#: A symbol, or a ticket to read one, in the forward or in the backward.
+_Node: TypeAlias = tuple[bool, Symbol | tuple[Symbol | Way, ...]]
 
 
 @dataclass(frozen=True)
@@ -36,9 +40,9 @@ def count_programs(
     wanted = [(False, symbol) for symbol in derivation.outputs]
     wanted += [(True, part) for goal in goals for part in derivation.parts_of(derivation[goal])]
     given = {False: set(derivation.inputs(facts)), True: set(given_to_backward(derivation, facts))}
-    numbers: dict[tuple[bool, Symbol], int] = {}
+    numbers: dict[_Node, int] = {}
 
-    def bits(nodes: Iterable[tuple[bool, Symbol]]) -> int:
+    def bits(nodes: Iterable[_Node]) -> int:
         return sum(1 << numbers.setdefault(node, len(numbers)) for node in dict.fromkeys(nodes))
 
     options = []
@@ -49,7 +53,13 @@ def count_programs(
         if way.saved:
             options.append(_Option(makes, bits((False, target) for target in way.targets)))
         else:
-            options.append(_Option(makes, bits((backward, read) for read in way.reads if read not in given[backward])))
+            needs = bits((backward, read) for read in way.reads if read not in given[backward])
+            for read in way.reads & derivation.once:
+                # It needs a ticket of its own, which is made with the one that there is for all.
+                ticket = bits([(backward, (read,)), (backward, (read, way))])
+                options.append(_Option(ticket, 0))
+                needs |= ticket
+            options.append(_Option(makes, needs))
     # What is given is made by nothing.
     options += [_Option(1 << number, 0) for (phase, symbol), number in numbers.items() if symbol in given[phase]]
     return _count(options, bits(node for node in wanted if node[1] not in given[node[0]]), len(numbers))

@@ -108,7 +108,8 @@ class Argument:
         gradient: the symbol of its gradient, if it may want one.
         activation: whether it is kept for the backward alone: parameters live anyway.
         when: the conditions under which its symbol is what a forward starts from.
-        once: whether it gives the forward what it gives nobody again, as a generator that goes on.
+        once: whether it gives the forward what it gives nobody again, as a generator that goes on: one row at most
+            reads it.
     """
 
     name: str
@@ -138,6 +139,7 @@ class Derivation:
         deltas: updates that are made as a whole, and rounded.
         paper_backwards: the paper's names for the ways of the gradients that these label, in this order.
         paper_goals: those gradients.
+        evaluated: what the site computes in evaluation, where that is something else.
     """
 
     site: str
@@ -153,6 +155,7 @@ class Derivation:
     deltas: frozenset[Symbol]
     paper_goals: tuple[Symbol, ...]
     paper_backwards: Mapping[tuple[str, ...], str]
+    evaluated: Derivation | None = None
 
     def __getitem__(self, name: str) -> Symbol:
         return self.symbols[name]
@@ -182,6 +185,11 @@ class Derivation:
     def activations(self) -> frozenset[Symbol]:
         """Inputs that are no parameters."""
         return frozenset(self[argument.name] for argument in self.arguments if argument.activation)
+
+    @cached_property
+    def once(self) -> frozenset[Symbol]:
+        """Inputs that one row at most may read."""
+        return frozenset(self[argument.name] for argument in self.arguments if argument.once)
 
     @cached_property
     def casts(self) -> Mapping[Symbol, Symbol]:
@@ -244,6 +252,7 @@ def derive(
     deltas: Iterable[str] = (),
     paper_goals: Iterable[str] = (),
     paper_backwards: Mapping[tuple[str, ...], str] | None = None,
+    evaluated: Derivation | None = None,
 ) -> Derivation:
     """The derivation of a site from its texts; see there for the arguments.
 
@@ -272,6 +281,7 @@ def derive(
         deltas=frozenset(known[name] for name in deltas),
         paper_goals=tuple(known[name] for name in paper_goals),
         paper_backwards=paper_backwards or {},
+        evaluated=evaluated,
     )
 
 

@@ -164,7 +164,14 @@ def enumerate_phases(
     """Every way to reach the goals (and the keeps) from what is given."""
     wanted = (*(part for goal in goals for part in derivation.parts_of(goal)), *keeps)
     for ways in choices(wanted, given, table):
-        yield phase_of(derivation, tuple(goals), tuple(keeps), ways)
+        if reads_once(derivation, ways):
+            yield phase_of(derivation, tuple(goals), tuple(keeps), ways)
+
+
+def reads_once(derivation: Derivation, ways: Iterable[Way]) -> bool:
+    """Whether no two ways read what is given once: two draws are two masks."""
+    read = [symbol for way in ways for symbol in way.reads & derivation.once]
+    return len(read) == len(set(read))
 
 
 def choices(wanted: Sequence[Symbol], given: Iterable[Symbol], table: Sequence[Way]) -> Iterator[tuple[Way, ...]]:

@@ -12,65 +12,85 @@ weights.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
 from .derivation import Argument, Derivation, Row, derive, row
-from .linear import LINEAR
-from .operations import Fused, Operation, Symbol, products
+from .linear import DROPPED, LINEAR
+from .operations import Fused, Operation, Symbol
 
 #: What all linears have in common.
-_SHARED = ("X", "dX")
+_SHARED = ("X", "dX", "dropout")
 #: What a group makes no use of.
-_LEFT_OUT = frozenset(LINEAR[name] for name in ("M", "D", "G"))
+_LEFT_OUT = frozenset({"M", "D", "G"})
 #: Kernels that do for all linears, in one, what a way of the lone linear does: by its target and its name the name of
 #: the group's way, and the kernel.
 _TOGETHER: Mapping[tuple[str, str], tuple[str, str]] = {
     ("S", "x_at"): ("one_pass", "x_ats"),  # one pass over X yields all
+    ("S", "seeded"): ("seeded_one_pass", "x_ats_dropped"),
     ("Y", "fused"): ("in_one", "fused_gemms"),  # one persistent kernel, whose tiles are those of all outputs
     ("dX", "fused"): ("in_one", "fused_gemm_sum"),  # one persistent kernel, whose inner loop goes through all products
     ("dA", "pt_x"): ("one_pass", "pt_xs"),  # one pass over X yields all
+    ("dX dA", "seeded"): ("seeded_one_pass", "dx_das"),
 }
 
 
 @lru_cache
-def group(linears: tuple[str, ...]) -> Derivation:
-    """The derivation of a group of two linears or more, by the letters or words that its symbols end with."""
-    symbols = [symbol for symbol in LINEAR.symbols.values() if symbol not in _LEFT_OUT]
+def group(linears: tuple[str, ...], *, dropout: bool = False) -> Derivation:
+    """The derivation of a group of two linears or more, by the letters or words that its symbols end with.
+
+    ``dropout``: whether their adapters read what it leaves of X, each by a mask of its own, at one rate.
+    """
+    lone = DROPPED if dropout else LINEAR
+    left_out = {lone.symbols[name] for name in _LEFT_OUT & lone.symbols.keys()}
+    symbols = [symbol for symbol in lone.symbols.values() if symbol not in left_out]
+    arguments = dict.fromkeys(_argument(argument, linear) for linear in linears for argument in lone.arguments)
     return derive(
-        f"group of {', '.join(linears)}",
+        f"group of {', '.join(linears)}{' with dropout' if dropout else ''}",
         symbols=dict.fromkeys(_symbol(symbol, linear) for linear in linears for symbol in symbols),
-        facts=LINEAR.facts,
-        arguments=dict.fromkeys(_argument(argument, linear) for linear in linears for argument in LINEAR.arguments),
-        outputs=_names(LINEAR.outputs, linears),
-        output_gradients=_names(LINEAR.output_gradients, linears),
-        base=[formula for operation in LINEAR.base for formula in _formulas([operation], linears)],
-        table=list(_rows(linears)),
+        facts=lone.facts,
+        arguments=sorted(arguments, key=lambda argument: argument.once),  # after those of all linears
+        outputs=_names(lone.outputs, linears),
+        output_gradients=_names(lone.output_gradients, linears),
+        base=[formula for operation in lone.base for formula in _formulas(_steps(operation), linears)],
+        table=list(_rows(lone, left_out, linears)),
+        evaluated=group(linears) if dropout else None,
     )
 
 
-def _rows(linears: Sequence[str]) -> Iterator[Row]:
-    for way in LINEAR.table:
-        if not _LEFT_OUT.isdisjoint((*way.targets, *way.reads)):
+def _rows(lone: Derivation, left_out: Collection[Symbol], linears: Sequence[str]) -> Iterator[Row]:
+    for way in lone.table:
+        if not {*way.targets, *way.reads}.isdisjoint(left_out):
             continue
         targets = " ".join(_names(way.targets, linears))
         # A kernel of one linear does not add to what is there.
         if not any(isinstance(op, Fused) and set(map(str, op.outputs)) & {*_SHARED} for op in way.operations):
-            yield row(targets, way.name, *_formulas(way.operations, linears), when=way.when)
+            formulas = list(map(str, way.operations))
+            yield row(targets, way.name, *_formulas(formulas, linears), when=way.when)
         together = _TOGETHER.get((" ".join(map(str, way.targets)), way.name))
-        if together is not None:
+        # What dropout leaves of X is another matrix for each.
+        if together is not None and lone.symbols.get("H") not in way.reads:
             name, kernel = together
-            steps = [step for operation in way.operations for step in products(operation)]
+            steps = [step for operation in way.operations for step in _steps(operation)]
             yield row(targets, name, f"{kernel}: {'; '.join(_formulas(steps, linears))}", when=way.when)
 
 
-def _formulas(operations: Sequence[Operation], linears: Sequence[str]) -> list[str]:
-    """Operations for one linear after another; where all write one sum, the first of each before the second of any."""
-    if all(str(out) not in _SHARED for operation in operations for out in operation.outputs):
-        return [_of(str(operation), linear) for linear in linears for operation in operations]
-    texts = [_of(str(operation), linear) for operation in operations for linear in linears]
-    return [texts[0], *(re.sub(r" \+?= ", " += ", text, count=1) for text in texts[1:])]
+def _steps(operation: Operation) -> list[str]:
+    """The formulas of its steps, those of what never leaves a kernel as such."""
+    return str(operation).rpartition(": ")[2].split("; ")
+
+
+def _formulas(formulas: Sequence[str], linears: Sequence[str]) -> list[str]:
+    """Formulas for one linear after another; where any writes a sum, the first of each before the second of any."""
+    sums = [name for name in _SHARED if any(formula.startswith(f"{name} ") for formula in formulas)]
+    if not sums:
+        return [_of(formula, linear) for linear in linears for formula in formulas]
+    found: list[str] = []
+    for text in (_of(formula, linear) for formula in formulas for linear in linears):
+        begun = text.partition(" ")[0] in sums and any(before.startswith(text.partition(" ")[0]) for before in found)
+        found.append(re.sub(r" \+?= ", " += ", text, count=1) if begun else text)
+    return found
 
 
 def _names(symbols: Sequence[Symbol], linears: Sequence[str]) -> list[str]:
@@ -90,5 +110,7 @@ def _argument(argument: Argument, linear: str) -> Argument:
 
 def _of(text: str, linear: str) -> str:
     """A name, or a formula, with the linear in the names of its symbols and of its scaling."""
-    own = {*LINEAR.symbols, *(argument.name for argument in LINEAR.arguments), "s"}.difference(_SHARED)
+    own = {*DROPPED.symbols, *LINEAR.symbols, *(argument.name for argument in DROPPED.arguments), "s"}.difference(
+        _SHARED
+    )
     return re.sub(r"\b[A-Za-z_]+\b", lambda word: f"{word[0]}_{linear}" if word[0] in own else word[0], text)

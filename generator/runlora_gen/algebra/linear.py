@@ -5,6 +5,7 @@ Y = X Wᵀ + s X Aᵀ Bᵀ + b, with S = s X Aᵀ, P = s dY B, D = s B A, M = W 
 
 With dropout the adapter reads H = K ∘ X / (1 - p) in place of X, where the mask K says what is kept:
 Y = X Wᵀ + s H Aᵀ Bᵀ + b, dX = dY W + K ∘ P A / (1 - p). W reads all of X, so that nothing merged computes this.
+The backward has the mask from the forward, or draws it again from a seed, within the kernels that read X and write dX.
 
 The paper is "Run LoRA Run" (arXiv 2312.03415); it writes W as I×O, U for Aᵀ and V for Bᵀ.
 """
@@ -19,7 +20,7 @@ from .operations import Symbol
 _Entry = TypeVar("_Entry")
 
 
-def _linear(site: str, *, dropout: bool) -> Derivation:
+def _linear(site: str, *, dropout: bool, evaluated: Derivation | None = None) -> Derivation:
     """The linear, whose adapter reads X, or what dropout leaves of it."""
     read = "H" if dropout else "X"
 
@@ -58,6 +59,7 @@ def _linear(site: str, *, dropout: bool) -> Derivation:
             Symbol("db", ("O",)),
             *dropped(
                 Symbol("dropout", (), store="seed"),  # the rate, at which torch's generator draws
+                Symbol("seed", (), store="seed"),  # that it gave, of a mask that is drawn wherever it is read
                 Symbol("K", ("T", "I"), store="byte"),  # whether an element of X is kept
                 Symbol("H", ("T", "I")),  # K ∘ X / (1 - p), what the adapter reads
                 Symbol("dH", ("T", "I")),  # P A
@@ -87,6 +89,9 @@ def _linear(site: str, *, dropout: bool) -> Derivation:
                 row("K", SAVED),
                 row("H", "drop", "H = drop(X, K)"),
                 row("H", SAVED),
+                row("seed", "draw", "seed = draw(dropout)"),
+                row("seed", SAVED),
+                row("S", "seeded", "x_at_dropped: K := draw(seed); H := drop(X, K); S = s * H @ A.T"),
             ),
             *merged(
                 row("M", "merge", "M = W + s * B @ A"),
@@ -125,6 +130,15 @@ def _linear(site: str, *, dropout: bool) -> Derivation:
                 row("dH", "p_a", "dH = P @ A"),
                 row("dX", "lowrank_first", "dX = drop(dH, K)", "dX += dY @ W"),
             ),
+            # One pass reads X and begins dX: the mask is drawn once for both.
+            *dropped(
+                row(
+                    "dX dA",
+                    "seeded",
+                    "dx_da: K := draw(seed); H := drop(X, K); dA = P.T @ H; dH := P @ A; dX = drop(dH, K); "
+                    "dX += dY @ W",
+                ),
+            ),
             row("dA", "pt_x", f"dA = P.T @ {read}"),
             row("dA", "bt_g", "dA = s * B.T @ G"),
             row("dB", "dyt_s", "dB = dY.T @ S"),
@@ -147,8 +161,9 @@ def _linear(site: str, *, dropout: bool) -> Derivation:
             ("merged", "bt_g", "dyt_s"): "backward7",
             ("merged", "pt_x", "g_at"): "backward8",
         },
+        evaluated=evaluated,
     )
 
 
 LINEAR = _linear("linear", dropout=False)
-DROPPED = _linear("linear with dropout", dropout=True)
+DROPPED = _linear("linear with dropout", dropout=True, evaluated=LINEAR)

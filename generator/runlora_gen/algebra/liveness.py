@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from functools import lru_cache
 from types import MappingProxyType
+from typing import TypeGuard
 
 from .enumerate import Phase, Program
-from .operations import Operation, Step, Symbol, products
+from .operations import Fused, Operation, Symbol, products
 from .work import work
 
 
@@ -32,22 +34,43 @@ def dependents(phase: Phase) -> Mapping[Symbol, frozenset[Symbol]]:
     return MappingProxyType({symbol: frozenset(goals) for symbol, goals in needed.items()})
 
 
-def _apart(operation: Operation) -> tuple[Step, ...] | tuple[Operation]:
+def _apart(operation: Operation) -> tuple[Operation, ...]:
     """What runs alone where it alone is wanted: of a fused kernel with several results the product of each.
 
     But one that does the same for several linears yields all where any is wanted: the pass over what they read is its
     price.
     """
+    if is_told(operation):
+        alike: dict[object, list[Symbol]] = {}
+        for out in operation.outputs:
+            alike.setdefault((out.store, *(index[0] for index in out.shape)), []).append(out)
+        return tuple(_part_of(operation, outs) for outs in alike.values())
     steps = products(operation)
-    alike = len(operation.outputs) == len(steps) > 1 and len(set(map(work, steps))) == 1
-    return (operation,) if alike else steps
+    results = [step for step in steps if step.out in operation.outputs]
+    several = len(operation.outputs) == len(results) > 1 and len(set(map(work, results))) == 1
+    return (operation,) if several else steps
+
+
+def _part_of(operation: Fused, outs: Iterable[Symbol]) -> Fused:
+    """What a kernel does for some of its results."""
+    needed, parts = set(outs), []
+    for part in reversed(operation.parts):
+        if part.out in needed:
+            needed.update(part.reads)
+            parts.append(part)
+    return replace(operation, parts=tuple(parts[::-1]), inner=tuple(out for out in operation.inner if out in needed))
+
+
+def is_told(operation: Operation) -> TypeGuard[Fused]:
+    """Whether a kernel is told which of its results are wanted: its products read what is never written."""
+    return isinstance(operation, Fused) and bool(operation.inner) and len(operation.outputs) > 1
 
 
 @lru_cache(maxsize=65536)
 def wanted_operations(phase: Phase, gradients: frozenset[str]) -> tuple[Operation, ...]:
     """The operations of a phase that run when only some of its gradients are wanted; a forward runs whole.
 
-    Of a fused operation with an unwanted result the wanted products run alone.
+    Of a fused operation with an unwanted result the wanted products run alone, or it is told what is.
     """
     if phase.is_forward:
         return phase.operations
@@ -58,7 +81,14 @@ def wanted_operations(phase: Phase, gradients: frozenset[str]) -> tuple[Operatio
 
     running: list[Operation] = []
     for operation in phase.operations:
-        running += [operation] if wanted(operation) else filter(wanted, products(operation))
+        if is_told(operation):
+            running += (
+                [operation]
+                if any(goal.name in gradients for out in operation.outputs for goal in needed_by[out])
+                else []
+            )
+        else:
+            running += [operation] if wanted(operation) else filter(wanted, products(operation))
     return tuple(running)
 
 

@@ -5,6 +5,7 @@ An operation is written as the formula that it computes, in a small fixed gramma
     OUT  =  [ADDEND +] [s *] LEFT[.T] @ RIGHT[.T] [+ BIAS]  a product, optionally scaled, added to, or biased
     OUT +=  LEFT[.T] @ RIGHT[.T]                            a product accumulated into OUT
     OUT  =  FUNCTION(SYMBOL, …)                             one of ``FUNCTIONS``: a sum, a conversion, a map, a draw
+    OUT +=  FUNCTION(SYMBOL, …)                             a map accumulated into OUT
     KERNEL: FORMULA; FORMULA; …                             several of them in one pass of a fused kernel
 
 In a product ``W[e]`` is the matrix, of a stack of them over the index E, that belongs to each row: rows are sorted by
@@ -191,7 +192,7 @@ class _Applied(_Hashed):
 
     @property
     def accumulate(self) -> bool:
-        """Never adds to what its output held."""
+        """Never adds to what its output held, but for a map."""
         return False
 
     @property
@@ -200,7 +201,7 @@ class _Applied(_Hashed):
         return str(self)
 
     def __str__(self) -> str:
-        return f"{self.out} = {self.function}({', '.join(map(str, self.operands))})"
+        return f"{self.out} {'+=' if self.accumulate else '='} {self.function}({', '.join(map(str, self.operands))})"
 
     def _check(self, fits: bool) -> None:
         if not fits:
@@ -234,12 +235,22 @@ class Convert(_Applied):
 
 @dataclass(frozen=True)
 class Map(_Applied):
-    """A function of elements: ``out = drop(operand, mask)``, which also divides by the rate of what is kept."""
+    """A function of elements: ``out = drop(operand, mask)``, which also divides by the rate of what is kept.
+
+    ``adds``: to what its output held.
+    """
+
+    adds: bool = False
 
     __hash__ = _Hashed.__hash__
 
     def __post_init__(self) -> None:
         self._check(all(operand.shape == self.out.shape for operand in self.operands))
+
+    @property
+    def accumulate(self) -> bool:
+        """Whether it adds to what its output held."""
+        return self.adds
 
 
 @dataclass(frozen=True)
@@ -353,7 +364,7 @@ _PRODUCT = re.compile(
     r"(?P<left>\w+)(?P<ls>\[\w+\])?(?P<lt>\.T)? @ (?P<right>\w+)(?P<rs>\[\w+\])?(?P<rt>\.T)?(?: \+ (?P<bias>\w+))?"
 )
 _FUSED = re.compile(r"(?P<kernel>\w+): (?P<parts>.+)")
-_APPLIED = re.compile(r"(?P<out>\w+) = (?P<function>\w+)\((?P<operands>\w+(?:, \w+)*)\)")
+_APPLIED = re.compile(r"(?P<out>\w+) (?P<assign>\+?=) (?P<function>\w+)\((?P<operands>\w+(?:, \w+)*)\)")
 _INNER = re.compile(r"(\w+) := ")
 
 
@@ -380,11 +391,12 @@ def _parse_step(formula: str, symbols: Mapping[str, Symbol]) -> Step:
             raise ValueError(f"unknown function {function!r} in {formula!r}; known are {', '.join(FUNCTIONS)}")
         if len(operands) != count:
             raise ValueError(f"{function} takes {count} symbols, not {len(operands)}, in {formula!r}")
-        return kind(
-            _named(match["out"], symbols, formula),
-            function,
-            tuple(_named(name, symbols, formula) for name in operands),
-        )
+        out, given = _named(match["out"], symbols, formula), tuple(_named(name, symbols, formula) for name in operands)
+        if match["assign"] == "=":
+            return kind(out, function, given)
+        if kind is not Map:
+            raise ValueError(f"{function} does not add to what is there, in {formula!r}")
+        return Map(out, function, given, adds=True)
     match = _PRODUCT.fullmatch(formula)
     if match is None:
         raise ValueError(f"not a formula of the table's grammar: {formula!r}")

@@ -71,6 +71,8 @@ def _words(step: Step, inner: tuple[Symbol, ...]) -> Iterator[str]:
                 yield "biased"
         case Reduce() | Convert() | Map() | Draw():
             yield step.function
+            if step.accumulate:
+                yield "accumulated"
         case _:
             assert_never(step)
     if step.out in inner:

@@ -12,7 +12,7 @@ from functools import cached_property, lru_cache
 from ..algebra.operations import Contract, Dims, Fused, Operation, dimensions
 from ..algebra.work import kind, work
 from ..kernels.registry import KERNELS
-from ..kernels.sites import OPERATIONS
+from ..kernels.sites import OPERATIONS, parted
 from .device import DeviceProfile
 from .profile import Size
 from .roofline import roofline
@@ -56,11 +56,13 @@ def measured_as(operation: Operation) -> str:
 
 @lru_cache(maxsize=4096)
 def _of_one(operation: Operation) -> Operation:
-    """What a kernel that another one is measured for computes of one linear; else the operation itself."""
+    """The products of one linear, of a kernel that another one is measured for; else the operation itself."""
     if not isinstance(operation, Fused) or KERNELS[operation.kernel].priced_as is None:
         return operation
-    first = {kind(part): part for part in reversed(operation.products)}
-    return replace(operation, parts=tuple(first.values())[::-1])
+    own, _ = parted(operation)
+    made = (part for part in reversed(own.products) if part.out not in own.inner)
+    first = {kind(part): part for part in made}
+    return replace(operation, parts=tuple(first.values())[::-1], inner=())
 
 
 def _together(operation: Operation, at: Size) -> Size:
@@ -157,8 +159,12 @@ def setting_at(dims: Dims, dtype: DType, device: DeviceProfile) -> Setting:
 def tuned_constants(operation: Fused, setting: Setting) -> Mapping[str, int] | None:
     """What to replace of a kernel's constants: the best at the nearest size where it was tuned; None if never.
 
-    Those of what stands in for it are the best for it as well.
+    Those of what stands in for it are the best for it as well, unless it has its own.
     """
+    if isinstance(operation, Fused):
+        kernel = KERNELS[operation.kernel]
+        if kernel.priced_as is not None and kernel.tiles != KERNELS[kernel.priced_as].tiles:
+            return None
     at = _together(operation, tuple(setting.dims[d] for d in dimensions(operation)))
     tuned = setting.device.meter.tiles_for(setting.dtype.name).get(measured_as(operation), ())
     return min(tuned, key=lambda row: (distance(row[0], at), row[0]))[1] if tuned else None

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import replace
+from collections.abc import Collection, Iterable
+from dataclasses import astuple, replace
 from functools import lru_cache
 
 from ..algebra.enumerate import Phase, Program
 from ..algebra.liveness import saved_activations, wanted_operations
 from ..algebra.operations import Operation, Symbol, dimensions
 from ..algebra.schedule import workspace
-from ..kernels.sites import seeded
+from ..kernels.sites import parted, seeded
 from .measured import correction
 from .roofline import roofline
 from .rounding import merge_error, rounding_error, update_std
@@ -25,9 +25,15 @@ def price_operation(operation: Operation, setting: Setting) -> OperationCost:
     The correction is the ratio of measured time to roofline: at measured dimensions that gives the measured time;
     between them it is the mean of the logarithms, weighted by 1 / distance⁴ in the logarithms of the dimensions.
     """
-    cost = roofline(operation, setting)
+    own, then = parted(operation)
+    cost = roofline(own, setting)
     factor = correction(operation, tuple(setting.dims[d] for d in dimensions(operation)), setting.dtype, setting.device)
-    return replace(cost, device_s=cost.device_s * factor)
+    return _sum([replace(cost, device_s=cost.device_s * factor), *(price_operation(part, setting) for part in then)])
+
+
+def _sum(costs: Iterable[OperationCost]) -> OperationCost:
+    values = zip(*map(astuple, costs), strict=True)
+    return OperationCost(*map(sum, values))
 
 
 @lru_cache(maxsize=65536)

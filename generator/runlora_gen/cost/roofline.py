@@ -43,6 +43,8 @@ def roofline(operation: Operation, setting: Setting) -> OperationCost:
             if operation.scaled and operation.out.store == "adapter" and setting.casts:
                 moved += 2 * setting.bytes_of(operation.out)
                 launches += 1
+        case Map() if operation.accumulate:
+            moved += setting.bytes_of(operation.out)
         case Reduce() | Convert() | Map() | Draw():
             pass
         case _:

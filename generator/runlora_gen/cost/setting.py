@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import assert_never
 
 from ..algebra.derivation import CAST_ADAPTER, Derivation, Facts
-from ..algebra.linear import DROPPED, LINEAR
+from ..algebra.linear import LINEAR
 from ..algebra.operations import BITS, Dims, Store, Symbol
 from .device import DeviceProfile
 
@@ -80,7 +80,8 @@ class Setting:
     @cached_property
     def in_evaluation(self) -> Setting:
         """The same where nothing is trained: nothing is dropped there."""
-        return replace(self, derivation=LINEAR) if self.derivation is DROPPED else self
+        evaluated = self.derivation.evaluated
+        return self if evaluated is None else replace(self, derivation=evaluated)
 
     @cached_property
     def facts(self) -> Facts:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import assert_never
 
@@ -19,7 +19,7 @@ def dtype_of(gradient: Symbol) -> str | None:
 def numbers_of(operation: Operation) -> frozenset[str]:
     """The variables that the line reads beside tensors: scalings, and the rate of dropout."""
     scalings = (_scaling(step) for step in products(operation) if isinstance(step, Contract) and step.scaled)
-    drops = isinstance(operation, Map) and operation.function == "drop"
+    drops = any(isinstance(step, Map) and step.function == "drop" for step in products(operation))
     return frozenset((*scalings, *(["dropout"] if drops else [])))
 
 
@@ -30,7 +30,9 @@ def _scaling(product: Contract) -> str:
 
 def helpers_of(operation: Operation) -> frozenset[str]:
     """Functions of the module that the line, or the torch path of its kernel, calls."""
-    return frozenset[str]().union(*map(_helpers, products(operation)))
+    # A kernel's record has what draws and drops in its place.
+    steps = operation.products if isinstance(operation, Fused) else (operation,)
+    return frozenset[str]().union(*map(_helpers, steps))
 
 
 def _helpers(step: Step) -> frozenset[str]:
@@ -43,6 +45,8 @@ def _helpers(step: Step) -> frozenset[str]:
             return frozenset({"scaled_addmm"})
         case Contract():
             return frozenset({"scaled_mm"} if step.scaled else ())
+        case Draw(out=Symbol(store="seed")):
+            return frozenset({"seeds"})
         case Draw():
             return frozenset({"dropped"})
         case Map(function="drop"):
@@ -56,6 +60,12 @@ def _helpers(step: Step) -> frozenset[str]:
 def drawn_line(draw: Draw, drop: Map) -> str:
     """The statement that draws a mask and drops by it: torch does both in one pass."""
     return f"{drop.out}, {draw.out} = _dropped({drop.operands[0]}, {draw.operands[0]})"
+
+
+def seeds_line(draws: Sequence[Draw]) -> str:
+    """The statement that draws seeds, all in one launch."""
+    seeds = ", ".join(str(draw.out) for draw in draws)
+    return f"{seeds if len(draws) > 1 else f'({seeds},)'} = _new_seeds(X, {draws[0].operands[0]}, {len(draws)})"
 
 
 def line(operation: Operation, owner: str = "", *, tiles: str | None = None) -> str:
@@ -80,7 +90,8 @@ def line(operation: Operation, owner: str = "", *, tiles: str | None = None) -> 
         case Contract(left=Operand(stacked=False), right=Operand(stacked=False)):
             return f"{operation.out} = {_product(operation)}"
         case Map(function="drop"):
-            return f"{operation.out} = _masked({operation.operands[0]}, {operation.operands[1]}, dropout)"
+            begun = f"{operation.out} + " if operation.accumulate else ""
+            return f"{operation.out} = {begun}_masked({operation.operands[0]}, {operation.operands[1]}, dropout)"
         case Contract() | Convert() | Map() | Draw():
             raise ValueError(f"there is no line of torch for {operation}")
         case _:
@@ -108,13 +119,22 @@ def results_of(operation: Operation) -> str:
 
 
 def tiles_key(operation: Fused, owner: str = "") -> str:
-    """By which the constants of its kernel go: what it computes, after whose they are where modules share a table."""
-    return f"{owner} {results_of(operation)}".lstrip()
+    """By which the constants of its kernel go: what it computes, after whose they are where modules share a table.
+
+    What is computed of a seed in one way may be computed by another kernel in another.
+    """
+    key = f"{owner} {results_of(operation)}".lstrip()
+    return f"{key} seeded" if operation.inner else key
 
 
 def _call(operation: Fused, tiles: str) -> str:
     """The call of a kernel's wrapper, with the operands of its parts where the kernel wants them."""
-    values = {"dtypes": ", ".join(dtype for out in operation.outputs if (dtype := dtype_of(out)))}
+    values = {"needs": ", ".join(f"need_{out}" for out in operation.outputs)}
+    values |= {"dtypes": ", ".join(dtype for out in operation.outputs if (dtype := dtype_of(out)))}
+    read = {kind: [p.operands[0] for p in operation.parts if isinstance(p, kind)] for kind in (Draw, Map)}
+    for name, kind_of in (("seed", Draw), ("dropped", Map)):
+        values |= {f"{name}{number}": str(symbol) for number, symbol in enumerate(read[kind_of])}
+        values[f"*{name}0"] = f"({', '.join(map(str, read[kind_of]))})"
     alike: dict[str, list[Contract]] = {}
     for number, part in enumerate(operation.products):
         values |= {name.format(number): text for name, text in _arguments(part).items()}

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 
 from ..algebra.derivation import Derivation
 from ..algebra.enumerate import Phase
+from ..algebra.liveness import is_told
 from ..algebra.operations import Draw, Map, Symbol, products
 from ..algebra.schedule import schedule
 from ..cost.setting import Setting
-from .code import drawn_line, line
+from .code import drawn_line, line, seeds_line
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,14 @@ def forward_statements(phase: Phase, setting: Setting, owner: str) -> tuple[str,
     steps = [step for step in schedule(phase, setting.bytes_of).steps if step.operation.outputs[0] not in phase.held]
     maps = [step.operation for step in steps if isinstance(step.operation, Map)]
     drops = {draw: drop for drop in maps for draw in drop.operands}  # by their masks
-    drawn = [drops[step.operation.out] for step in steps if isinstance(step.operation, Draw)]
+    draws = [step.operation for step in steps if isinstance(step.operation, Draw)]
+    seeds = [draw for draw in draws if draw.out.store == "seed"]
+    drawn = [drops[draw.out] for draw in draws if draw not in seeds]
     for step in steps:
         match step.operation:
+            case Draw() if step.operation in seeds:
+                if step.operation == seeds[0]:
+                    lines.append(seeds_line(seeds))
             case Draw():
                 lines.append(drawn_line(step.operation, drops[step.operation.out]))
             case Map() if step.operation in drawn:
@@ -84,7 +90,11 @@ def backward_blocks(
             blocks.append(Block(condition, (text,)))
 
     for step in schedule(phase, setting.bytes_of).steps:
-        guards = {symbol: guard(needed_by[symbol], phase.derivation) for symbol in step.operation.outputs}
+        if is_told(step.operation):
+            wanted = frozenset[Symbol]().union(*(needed_by[out] for out in step.operation.outputs))
+            guards = dict.fromkeys(step.operation.outputs, guard(wanted, phase.derivation))
+        else:
+            guards = {symbol: guard(needed_by[symbol], phase.derivation) for symbol in step.operation.outputs}
         if len(set(guards.values())) == 1:
             out = step.operation.outputs[0]
             add(guards[out], line(step.operation, owner))

@@ -52,8 +52,10 @@ class Kernel:
         launches: of one call. A product that is split because few tokens or features would leave the machine idle
             takes one more, to add up its parts; that is not counted.
         call: the arguments of its call in the emitted code, from the parts of the operation: ``left0`` is the left
-            operand of the first part as the formula has it, ``left0T`` its transpose; likewise ``right``, ``addend``,
-            ``bias`` and ``scaling``; ``dtypes`` are those of results that are gradients of parameters. Where it is of
+            operand of the first product as the formula has it, ``left0T`` its transpose; likewise ``right``,
+            ``addend``, ``bias`` and ``scaling``; ``seed0`` is what the first mask is drawn from, ``dropped0`` what is
+            dropped first; ``dtypes`` are those of results that are gradients of parameters, ``needs`` whether each
+            result is wanted, where it is told. Where it is of
             several linears, ``*left0`` is the tuple of the left operands of all parts that do what the first one does,
             one a linear, ``*left1`` that of the next kind of part; likewise the others.
         tiles: its compile-time constants where none were tuned, for 16-bit operands on GPUs that have tensor
@@ -74,6 +76,10 @@ class Kernel:
         priced_as: the kernel whose measured efficiency, and whose tuned constants, stand for its own; for those of a
             kernel of several linears, those of one that is as large as all are together.
         seeded: whether it draws random numbers, from the emitted code's variable ``seed``.
+        drops: whether it reads what a mask leaves, that it draws from a seed: the templates that it has in common with
+            another kernel ask for it.
+        then: whether the last of its operation's parts, and those before it that are alike, are torch's own products
+            after it: they are priced as such.
         persistent: whether its programs walk over tiles of BM×BN of the result, those of the last wave cut into PARTS:
             then it is busy for whole waves.
     """
@@ -92,6 +98,8 @@ class Kernel:
     when: When = "cheaper"
     priced_as: str | None = None
     seeded: bool = False
+    drops: bool = False
+    then: bool = False
     persistent: bool = False
 
     def __post_init__(self) -> None:

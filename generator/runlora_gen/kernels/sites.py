@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
+from typing import TypeVar
 
 from ..algebra.derivation import Derivation
 from ..algebra.enumerate import Phase, Program
 from ..algebra.operations import Fused, Operation, Step, dimensions
 from ..algebra.sites import DERIVATIONS
-from ..algebra.work import work
+from ..algebra.work import kind, work
 from .record import When
 from .registry import KERNELS
 
@@ -49,8 +51,20 @@ def operations_of(derivation: Derivation) -> tuple[Operation, ...]:
 
 #: Every operation that a program of any site may hold, each once.
 OPERATIONS: tuple[Operation, ...] = tuple(dict.fromkeys(op for site in DERIVATIONS for op in operations_of(site)))
-#: All work that a profile may hold measurements of, each by the first operation that does it.
-WORKS: Mapping[str, Operation] = {work(operation): operation for operation in reversed(OPERATIONS)}
+#: All work that a profile may hold measurements of, each by the first operation that does it: that has a size.
+WORKS: Mapping[str, Operation] = {work(op): op for op in reversed(OPERATIONS) if dimensions(op)}
+
+
+_Any = TypeVar("_Any", bound=Operation)
+
+
+def parted(operation: _Any) -> tuple[_Any, tuple[Step, ...]]:
+    """What a kernel computes itself, and the products that torch computes after it; else the operation."""
+    if not (isinstance(operation, Fused) and KERNELS[operation.kernel].then):
+        return operation, ()
+    last = kind(operation.products[-1])
+    then = tuple(part for part in operation.products if part.accumulate and kind(part) == last)
+    return replace(operation, parts=operation.parts[: -len(then)]), then
 
 
 def draws(operation: Operation) -> bool:

@@ -36,7 +36,15 @@ def setting_of(workload: Workload, site: Site, rank: int, tokens: int) -> Settin
     if isinstance(site, Group):
         linears, widths = site.linears, site.out_features
         return _setting(
-            workload, group(linears), site.in_features, sum(widths), rank, site.bias, tokens, linears, widths
+            workload,
+            group(linears, dropout=workload.dropout > 0),
+            site.in_features,
+            sum(widths),
+            rank,
+            site.bias,
+            tokens,
+            linears,
+            widths,
         )
     return setting_for(workload, site.in_features, site.out_features, rank, site.bias, tokens)
 

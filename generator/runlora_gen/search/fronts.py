@@ -30,7 +30,16 @@ from operator import or_
 from typing import NamedTuple
 
 from ..algebra.derivation import Derivation, Way
-from ..algebra.enumerate import Program, choices, given_to_backward, is_acyclic, pair, phase_of, rows_that_hold
+from ..algebra.enumerate import (
+    Program,
+    choices,
+    given_to_backward,
+    is_acyclic,
+    pair,
+    phase_of,
+    reads_once,
+    rows_that_hold,
+)
 from ..algebra.operations import Fused, Operation, Symbol
 from ..algebra.schedule import independent_peaks, workspace
 from ..cost.lower import with_kernels
@@ -273,6 +282,9 @@ class _Search:
             table = tuple(way for way in self.table if group.issuperset(way.targets))
             outputs_of = tuple(output for output in self.site.outputs if output in group)
             parts.append(_Part(outputs_of, gradients, frozenset(group), table, costly != {False}))
+        for symbol in self.site.once:
+            if sum(symbol in _reads(part.table) for part in parts) > 1:
+                raise ValueError(f"{symbol} is given once, and several parts read it")
         rows = (w for w in self.table if known.issuperset(w.targets) and not any(w in part.table for part in parts))
         return tuple(parts), tuple(rows)
 
@@ -315,7 +327,7 @@ class _Search:
             before = [
                 self._choice(condition, part, 0, ways, kept)
                 for ways in choices(wanted, self.given[0] | condition.made[0], computing)
-                if made[0] <= _reads(ways).union(wanted)
+                if made[0] <= _reads(ways).union(wanted) and reads_once(self.site, (*ways, *condition.ways[0]))
             ]
             pairs = (self._undominated(before), self._undominated(after))
             found += [first.joined(second) for first, second in itertools.product(*pairs)]

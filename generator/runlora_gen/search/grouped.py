@@ -25,7 +25,7 @@ def decide_groups(workload: Workload, architecture: Architecture, rank: int) -> 
 
     It is sought by time, whatever the criterion is of what is chosen then.
 
-    None with ``groups="none"``, and none with dropout, for which no group has ways.
+    None with ``groups="none"``.
 
     Raises:
         SpecError: no program of some group meets ``max_saved_bytes``.
@@ -67,7 +67,7 @@ def decide_groups_of_step(
 
 
 def _candidates(workload: Workload, architecture: Architecture) -> tuple[Group, ...]:
-    return () if workload.groups == "none" or workload.dropout else groups(architecture)
+    return () if workload.groups == "none" else groups(architecture)
 
 
 def _one_by_one(group: Group, by_shape: Mapping[tuple[int, int], Decision], setting: Setting) -> Times:

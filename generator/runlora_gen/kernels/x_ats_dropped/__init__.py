@@ -1,0 +1,19 @@
+"""S = s H Aᵀ of linears that share X, in one pass over it, where H is what dropout leaves of X, of each another."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ..x_at_dropped import KERNEL as X_AT_DROPPED
+from ..x_ats import KERNEL as X_ATS
+
+KERNEL = replace(
+    X_ATS,
+    call="{dropped0}, {*right0T}, {*scaling0}, {*seed0}, dropout",
+    tiles=X_AT_DROPPED.tiles,
+    small_tiles=X_AT_DROPPED.small_tiles,
+    bounds=X_AT_DROPPED.bounds,
+    candidates=(),
+    helpers=X_ATS.helpers | {"drop"},
+    drops=True,
+)
