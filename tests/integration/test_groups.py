@@ -193,6 +193,20 @@ def test_copies_are_grouped_among_themselves(
 
 
 @both
+def test_a_shallow_copy_takes_no_place(package: Any, tokens: Tensor, calls: Callable[[], int], make: Make) -> None:
+    """It shares the group of the linear that it is a copy of, and computes alone."""
+    model = make(package)
+    linear = attention(model).q_proj
+    other = copy.copy(linear)
+    assert other._group is linear._group and linear._group._members[0]() is linear
+    x = torch.randn(2, 64, requires_grad=True)
+    torch.testing.assert_close(other(x), linear(x))
+    calls()
+    gradients(model, tokens)
+    assert calls() == 4
+
+
+@both
 def test_a_model_is_freed_with_its_last_reference(package: Any, tokens: Tensor, make: Make) -> None:
     """Groups hold no linear: no garbage collection is needed for the memory of a model."""
     module = attention(make(package))
