@@ -77,7 +77,7 @@ def bitwise(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 def drawn(package: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, float]]:
     """The masks that linears drew, with the rates at which they did."""
     masks: list[tuple[Tensor, float]] = []
-    for module in package.shapes._MODULES:
+    for module in (*package.shapes._MODULES, *getattr(package.shapes, "_GROUP_MODULES", ())):
 
         def dropped(X: Tensor, dropout: float, draw: Any = module._dropped) -> tuple[Tensor, Tensor]:
             left, mask = draw(X, dropout)

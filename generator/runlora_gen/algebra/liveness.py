@@ -41,14 +41,13 @@ def _apart(operation: Operation) -> tuple[Operation, ...]:
     price.
     """
     if is_told(operation):
-        alike: dict[object, list[Symbol]] = {}
+        of_a_kind: dict[object, list[Symbol]] = {}
         for out in operation.outputs:
-            alike.setdefault((out.store, *(index[0] for index in out.shape)), []).append(out)
-        return tuple(_part_of(operation, outs) for outs in alike.values())
+            of_a_kind.setdefault((out.store, *(index[0] for index in out.shape)), []).append(out)
+        return tuple(_part_of(operation, outs) for outs in of_a_kind.values())
     steps = products(operation)
-    results = [step for step in steps if step.out in operation.outputs]
-    several = len(operation.outputs) == len(results) > 1 and len(set(map(work, results))) == 1
-    return (operation,) if several else steps
+    alike = len(operation.outputs) == len(steps) > 1 and len(set(map(work, steps))) == 1
+    return (operation,) if alike else steps
 
 
 def _part_of(operation: Fused, outs: Iterable[Symbol]) -> Fused:

@@ -70,9 +70,7 @@ def _words(step: Step, inner: tuple[Symbol, ...]) -> Iterator[str]:
             if step.bias is not None:
                 yield "biased"
         case Reduce() | Convert() | Map() | Draw():
-            yield step.function
-            if step.accumulate:
-                yield "accumulated"
+            yield f"{step.function} accumulated" if step.accumulate else step.function
         case _:
             assert_never(step)
     if step.out in inner:
