@@ -104,15 +104,23 @@ def test_models_with_dropout() -> None:
         f"{peft_compiled}" in text
     )
     assert (
-        f"13B-shaped {eager} of the frozen step, PEFT's {peft_eager}; 8B-shaped {' and '.join(pair('8b', 'eager'))}."
-        in text
+        f"13B-shaped {eager} of the frozen step, PEFT's {peft_eager}; 8B-shaped {' and '.join(pair('8b', 'eager'))}. "
+        f"Compiled {compiled} and {peft_compiled}, and {' and '.join(pair('8b', 'compiled'))} (" in text
     )
     mine, theirs = pair("8b", "eager")
     assert f"16-bit adapters ours takes {mine} of the frozen step in eager mode, PEFT {theirs} (" in text
-    assert f"draws the masks, {compiled} and {peft_compiled} (13B-shaped" in text
-    for mode, share in (("eager", 1.0), ("compiled", 0.95)):
-        mine, theirs = (rows["13b"][name][mode]["peak_total_bytes"] for name in (ours, peft))
-        assert round(mine / theirs, 2) == share
+
+    def share(shape: str, mode: str) -> str:
+        mine, theirs = (rows[shape][name][mode]["peak_total_bytes"] for name in (ours, peft))
+        return f"{100 * mine / theirs:.0f} %"
+
+    assert f"The peak is {share('13b', 'eager')} of PEFT's for the 13B-shaped model in eager mode and " in text
+    assert f" and {share('13b', 'compiled')} compiled, for the 8B-shaped one {share('8b', 'eager')} and " in text
+    assert f"one {share('8b', 'eager')} and {share('8b', 'compiled')}." in text
+    (first, *_) = results("linear_h100_dropout.json")["rows"]
+    kept = {name: f"{result['saved_bytes'] / 2**20:.1f}" for name, result in first["results"].items()}
+    assert f"At 4096 tokens {kept['generated, 16-bit adapters']} MiB are kept" in text
+    assert f"PEFT keeps {kept['peft']}." in text
 
 
 def test_other_ranks() -> None:
