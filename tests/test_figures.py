@@ -117,7 +117,7 @@ def test_models_with_dropout() -> None:
     assert f"The peak is {share('13b', 'eager')} of PEFT's for the 13B-shaped model in eager mode and " in text
     assert f" and {share('13b', 'compiled')} compiled, for the 8B-shaped one {share('8b', 'eager')} and " in text
     assert f"one {share('8b', 'eager')} and {share('8b', 'compiled')}." in text
-    (first, *_) = results("linear_h100_dropout.json")["rows"]
+    first, *_ = results("linear_h100_dropout.json")["rows"]
     kept = {name: f"{result['saved_bytes'] / 2**20:.1f}" for name, result in first["results"].items()}
     assert f"At 4096 tokens {kept['generated, 16-bit adapters']} MiB are kept" in text
     assert f"PEFT keeps {kept['peft']}." in text

@@ -336,14 +336,15 @@ class _InOneXAtInOnePtXDytSDyBKeepSAB(_Function):
 
     Backward::
 
-        P_gate = s_gate dY_gate B_gate                                28.31 MFLOP   3.588 MiB        4.8 µs
-        P_up = s_up dY_up B_up                                        28.31 MFLOP   3.588 MiB        4.8 µs
-        dX = P_gate A_gate + P_up A_up + dY_gate W_gate + dY_up W_up  36.26 GFLOP   278.2 MiB      156.4 µs
-        dA_gate = P_gateᵀ X                                           10.49 MFLOP   1.408 MiB        2.6 µs
-        dA_up = P_upᵀ X                                               10.49 MFLOP   1.408 MiB        2.6 µs
-        dB_gate = dY_gateᵀ S_gate                                     28.31 MFLOP   3.799 MiB        3.4 µs
-        dB_up = dY_upᵀ S_up                                           28.31 MFLOP   3.799 MiB        3.4 µs
-        in all                                                        36.39 GFLOP   295.8 MiB      178.1 µs
+        P_gate = s_gate dY_gate B_gate                   28.31 MFLOP   3.588 MiB        4.8 µs
+        P_up = s_up dY_up B_up                           28.31 MFLOP   3.588 MiB        4.8 µs
+        dX = P_gate A_gate + P_up A_up + dY_gate W_gate
+            + dY_up W_up                                 36.26 GFLOP   278.2 MiB      156.4 µs
+        dA_gate = P_gateᵀ X                              10.49 MFLOP   1.408 MiB        2.6 µs
+        dA_up = P_upᵀ X                                  10.49 MFLOP   1.408 MiB        2.6 µs
+        dB_gate = dY_gateᵀ S_gate                        28.31 MFLOP   3.799 MiB        3.4 µs
+        dB_up = dY_upᵀ S_up                              28.31 MFLOP   3.799 MiB        3.4 µs
+        in all                                           36.39 GFLOP   295.8 MiB      178.1 µs
 
     Saved for the backward beside the parameters: X, S_gate, S_up, A_gate, A_up, B_gate, B_up (1.832 MiB).
     Temporaries: at most 4 KiB.
@@ -480,13 +481,14 @@ class _InOneOnePassInOneOnePassOnePassKeepSAB(_Function):
     Backward::
 
         P_gate = s_gate dY_gate B_gate
-        dB_gate = dY_gateᵀ S_gate                                     1.812 GFLOP   108.8 MiB       63.3 µs
+        dB_gate = dY_gateᵀ S_gate                        1.812 GFLOP   108.8 MiB       63.3 µs
         P_up = s_up dY_up B_up
-        dB_up = dY_upᵀ S_up                                           1.812 GFLOP   108.8 MiB       63.3 µs
-        dX = P_gate A_gate + P_up A_up + dY_gate W_gate + dY_up W_up   1.16 TFLOP   526.3 MiB    1,557.6 µs
+        dB_up = dY_upᵀ S_up                              1.812 GFLOP   108.8 MiB       63.3 µs
+        dX = P_gate A_gate + P_up A_up + dY_gate W_gate
+            + dY_up W_up                                  1.16 TFLOP   526.3 MiB    1,557.6 µs
         dA_gate = P_gateᵀ X
-        dA_up = P_upᵀ X                                               671.1 MFLOP   40.44 MiB       18.8 µs
-        in all                                                        1.165 TFLOP   784.2 MiB    1,703.0 µs
+        dA_up = P_upᵀ X                                  671.1 MFLOP   40.44 MiB       18.8 µs
+        in all                                           1.165 TFLOP   784.2 MiB    1,703.0 µs
 
     Saved for the backward beside the parameters: X, S_gate, S_up, A_gate, A_up, B_gate, B_up (40.7 MiB).
     Temporaries: at most 128 KiB.

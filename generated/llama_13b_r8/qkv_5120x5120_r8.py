@@ -340,17 +340,18 @@ class _InOneOnePassInOneOnePassDytSDyBKeepSAB(_Function):
 
     Backward::
 
-        P_q = s_q dY_q B_q                                                 83.89 MFLOP   10.09 MiB       11.1 µs
-        P_k = s_k dY_k B_k                                                 83.89 MFLOP   10.09 MiB       11.1 µs
-        P_v = s_v dY_v B_v                                                 83.89 MFLOP   10.09 MiB       11.1 µs
-        dX = P_q A_q + P_k A_k + P_v A_v + dY_q W_q + dY_k W_k + dY_v W_v  161.3 GFLOP   190.3 MiB      255.4 µs
+        P_q = s_q dY_q B_q                           83.89 MFLOP   10.09 MiB       11.1 µs
+        P_k = s_k dY_k B_k                           83.89 MFLOP   10.09 MiB       11.1 µs
+        P_v = s_v dY_v B_v                           83.89 MFLOP   10.09 MiB       11.1 µs
+        dX = P_q A_q + P_k A_k + P_v A_v + dY_q W_q
+            + dY_k W_k + dY_v W_v                    161.3 GFLOP   190.3 MiB      255.4 µs
         dA_q = P_qᵀ X
         dA_k = P_kᵀ X
-        dA_v = P_vᵀ X                                                      251.7 MFLOP   10.52 MiB        8.2 µs
-        dB_q = dY_qᵀ S_q                                                   83.89 MFLOP   10.17 MiB        7.8 µs
-        dB_k = dY_kᵀ S_k                                                   83.89 MFLOP   10.17 MiB        7.8 µs
-        dB_v = dY_vᵀ S_v                                                   83.89 MFLOP   10.17 MiB        7.8 µs
-        in all                                                             162.1 GFLOP   261.6 MiB      320.3 µs
+        dA_v = P_vᵀ X                                251.7 MFLOP   10.52 MiB        8.2 µs
+        dB_q = dY_qᵀ S_q                             83.89 MFLOP   10.17 MiB        7.8 µs
+        dB_k = dY_kᵀ S_k                             83.89 MFLOP   10.17 MiB        7.8 µs
+        dB_v = dY_vᵀ S_v                             83.89 MFLOP   10.17 MiB        7.8 µs
+        in all                                       162.1 GFLOP   261.6 MiB      320.3 µs
 
     Saved for the backward beside the parameters: X, S_q, S_k, S_v, A_q, A_k, A_v, B_q, B_k, B_v (10.52 MiB).
     Temporaries: at most 48 KiB.
@@ -581,16 +582,17 @@ class _FusedOnePassInOneOnePassOnePassKeepSAB(_Function):
     Backward::
 
         P_q = s_q dY_q B_q
-        dB_q = dY_qᵀ S_q                                                   671.1 MFLOP   40.36 MiB       30.8 µs
+        dB_q = dY_qᵀ S_q                             671.1 MFLOP   40.36 MiB       30.8 µs
         P_k = s_k dY_k B_k
-        dB_k = dY_kᵀ S_k                                                   671.1 MFLOP   40.36 MiB       30.8 µs
+        dB_k = dY_kᵀ S_k                             671.1 MFLOP   40.36 MiB       30.8 µs
         P_v = s_v dY_v B_v
-        dB_v = dY_vᵀ S_v                                                   671.1 MFLOP   40.36 MiB       30.8 µs
-        dX = P_q A_q + P_k A_k + P_v A_v + dY_q W_q + dY_k W_k + dY_v W_v  645.3 GFLOP   310.4 MiB      839.3 µs
+        dB_v = dY_vᵀ S_v                             671.1 MFLOP   40.36 MiB       30.8 µs
+        dX = P_q A_q + P_k A_k + P_v A_v + dY_q W_q
+            + dY_k W_k + dY_v W_v                    645.3 GFLOP   310.4 MiB      839.3 µs
         dA_q = P_qᵀ X
         dA_k = P_kᵀ X
-        dA_v = P_vᵀ X                                                      1.007 GFLOP   40.66 MiB       20.2 µs
-        in all                                                             648.3 GFLOP   472.2 MiB      951.8 µs
+        dA_v = P_vᵀ X                                1.007 GFLOP   40.66 MiB       20.2 µs
+        in all                                       648.3 GFLOP   472.2 MiB      951.8 µs
 
     Saved for the backward beside the parameters: X, S_q, S_k, S_v, A_q, A_k, A_v, B_q, B_k, B_v (40.66 MiB).
     Temporaries: at most 192 KiB.

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 from runlora_gen.algebra.count import count_programs
-from runlora_gen.algebra.derivation import CAST_ADAPTER, NO_FACTS
+from runlora_gen.algebra.derivation import CAST_ADAPTER, NO_FACTS, Derivation, Way
 from runlora_gen.algebra.enumerate import Program, enumerate_programs, reads_once
+from runlora_gen.algebra.group import group
 from runlora_gen.algebra.linear import DROPPED, LINEAR
-from runlora_gen.algebra.liveness import saved_activations, wanted_operations
+from runlora_gen.algebra.liveness import dependents, saved_activations, wanted_operations
 from runlora_gen.algebra.operations import Draw, Fused, Map
 from runlora_gen.algebra.sites import DERIVATIONS
 
@@ -101,6 +102,33 @@ def test_a_kernel_is_told_what_is_wanted_of_it() -> None:
         assert ("X" in saved) == needed and ("seed" in saved) == (wanted != ("dB",))
         running = [op.kernel for op in wanted_operations(program.backward, frozenset(wanted)) if isinstance(op, Fused)]
         assert ("dx_da" in running) == (wanted != ("dB",))
+
+
+def test_of_a_group_what_is_left_of_x_is_read_by_its_own_linear() -> None:
+    site = group(("q", "k"), dropout=True)
+    kernels = {op.kernel for way in site.table for op in way.operations if isinstance(op, Fused)}
+    assert kernels == {"x_at_dropped", "x_ats_dropped", "dx_das", "fused_gemm", "fused_gemms", "p_db"}
+    assert site.evaluated is group(("q", "k")) and DROPPED.evaluated is LINEAR
+    assert str(site.way("dX dA_q dA_k", "x", *map(str, _row(site, "dx_das").operations)).operations[0]) == (
+        "dx_das: K_q := draw(seed_q); K_k := draw(seed_k); H_q := drop(X, K_q); H_k := drop(X, K_k); "
+        "dA_q = P_q.T @ H_q; dA_k = P_k.T @ H_k; dH_q := P_q @ A_q; dH_k := P_k @ A_k; "
+        "dX = drop(dH_q, K_q); dX += drop(dH_k, K_k); dX += dY_q @ W_q; dX += dY_k @ W_k"
+    )
+
+
+def _row(site: Derivation, kernel: str) -> Way:
+    return next(
+        way for way in site.table if any(isinstance(op, Fused) and op.kernel == kernel for op in way.operations)
+    )
+
+
+def test_a_kernel_of_several_gives_all_gradients_of_lora_a_or_none() -> None:
+    site = group(("q", "k"), dropout=True)
+    found = enumerate_programs(site, ("dX", "dA_q", "dA_k", "dB_q", "dB_k"))
+    program = next(program for program in found if "dx_das" in program.kernels and site["S_q"] in program.kept)
+    needed = {str(symbol): set(map(str, goals)) for symbol, goals in dependents(program.backward).items()}
+    assert needed["P_q"] >= {"dX", "dA_q", "dA_k"} and needed["seed_k"] == {"dX", "dA_q", "dA_k"}
+    assert needed["X"] == {"dA_q", "dA_k"} and needed["W_q"] == needed["A_q"] == {"dX"}
 
 
 @pytest.mark.parametrize("casts", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Iterable
 from dataclasses import replace
@@ -17,6 +18,11 @@ from ..request.workload import Workload
 from ..search.choose import Decision, ForwardDecision
 from ..search.criterion import Priced
 from .units import show_bound, show_bytes, show_count, show_time
+
+#: Before the second result of a formula, and each after it.
+_RESULT = re.compile(r", (?=\w+ = )")
+#: Columns of a formula's line, beside which its price stands; a longer sum goes on below.
+_COLUMNS = 48
 
 
 def program_text(candidate: Priced, decision: Decision, workload: Workload, reason: str, width: int) -> Iterable[str]:
@@ -60,16 +66,30 @@ def _price_table(title: str, phase: Phase, total: PhaseCost, setting: Setting) -
         (operation.formula, price_operation(operation, setting)) for operation in ordered
     ]
     # What yields several results has a line for each, and its price on the last.
-    columns = max(len(line) for formula, _ in prices for line in formula.split(", "))
+    columns = max(len(line) for formula, _ in prices for line in _lines(formula))
     prices.append(("in all", total))
     yield from ("", f"{title}::", "")
     for formulas, price in prices:
-        *others, formula = formulas.split(", ")
+        *others, formula = _lines(formulas)
         yield from (f"    {other}" for other in others)
         yield (
             f"    {formula:<{columns}}  {show_count(price.flops, 'FLOP'):>11}  {show_bytes(price.bytes_moved):>10}  "
             f"{show_time(price.device_s):>12}"
         )
+
+
+def _lines(formula: str) -> list[str]:
+    """Those of a formula: one for each result, more where it is a long sum."""
+    lines: list[str] = []
+    for result in _RESULT.split(formula):
+        first, *terms = result.split(" + ")
+        lines.append(first)
+        for term in terms:
+            if len(lines[-1]) + len(term) + 3 <= _COLUMNS:
+                lines[-1] += f" + {term}"
+            else:
+                lines.append(f"{' ' * (result.index('=') + 1)}+ {term}")
+    return lines
 
 
 def _priced_at(
