@@ -36,12 +36,16 @@ _TOGETHER: Mapping[tuple[str, str], tuple[str, str]] = {
 }
 
 
-@lru_cache
 def group(linears: tuple[str, ...], *, dropout: bool = False) -> Derivation:
     """The derivation of a group of two linears or more, by the letters or words that its symbols end with.
 
     ``dropout``: whether their adapters read what it leaves of X, each by a mask of its own, at one rate.
     """
+    return _group(linears, dropout)
+
+
+@lru_cache
+def _group(linears: tuple[str, ...], dropout: bool) -> Derivation:
     lone = DROPPED if dropout else LINEAR
     left_out = {lone.symbols[name] for name in _LEFT_OUT & lone.symbols.keys()}
     symbols = [symbol for symbol in lone.symbols.values() if symbol not in left_out]
@@ -88,7 +92,8 @@ def _formulas(formulas: Sequence[str], linears: Sequence[str]) -> list[str]:
         return [_of(formula, linear) for linear in linears for formula in formulas]
     found: list[str] = []
     for text in (_of(formula, linear) for formula in formulas for linear in linears):
-        begun = text.partition(" ")[0] in sums and any(before.startswith(text.partition(" ")[0]) for before in found)
+        out = text.partition(" ")[0]
+        begun = out in sums and any(before.startswith(f"{out} ") for before in found)
         found.append(re.sub(r" \+?= ", " += ", text, count=1) if begun else text)
     return found
 

@@ -55,10 +55,10 @@ OPERATIONS: tuple[Operation, ...] = tuple(dict.fromkeys(op for site in DERIVATIO
 WORKS: Mapping[str, Operation] = {work(op): op for op in reversed(OPERATIONS) if dimensions(op)}
 
 
-_Any = TypeVar("_Any", bound=Operation)
+_Some = TypeVar("_Some", bound=Operation)
 
 
-def parted(operation: _Any) -> tuple[_Any, tuple[Step, ...]]:
+def parted(operation: _Some) -> tuple[_Some, tuple[Step, ...]]:
     """What a kernel computes itself, and the products that torch computes after it; else the operation."""
     if not (isinstance(operation, Fused) and KERNELS[operation.kernel].then):
         return operation, ()
