@@ -5,7 +5,8 @@ As those of one: without a GPU in Triton's interpreter.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -14,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import example, given
 from hypothesis import strategies as st
+from runlora_gen.algebra.derivation import Derivation
 from runlora_gen.algebra.group import group
+from runlora_gen.algebra.operations import Fused
 from runlora_gen.cost.device import load_device
 from runlora_gen.cost.setting import DTYPES, Setting
 from runlora_gen.emit.code import helpers_of
@@ -54,32 +57,32 @@ LINEARS = ("q", "k", "v")
 S, DA, Y, DX = "S_q, S_k, S_v", "dA_q, dA_k, dA_v", "Y_q, Y_k, Y_v", "dX"
 
 
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    """The kernels alone, with the table's tiles, as a folder has them for its modules."""
-    site = group(LINEARS)
-    found = tuple(operations(LINEARS).values())
-    case = Setting(
-        4096, 64, 64, 8, DTYPES["fp16"], DTYPES["fp16"], False, frozenset(), load_device("a100"), site,
-        {**dict.fromkeys(("O_q", "O_k", "O_v"), 64), **dict.fromkeys(("R_q", "R_k", "R_v"), 8)},
-    )  # fmt: skip
+def alone(folder: Path, operations_of: Mapping[Derivation, Sequence[Fused]], *, dropout: bool = False) -> ModuleType:
+    """These kernels, with the table's tiles, as a folder has them for its modules."""
+    half = DTYPES["fp16"]
+    further = {**dict.fromkeys(("O_q", "O_k", "O_v"), 64), **dict.fromkeys(("R_q", "R_k", "R_v"), 8)}
+    calls = tuple(
+        KernelCall(op, Setting(4096, 64, 64, 8, half, half, False, frozenset(), load_device("a100"), site, further))
+        for site, found in operations_of.items()
+        for op in found
+    )
+    found = [call.operation for call in calls]
     node = SharedNode(
         rank=8,
-        arguments=site.arguments,
+        arguments=list(operations_of)[-1].arguments,
         trains=(),
         frozen=(),
         wide_adapter=False,
         lossy_merge=False,
-        dropout=False,
+        dropout=dropout,
         helpers=frozenset[str]().union(*(KERNELS[op.kernel].helpers for op in found), *map(helpers_of, found)),
-        calls=tuple(KernelCall(op, case) for op in found),
+        calls=calls,
         function="lora_qkv",
         linears=LINEARS,
         groups=True,
         folder=True,
         width=120,
     )
-    folder = tmp_path_factory.mktemp("kernels_of_groups")
     (folder / "__init__.py").touch()
     import_file(folder / "__init__.py", folder.name)
     for name in ("autograd", "products", "kernels"):
@@ -88,6 +91,12 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
         module = import_file(folder / f"{name}.py", f"{folder.name}.{name}")
     assert module.KERNELS
     return module
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    found = {group(LINEARS): tuple(operations(LINEARS).values())}
+    return alone(tmp_path_factory.mktemp("kernels_of_groups"), found)
 
 
 @pytest.fixture

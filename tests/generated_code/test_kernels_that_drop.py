@@ -12,21 +12,13 @@ from hypothesis import strategies as st
 from runlora_gen.algebra.group import group
 from runlora_gen.algebra.linear import DROPPED
 from runlora_gen.algebra.operations import Fused
-from runlora_gen.cost.device import load_device
-from runlora_gen.cost.setting import DTYPES, Setting
-from runlora_gen.emit.code import helpers_of
-from runlora_gen.emit.kernel_notes import KernelCall
-from runlora_gen.emit.nodes import SharedNode
-from runlora_gen.emit.render import Header, render
-from runlora_gen.kernels.registry import KERNELS
-from runlora_gen.measure.modules import import_file
 from torch import Tensor
 
-from .test_kernels import BOTH, DEVICE, Launches, Spy, check, layouts, machines, poison, property_test, seeds, sizes
+from .test_kernels import BOTH, DEVICE, Launches, check, layouts, machines, poison, property_test, seeds, sizes
 from .test_kernels import DTYPES as FLOATS
-from .test_kernels_of_groups import LINEARS, doubles, draw_each, low, resize
+from .test_kernels_of_groups import LINEARS, alone, doubles, draw_each, launches, low, resize
 
-__all__ = ["poison", "resize"]
+__all__ = ["launches", "poison", "resize"]
 
 #: What the operations go by.
 S, DX_DA, S_ALL, DX_DA_ALL = "S seeded", "dA, dX seeded", "S_q, S_k, S_v seeded", "dA_q, dA_k, dA_v, dX seeded"
@@ -35,52 +27,14 @@ RATE = 0.3
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    """The kernels alone, as a folder has them for its modules."""
-    together = group(LINEARS, dropout=True)
-    sizes_of_all = {**dict.fromkeys(("O_q", "O_k", "O_v"), 64), **dict.fromkeys(("R_q", "R_k", "R_v"), 8)}
-    half, device = DTYPES["fp16"], load_device("a100")
-    calls, found = [], []
-    for site, further in ((DROPPED, {}), (together, sizes_of_all)):
-        case = Setting(4096, 64, 64, 8, half, half, False, frozenset(), device, site, further)
-        mine = [op for op in site.operations if isinstance(op, Fused) and op.inner and len(op.parts) > 2]
-        mine = [op for op in mine if site is DROPPED or op.kernel in ("x_ats_dropped", "dx_das")]
-        calls += [KernelCall(op, case) for op in mine]
-        found += mine
-    node = SharedNode(
-        rank=8,
-        arguments=together.arguments,
-        trains=(),
-        frozen=(),
-        wide_adapter=False,
-        lossy_merge=False,
-        dropout=True,
-        helpers=frozenset[str]().union(*(KERNELS[op.kernel].helpers for op in found), *map(helpers_of, found)),
-        calls=tuple(calls),
-        function="lora_qkv",
-        linears=LINEARS,
-        groups=True,
-        folder=True,
-        width=120,
-    )
-    folder = tmp_path_factory.mktemp("kernels_that_drop")
-    (folder / "__init__.py").touch()
-    import_file(folder / "__init__.py", folder.name)
-    for name in ("autograd", "products", "kernels"):
-        text = render(f"{name}.py.jinja", {"header": Header("", ""), "module": node})
-        (folder / f"{name}.py").write_text(text, encoding="utf-8")
-        module = import_file(folder / f"{name}.py", f"{folder.name}.{name}")
-    assert module.KERNELS
-    return module
-
-
-@pytest.fixture
-def launches(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Launches:
-    noted = Launches()
-    monkeypatch.setattr(kernels, "_PLANS", {})
-    for name, value in list(vars(kernels).items()):
-        if name.endswith("_kernel"):
-            monkeypatch.setattr(kernels, name, Spy(name[1:].removesuffix("_kernel"), value, noted))
-    return noted
+    found = {
+        site: [op for op in site.operations if isinstance(op, Fused) and op.kernel in names]
+        for site, names in (
+            (DROPPED, ("x_at_dropped", "dx_da")),
+            (group(LINEARS, dropout=True), ("x_ats_dropped", "dx_das")),
+        )
+    }
+    return alone(tmp_path_factory.mktemp("kernels_that_drop"), found, dropout=True)
 
 
 def seed_of(number: int) -> Tensor:

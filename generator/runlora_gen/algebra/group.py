@@ -22,6 +22,8 @@ from .operations import Fused, Operation, Symbol
 
 #: What all linears have in common.
 _SHARED = ("X", "dX", "dropout")
+#: What each linear has of its own: symbols, arguments, a scaling.
+_OWN = {*DROPPED.symbols, *LINEAR.symbols, *(argument.name for argument in DROPPED.arguments), "s"}.difference(_SHARED)
 #: What a group makes no use of.
 _LEFT_OUT = frozenset({"M", "D", "G"})
 #: Kernels that do for all linears, in one, what a way of the lone linear does: by its target and its name the name of
@@ -115,7 +117,4 @@ def _argument(argument: Argument, linear: str) -> Argument:
 
 def _of(text: str, linear: str) -> str:
     """A name, or a formula, with the linear in the names of its symbols and of its scaling."""
-    own = {*DROPPED.symbols, *LINEAR.symbols, *(argument.name for argument in DROPPED.arguments), "s"}.difference(
-        _SHARED
-    )
-    return re.sub(r"\b[A-Za-z_]+\b", lambda word: f"{word[0]}_{linear}" if word[0] in own else word[0], text)
+    return re.sub(r"\b[A-Za-z_]+\b", lambda word: f"{word[0]}_{linear}" if word[0] in _OWN else word[0], text)

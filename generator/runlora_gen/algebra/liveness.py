@@ -75,19 +75,16 @@ def wanted_operations(phase: Phase, gradients: frozenset[str]) -> tuple[Operatio
         return phase.operations
     needed_by = dependents(phase)
 
-    def wanted(operation: Operation) -> bool:
-        return all(any(goal.name in gradients for goal in needed_by[out]) for out in operation.outputs)
+    def wanted(out: Symbol) -> bool:
+        return any(goal.name in gradients for goal in needed_by[out])
 
     running: list[Operation] = []
     for operation in phase.operations:
-        if is_told(operation):
-            running += (
-                [operation]
-                if any(goal.name in gradients for out in operation.outputs for goal in needed_by[out])
-                else []
-            )
-        else:
-            running += [operation] if wanted(operation) else filter(wanted, products(operation))
+        found = [wanted(out) for out in operation.outputs]
+        if all(found) or (is_told(operation) and any(found)):
+            running.append(operation)
+        elif not is_told(operation):
+            running += [step for step in products(operation) if wanted(step.out)]
     return tuple(running)
 
 

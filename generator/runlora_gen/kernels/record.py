@@ -35,8 +35,13 @@ class Bounds:
         return f"a {'power of two' if self.power_of_two else 'whole number'} from {self.least} to {self.most}"
 
 
-#: Of Triton's options, which every kernel has, and of the sides of tiles, which all other constants are.
-OPTIONS: Mapping[str, Bounds] = {"STAGES": Bounds(1, 8, power_of_two=False), "WARPS": Bounds(1, 16)}
+#: Of Triton's options, which every kernel has, of how many programs a multiprocessor is to have beside each other, and
+#: of the sides of tiles, which all other constants are.
+OPTIONS: Mapping[str, Bounds] = {
+    "STAGES": Bounds(1, 8, power_of_two=False),
+    "WARPS": Bounds(1, 16),
+    "BESIDE": Bounds(1, 32),
+}
 SIDE = Bounds(16, 1024)
 
 

@@ -11,5 +11,5 @@ KERNEL = replace(
     call="{*left0T}, {*right1}, {dropped0}, {*left2}, {*right2}, {*seed0}, dropout, ({dtypes}), ({needs})",
     # Above it the accumulators of three linears leave the registers.
     largest_rank=64,
-    helpers=DX_DA.helpers | {"several", "store_sum"},
+    helpers=DX_DA.helpers | {"several"},
 )

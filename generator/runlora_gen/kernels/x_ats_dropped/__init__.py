@@ -12,7 +12,6 @@ KERNEL = replace(
     call="{dropped0}, {*right0T}, {*scaling0}, {*seed0}, dropout",
     tiles=X_AT_DROPPED.tiles,
     small_tiles=X_AT_DROPPED.small_tiles,
-    bounds=X_AT_DROPPED.bounds,
     candidates=(),
     helpers=X_ATS.helpers | {"drop"},
     drops=True,
