@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from ..cost.passes import Times, price_passes
@@ -14,7 +14,7 @@ from ..request.layers import Layer, layers
 from ..request.workload import Workload
 from .candidates import Site
 from .choose import Decision
-from .ranges import LayerChoice, decide_model, decide_step
+from .ranges import LayerChoice, decide_model, decide_step, winners_of_step
 
 #: An activation's gradient is added to another by reading both and writing the sum.
 _PASSES_OF_A_SUM = 3
@@ -33,7 +33,7 @@ def decide_groups(workload: Workload, architecture: Architecture, rank: int) -> 
     found = _candidates(workload, architecture)
     chosen = list(found)
     for tokens in workload.tokens:
-        paying = {group for group, _ in decide_groups_of_step(workload, architecture, rank, tokens)}
+        paying = {group for group, _ in decide_groups_of_step(workload, architecture, rank, tokens, winners_of_step)}
         chosen = [group for group in chosen if group in paying]
     if not chosen:
         return ()
@@ -41,9 +41,15 @@ def decide_groups(workload: Workload, architecture: Architecture, rank: int) -> 
 
 
 def decide_groups_of_step(
-    workload: Workload, architecture: Architecture, rank: int, tokens: int
+    workload: Workload,
+    architecture: Architecture,
+    rank: int,
+    tokens: int,
+    decided: Callable[[Workload, Sequence[Site], int, int], Sequence[Decision]] = decide_step,
 ) -> tuple[tuple[Group, Decision], ...]:
     """The groups that take no longer than their linears one by one, at one token count, with their decisions.
+
+    ``decided``: what gives these, whole or by the winners alone.
 
     Raises:
         SpecError: no program of some group meets ``max_saved_bytes``.
@@ -54,10 +60,10 @@ def decide_groups_of_step(
     lone = layers(architecture)
     by_shape = {
         (layer.in_features, layer.out_features): decision
-        for layer, decision in zip(lone, decide_step(workload, lone, rank, tokens), strict=True)
+        for layer, decision in zip(lone, winners_of_step(workload, lone, rank, tokens), strict=True)
     }
     sites: tuple[Site, ...] = (*found, *alone(architecture, found))
-    decisions = decide_step(workload, sites, rank, tokens)[: len(found)]
+    decisions = decided(workload, sites, rank, tokens)[: len(found)]
     paying = []
     for group, decision in zip(found, decisions, strict=True):
         apart, share = _one_by_one(group, by_shape, decision.setting), decision.host_share

@@ -82,6 +82,15 @@ def decide_step(workload: Workload, sites: Sequence[Site], rank: int, tokens: in
     return _Training(workload, sites, rank).decide(tokens)
 
 
+def winners_of_step(workload: Workload, sites: Sequence[Site], rank: int, tokens: int) -> list[Decision]:
+    """What :func:`decide_step` chooses; where time alone decides without pricing, or telling of, all that lost.
+
+    Raises:
+        SpecError: likewise.
+    """
+    return _Training(workload, sites, rank).decide_below(tokens)
+
+
 def rest_of_step(workload: Workload, sites: Sequence[Site], rank: int, tokens: int) -> Times:
     """What a step of the model does beside these linears, as :func:`decide_step` reckons it."""
     contest = _Training(workload, sites, rank)
