@@ -163,6 +163,7 @@ def _call(command: Sequence[str | Path], folder: Path, generator: Path) -> tuple
         "PYTHONDONTWRITEBYTECODE": "1",  # two texts of one size within a second would share it
         "OMP_NUM_THREADS": "1",
         "COLUMNS": "200",
+        "XDG_CACHE_HOME": str(folder / ".cache"),  # what a mutant formats is nobody else's
     }
     process = subprocess.Popen(
         list(map(str, command)),

@@ -95,7 +95,13 @@ def black_s_mode(folder: Path) -> black.Mode:
 
 
 @pytest.fixture
-def modes(monkeypatch: pytest.MonkeyPatch) -> list[black.Mode]:
+def nothing_known(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing was formatted yet, and what is here is for nobody else."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture
+def modes(monkeypatch: pytest.MonkeyPatch, nothing_known: None) -> list[black.Mode]:
     """The modes in which black was asked to format, and did not."""
     asked: list[black.Mode] = []
     monkeypatch.setattr(style, "_FORMATTED", {})
@@ -133,7 +139,7 @@ def test_the_cases_are_worth_it(tmp_path: Path, modes: list[black.Mode]) -> None
     assert newest == set(infer_target_version({"project": {"requires-python": ">=3.13"}}) or ())
 
 
-def test_several_processes_format_as_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_processes_format_as_one_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     parts = [f"def f{i}(a, b = {i}):\n  return [a, b,]" for i in range(2 * style._FEW)]
     sources, mode = ["\n\n\n".join(parts), "x = 'last'"], black.Mode()
     whole = [black.format_str(source, mode=mode) for source in sources]
@@ -141,6 +147,7 @@ def test_several_processes_format_as_one_does(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(style.threading, "active_count", lambda: 1)
     for cores in ({0, 1, 2}, {0}):
         monkeypatch.setattr(style, "_FORMATTED", {})
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / str(len(cores))))
         monkeypatch.setattr(style.os, "sched_getaffinity", lambda _, cores=cores: cores, raising=False)
         assert Style().format(sources) == whole
 

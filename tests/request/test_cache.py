@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from runlora_gen.request.architecture import load_architecture
-from runlora_gen.request.cache import hub_folder, is_model_name
+from runlora_gen.request.cache import hub_folder, is_model_name, own_folder
 from runlora_gen.request.errors import SpecError
 
 LLAMA = {
@@ -85,8 +85,10 @@ def test_the_folder_follows_the_variables(tmp_path: Path, monkeypatch: pytest.Mo
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert hub_folder() == tmp_path / ".cache/huggingface/hub"
+    assert own_folder() == tmp_path / ".cache/runlora_gen"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert hub_folder() == tmp_path / "xdg/huggingface/hub"
+    assert own_folder() == tmp_path / "xdg/runlora_gen"
     monkeypatch.setenv("HF_HOME", "~/home")
     assert hub_folder() == tmp_path / "home/hub"
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))

@@ -12,7 +12,7 @@ from functools import cached_property, lru_cache
 from ..algebra.operations import Contract, Dims, Fused, Operation, dimensions
 from ..algebra.work import kind, work
 from ..kernels.registry import KERNELS
-from ..kernels.sites import OPERATIONS, parted
+from ..kernels.sites import OPERATIONS, WORKS, parted
 from .device import DeviceProfile
 from .profile import Size
 from .roofline import roofline
@@ -92,16 +92,24 @@ def _ratios(operation: Operation, dtype: DType, device: DeviceProfile) -> tuple[
             if isinstance(other, Contract) and _kinds(other) == _kinds(operation) and work(other) in times
         )
 
-    def ratio(of: Operation, at: Size, time_s: float) -> float:
-        # Measured with everything in one dtype: the ratio holds for an adapter in another one as well.
-        dims = dict(zip(dimensions(of), at, strict=True))
-        return math.log(time_s / roofline(of, setting_at(dims, dtype, device)).device_s)
-
     return tuple(
-        (at, _aligned(operation, at, dtype), ratio(of, at, time_s))
+        (at, _aligned(operation, at, dtype), ratio)
         for of in measured
-        for at, time_s in times.get(measured_as(of), ())
+        for at, ratio in _own_ratios(of if isinstance(of, Fused) else WORKS.get(work(of), of), dtype, device)
     )
+
+
+@lru_cache(maxsize=4096)
+def _own_ratios(operation: Operation, dtype: DType, device: DeviceProfile) -> tuple[tuple[Size, float], ...]:
+    """Those of an operation that was measured; products of torch's share them with all that do the same work."""
+
+    def ratio(at: Size, time_s: float) -> float:
+        # Measured with everything in one dtype: the ratio holds for an adapter in another one as well.
+        dims = dict(zip(dimensions(operation), at, strict=True))
+        return math.log(time_s / roofline(operation, setting_at(dims, dtype, device)).device_s)
+
+    times = device.times_for(dtype.name).get(measured_as(operation), ())
+    return tuple((at, ratio(at, time_s)) for at, time_s in times)
 
 
 @dataclass(frozen=True, eq=False)  # made once by ``_sizes``: identity is equality, and cheap to hash

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .device import DeviceProfile
-from .vector import Cost, PhaseCost
+from .vector import Cost, PhaseCost, rounded, weighted
 
 #: What passes that change the dtype reach of the bandwidth: X's four casts in PEFT's linears with float32 adapters took
 #: 1.35 times as long as their bytes (tools/results/linear_h100_bf16_r16.json, against those with 16-bit adapters).
@@ -24,6 +24,10 @@ class Times:
     def of(cls, cost: Cost | PhaseCost) -> Times:
         """Those of a price."""
         return cls(cost.device_s, cost.host_s)
+
+    def weighted_s(self, host_share: float) -> float:
+        """Seconds that count, of a step whose bound is the host's to this share."""
+        return rounded(weighted(self.device_s, self.host_s, host_share))
 
     def __add__(self, other: Times) -> Times:
         return Times(self.device_s + other.device_s, self.host_s + other.host_s)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
-from dataclasses import astuple, replace
+from collections.abc import Collection
+from dataclasses import replace
 from functools import lru_cache
 
 from ..algebra.enumerate import Phase, Program
@@ -12,6 +12,7 @@ from ..algebra.operations import Operation, Symbol, dimensions
 from ..algebra.schedule import workspace
 from ..kernels.sites import parted, seeded
 from .measured import correction
+from .passes import Times
 from .roofline import roofline
 from .rounding import merge_error, rounding_error, update_std
 from .setting import Setting
@@ -28,26 +29,37 @@ def price_operation(operation: Operation, setting: Setting) -> OperationCost:
     own, then = parted(operation)
     cost = roofline(own, setting)
     factor = correction(operation, tuple(setting.dims[d] for d in dimensions(operation)), setting.dtype, setting.device)
-    return _sum([replace(cost, device_s=cost.device_s * factor), *(price_operation(part, setting) for part in then)])
-
-
-def _sum(costs: Iterable[OperationCost]) -> OperationCost:
-    values = zip(*map(astuple, costs), strict=True)
-    return OperationCost(*map(sum, values))
+    return sum((price_operation(part, setting) for part in then), replace(cost, device_s=cost.device_s * factor))
 
 
 @lru_cache(maxsize=65536)
 def price_phase(phase: Phase, setting: Setting) -> PhaseCost:
     """Price a forward, or the part of a backward that the wanted gradients need."""
-    costs = [price_operation(operation, setting) for operation in wanted_operations(phase, setting.gradients)]
+    costs, times = _costs(phase, setting), phase_times(phase, setting)
     return PhaseCost(
         flops=sum(cost.flops for cost in costs),
         bytes_moved=sum(cost.bytes_moved for cost in costs),
         launches=sum(cost.launches for cost in costs),
         workspace_bytes=workspace(phase, setting.bytes_of),
-        device_s=sum(cost.device_s for cost in costs),
-        host_s=sum(cost.host_s for cost in costs),
+        device_s=times.device_s,
+        host_s=times.host_s,
     )
+
+
+@lru_cache(maxsize=65536)
+def phase_times(phase: Phase, setting: Setting) -> Times:
+    """The seconds of a phase alone, found sooner than its whole price: no order is sought that needs little memory."""
+    costs = _costs(phase, setting)
+    return Times(sum(cost.device_s for cost in costs), sum(cost.host_s for cost in costs))
+
+
+def _costs(phase: Phase, setting: Setting) -> list[OperationCost]:
+    return [price_operation(operation, setting) for operation in wanted_operations(phase, setting.gradients)]
+
+
+def program_times(program: Program, setting: Setting) -> Times:
+    """The same of a program."""
+    return phase_times(program.forward, setting) + phase_times(program.backward, setting)
 
 
 def price(program: Program, setting: Setting, host_share: float = DEVICE_BOUND) -> Cost:

@@ -122,3 +122,12 @@ class OperationCost:
     launches: int
     device_s: float
     host_s: float
+
+    def __add__(self, other: OperationCost) -> OperationCost:
+        return OperationCost(
+            self.flops + other.flops,
+            self.bytes_moved + other.bytes_moved,
+            self.launches + other.launches,
+            self.device_s + other.device_s,
+            self.host_s + other.host_s,
+        )

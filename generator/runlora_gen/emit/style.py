@@ -19,6 +19,7 @@ import tomllib
 
 from ..request.errors import SpecError, shorten
 from ..request.files import read_if_there
+from .formatted import formatted_before, remember
 
 if TYPE_CHECKING:
     from black import Mode
@@ -90,7 +91,12 @@ class Style:
             return (part, self.key, *sorted(version.name for version in mode.target_versions))
 
         fresh = {result(*task): task for text in tasks for task in text if result(*task) not in _FORMATTED}
-        _FORMATTED.update(zip(fresh, _formatted(list(fresh.values())), strict=True))
+        _FORMATTED.update(formatted_before(fresh))
+        fresh = {key: task for key, task in fresh.items() if key not in _FORMATTED}
+        new = dict(zip(fresh, _formatted(list(fresh.values())), strict=True))
+        if new:
+            remember(new)
+        _FORMATTED.update(new)
         return ["\n\n".join(_FORMATTED[result(*task)] for task in text) for text in tasks]
 
     def _mode(self) -> Mode:

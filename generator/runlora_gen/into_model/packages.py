@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..generation import Request, generated, of_model
+from ..request.cache import own_folder
 from ..request.errors import SpecError
 from ..request.layout import parse_layout
 from ..request.workload import make_workload
@@ -48,13 +49,8 @@ def packages_for(
     for rank, architecture in by_rank.items():
         # A folder for each request: models that are trained in turns don't overwrite each other's.
         key = package_digest(architecture, rank, request.workload, layout=layout).removeprefix("sha256:")[:12]
-        folders += generated(replace(request, by_rank={rank: architecture}), _cache() / key)
+        folders += generated(replace(request, by_rank={rank: architecture}), own_folder() / key)
     return [imported(folder) for folder in folders]
-
-
-def _cache() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "runlora_gen"
 
 
 def imported(folder: Path) -> Any:

@@ -1,6 +1,6 @@
-"""The local cache of the Hugging Face hub, looked into without any of its packages and without a network.
+"""Caches of the user: our own, and the Hugging Face hub's, which is read without its packages and without a network.
 
-Layout: ``models--ORG--NAME/refs/main`` holds a revision, ``models--ORG--NAME/snapshots/REVISION/`` its files.
+In the hub's ``models--ORG--NAME/refs/main`` holds a revision, ``models--ORG--NAME/snapshots/REVISION/`` its files.
 """
 
 from __future__ import annotations
@@ -29,6 +29,16 @@ def hub_folder() -> Path:
             return Path(os.path.expanduser(os.environ[variable]), below)
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
     return Path(os.path.expanduser(base), "huggingface", "hub")
+
+
+def own_folder() -> Path:
+    """Where what we keep is: ``$XDG_CACHE_HOME/runlora_gen``, else ``~/.cache/runlora_gen``.
+
+    Raises:
+        RuntimeError: this user has no home.
+    """
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "runlora_gen"
 
 
 def cached_config(model: str, file: str) -> str:

@@ -15,9 +15,9 @@ from typing import Generic, TypeVar
 
 from ..algebra.enumerate import Phase, Program
 from ..cost.passes import Times
-from ..cost.price import price, price_frozen, price_phase
+from ..cost.price import phase_times, price, price_frozen, program_times
 from ..cost.setting import Setting
-from ..cost.vector import DEVICE_BOUND, HOST_BOUND, Cost, PhaseCost
+from ..cost.vector import DEVICE_BOUND, HOST_BOUND
 from ..request.workload import Workload
 from .candidates import Site, setting_of
 from .choose import Decision, ForwardDecision, decide, decide_forward, fastest
@@ -137,8 +137,8 @@ class _Contest(ABC, Generic[Choice, Candidate]):
         """The same below the asked ones."""
 
     @abstractmethod
-    def cost(self, candidate: Candidate, setting: Setting) -> Cost | PhaseCost:
-        """Its price."""
+    def times(self, candidate: Candidate, setting: Setting) -> Times:
+        """What it takes."""
 
     def frozen_s(self, setting: Setting, host_share: float) -> float:
         """Seconds of the frozen linear."""
@@ -181,11 +181,11 @@ class _Contest(ABC, Generic[Choice, Candidate]):
         rest = self.rest_of_step(settings)
 
         def sums(share: float) -> tuple[float, float]:
-            costs = [self.cost(choose(i, share), setting) for i, setting in enumerate(settings)]
-            pairs = list(zip(self.sites, costs, strict=True))
+            times = [self.times(choose(i, share), setting) for i, setting in enumerate(settings)]
+            pairs = list(zip(self.sites, times, strict=True))
             return (
-                rest.device_s + sum(site.count * cost.device_s for site, cost in pairs),
-                rest.host_s + sum(site.count * cost.host_s for site, cost in pairs),
+                rest.device_s + sum(site.count * taken.device_s for site, taken in pairs),
+                rest.host_s + sum(site.count * taken.host_s for site, taken in pairs),
             )
 
         device_s, host_s = sums(DEVICE_BOUND)
@@ -231,7 +231,7 @@ class _Contest(ABC, Generic[Choice, Candidate]):
         """Whether the winners of the first are hardly slower than those of the other, where that one was made."""
 
         def time_s(candidate: Candidate) -> float:
-            return self.cost(candidate, other.setting).weighted_s(other.host_share)
+            return self.times(candidate, other.setting).weighted_s(other.host_share)
 
         pairs = list(zip(self.winners(choice), self.winners(other), strict=True))
         if all(mine is theirs for mine, theirs in pairs):
@@ -277,10 +277,15 @@ class _Training(_Contest[Decision, Program]):
 
         return self.balanced(settings, choose)
 
-    def cost(self, candidate: Program, setting: Setting) -> Cost:
-        return price(candidate, setting)
+    def times(self, candidate: Program, setting: Setting) -> Times:
+        return program_times(candidate, setting)
 
     def best(self, candidates: Sequence[Program], setting: Setting, host_share: float) -> Program:
+        if self.by_time:
+            seconds = [program_times(program, setting).weighted_s(host_share) for program in candidates]
+            candidates = [p for p, taken in zip(candidates, seconds, strict=True) if taken == min(seconds)]
+            if len(candidates) == 1:
+                return candidates[0]
         priced = [Priced(program, price(program, setting, host_share)) for program in candidates]
         return ranked(within(priced, self.workload, setting), self.workload.criterion)[0].program
 
@@ -307,14 +312,14 @@ class _Inference(_Contest[ForwardDecision, Phase]):
     def decide_below(self, tokens: int) -> list[ForwardDecision]:
         return self.decide(tokens)
 
-    def cost(self, candidate: Phase, setting: Setting) -> PhaseCost:
-        return price_phase(candidate, setting)
+    def times(self, candidate: Phase, setting: Setting) -> Times:
+        return phase_times(candidate, setting)
 
     def frozen_s(self, setting: Setting, host_share: float) -> float:
         return price_frozen(replace(setting, gradients=frozenset()), host_share)
 
     def best(self, candidates: Sequence[Phase], setting: Setting, host_share: float) -> Phase:
-        return min(candidates, key=lambda phase: price_phase(phase, setting).weighted_s(host_share))
+        return min(candidates, key=lambda phase: phase_times(phase, setting).weighted_s(host_share))
 
     def winners(self, choice: ForwardDecision) -> tuple[Phase, Phase]:
         return choice.chosen, choice.fallback
