@@ -19,19 +19,27 @@ def dependents(phase: Phase) -> Mapping[Symbol, frozenset[Symbol]]:
 
     The emitted code computes and saves a symbol only if one of these gradients is wanted.
     """
-    needed: dict[Symbol, set[Symbol]] = {goal: {goal} for goal in phase.goals}
-    steps = [step for operation in phase.operations for step in _apart(operation)]
+    # Sets of goals as integers with their bits.
+    needed = {goal: 1 << position for position, goal in enumerate(phase.goals)}
+    steps = [(step.outputs, (*step.reads, *step.outputs)) for op in phase.operations for step in _apart(op)]
     changed = True
     while changed:
         changed = False
-        for step in steps:
-            goals = set().union(*(needed.get(out, set()) for out in step.outputs))
-            for symbol in (*step.reads, *step.outputs):
-                known = needed.setdefault(symbol, set())
-                if not goals <= known:
-                    known |= goals
+        for outputs, touched in steps:
+            goals = 0
+            for out in outputs:
+                goals |= needed.get(out, 0)
+            for symbol in touched:
+                known = needed.get(symbol)
+                if known is None or goals & ~known:
+                    needed[symbol] = goals | (known or 0)
                     changed = True
-    return MappingProxyType({symbol: frozenset(goals) for symbol, goals in needed.items()})
+    return MappingProxyType({symbol: _goals_of(phase.goals, bits) for symbol, bits in needed.items()})
+
+
+@lru_cache(maxsize=4096)
+def _goals_of(goals: tuple[Symbol, ...], bits: int) -> frozenset[Symbol]:
+    return frozenset(goal for position, goal in enumerate(goals) if bits >> position & 1)
 
 
 def _apart(operation: Operation) -> tuple[Operation, ...]:

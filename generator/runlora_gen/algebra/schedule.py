@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import heapq
 import itertools
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -133,36 +135,38 @@ class _Flow:
     @cached_property
     def parts(self) -> tuple[_Part, ...]:
         """Parts that share no temporary, in an order in which each can run after those before it."""
-        first = list(range(len(self.before)))  # of every operation's part the first operation
+        parts = [1 << i for i in range(len(self.before))]
 
-        def join(operations: Iterable[int]) -> None:
-            joined = {first[i] for i in operations}
-            first[:] = [min(joined) if of in joined else of for of in first]
+        def join(operations: int) -> None:
+            joined = _union(part for part in parts if part & operations)
+            parts[:] = sorted([joined, *(part for part in parts if not part & joined)], key=_lowest)
 
         for makers, readers in zip(self.makers, self.readers, strict=True):
-            join(_numbers(makers | readers))
+            join(makers | readers)
         while True:
-            earlier = {of: {first[j] for i in self._part(first, of) for j in _numbers(self.before[i])} for of in first}
-            for middle, of in itertools.product(earlier, earlier):
-                if middle in earlier[of]:
-                    earlier[of] |= earlier[middle]
+            earlier = {part: _union(self.before[i] for i in _numbers(part)) & ~part for part in parts}
+            for middle, part in itertools.product(parts, parts):
+                if middle & earlier[part]:
+                    earlier[part] |= middle | earlier[middle]
             # What has to run both before and after another part is one with it.
-            both = next((pair for pair in itertools.combinations(earlier, 2) if _mutual(earlier, *pair)), None)
-            if both is None:
+            both = next((a | b for a, b in itertools.combinations(parts, 2) if a & earlier[b] and b & earlier[a]), 0)
+            if not both:
                 break
             join(both)
         found: list[int] = []
-        while len(found) < len(earlier):
-            found.append(next(of for of in earlier if of not in found and earlier[of] <= {*found, of}))
-        return tuple(_Part.of(self, self._part(first, of)) for of in found)
-
-    @staticmethod
-    def _part(first: Sequence[int], of: int) -> list[int]:
-        return [i for i, other in enumerate(first) if other == of]
+        done = 0
+        while len(found) < len(parts):
+            found.append(next(part for part in parts if not (part & done or earlier[part] & ~(done | part))))
+            done |= found[-1]
+        return tuple(_Part.of(self, _numbers(part)) for part in found)
 
 
-def _mutual(earlier: Mapping[int, set[int]], one: int, other: int) -> bool:
-    return one in earlier[other] and other in earlier[one]
+def _union(sets: Iterable[int]) -> int:
+    return functools.reduce(operator.or_, sets, 0)
+
+
+def _lowest(bits: int) -> int:
+    return bits & -bits
 
 
 def _numbers(bits: int) -> list[int]:
@@ -222,27 +226,34 @@ def _sizeless(phase: Phase) -> tuple[_Flow, frozenset[Symbol]]:
 def _flow(
     steps: tuple[tuple[tuple[Symbol, ...], tuple[Symbol, ...], bool], ...], persistent: frozenset[Symbol]
 ) -> _Flow:
-    makers: dict[Symbol, list[int]] = {}
-    readers: dict[Symbol, list[int]] = {}
+    makers: dict[Symbol, int] = {}
+    readers: dict[Symbol, int] = {}
+    for i, (reads, outputs, _) in enumerate(steps):
+        for symbol in outputs:
+            makers[symbol] = makers.get(symbol, 0) | 1 << i
+        for symbol in reads:
+            readers[symbol] = readers.get(symbol, 0) | 1 << i
+    adding = _of(i for i, (_, _, accumulate) in enumerate(steps) if accumulate)
     before = []
     for i, (reads, outputs, accumulate) in enumerate(steps):
-        for symbol in outputs:
-            makers.setdefault(symbol, []).append(i)
-        for symbol in reads:
-            readers.setdefault(symbol, []).append(i)
+        needed = 0
         # Makers of what is read, and what begins an accumulation: the rest of a sum has no order.
-        needed = {j for j, step in enumerate(steps) if set(step[1]) & set(reads)}
-        begun = {j for j in range(i) if accumulate and not steps[j][2] and set(steps[j][1]) & set(outputs)}
-        before.append(_of(needed | begun))
+        for symbol in reads:
+            needed |= makers.get(symbol, 0)
+        for symbol in outputs if accumulate else ():
+            needed |= makers[symbol] & ~adding & ((1 << i) - 1)
+        before.append(needed)
     order: list[int] = []
+    done = 0
     while len(order) < len(steps):
-        order.append(next(i for i, needed in enumerate(before) if i not in order and not needed & ~_of(order)))
+        order.append(next(i for i, needed in enumerate(before) if not (done >> i & 1 or needed & ~done)))
+        done |= 1 << order[-1]
     temporaries = tuple(dict.fromkeys(s for _, outputs, _ in steps for s in outputs if s not in persistent))
     return _Flow(
         temporaries=temporaries,
         before=tuple(before),
-        makers=tuple(_of(makers[s]) for s in temporaries),
-        readers=tuple(_of(readers.get(s, ())) for s in temporaries),
+        makers=tuple(makers[s] for s in temporaries),
+        readers=tuple(readers.get(s, 0) for s in temporaries),
         order=tuple(order),
         touched=tuple(
             tuple(number for number, s in enumerate(temporaries) if s in reads or s in outputs)
