@@ -22,7 +22,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from bench_linear import FLOOR, REFERENCE, STEPS, environment, kernels, peft_linear, spread
+from bench_linear import FLOOR, REFERENCE, STEPS, Autocast, environment, kernels, peft_linear, spread
 from runlora_gen.measure.clock import Run, captured, interleaved, repeated
 from runlora_gen.measure.memory import peak_bytes, saved_bytes
 from runlora_gen.measure.modules import render_module
@@ -62,12 +62,23 @@ class OneByOne(nn.Module):
 class Together(nn.Module):
     """The linears of a group, as its module computes them."""
 
-    def __init__(self, function: Callable[..., tuple[Tensor, ...]], linears: Sequence[nn.Linear], rank: int) -> None:
+    def __init__(
+        self,
+        function: Callable[..., tuple[Tensor, ...]],
+        linears: Sequence[nn.Linear],
+        rank: int,
+        adapter_dtype: torch.dtype,
+        dropout: float,
+    ) -> None:
         super().__init__()
-        self.function = function
+        self.function = functools.partial(function, dropout=dropout) if dropout else function
         self.weights = [linear.weight for linear in linears]
-        self.lora_As = nn.ParameterList([nn.Parameter(torch.randn_like(w[:rank]) * 0.01) for w in self.weights])
-        self.lora_Bs = nn.ParameterList([nn.Parameter(torch.randn_like(w[:, :rank]) * 0.01) for w in self.weights])
+
+        def drawn(like: Tensor) -> nn.Parameter:
+            return nn.Parameter(torch.randn_like(like, dtype=adapter_dtype) * 0.01)
+
+        self.lora_As = nn.ParameterList([drawn(weight[:rank]) for weight in self.weights])
+        self.lora_Bs = nn.ParameterList([drawn(weight[:, :rank]) for weight in self.weights])
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """The outputs of all."""
@@ -101,13 +112,15 @@ def measure(
     tokens: int,
     group: Group,
     rank: int,
-    dtype: torch.dtype,
+    workload: Workload,
     generated: tuple[ModuleType, dict[int, ModuleType]],
     rounds: int,
 ) -> dict[str, Any]:
     """All contenders on one group."""
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype, adapter_dtype = (TORCH_DTYPES[name] for name in (workload.dtype, workload.adapter_dtype))
+    dropping = {"lora_dropout": workload.dropout} if workload.dropout else {}
 
     def draw(*size: int) -> Tensor:
         return torch.randn(1, tokens, *size, dtype=dtype, device=device)
@@ -119,15 +132,20 @@ def measure(
     together, apart = generated
 
     def ours(linear: nn.Linear) -> nn.Module:
-        layer: nn.Module = apart[linear.out_features].LoRALinear.from_linear(linear, rank, rank, dtype)
-        nn.init.normal_(layer.lora_B, std=0.01)  # type: ignore[arg-type]  # zeros would be timed otherwise
+        made = apart[linear.out_features].LoRALinear.from_linear(linear, rank, rank, adapter_dtype, **dropping)
+        nn.init.normal_(made.lora_B, std=0.01)  # zeros would be timed otherwise
+        layer: nn.Module = made
         return layer
+
+    def peft(linear: nn.Linear) -> nn.Module:
+        layer = peft_linear(linear, rank, adapter_dtype, workload.dropout)
+        return layer if adapter_dtype == dtype else Autocast(layer, dtype)
 
     modules: dict[str, nn.Module] = {
         FLOOR: OneByOne(linears),
-        REFERENCE: OneByOne([peft_linear(linear, rank, dtype) for linear in linears]),
+        REFERENCE: OneByOne(list(map(peft, linears))),
         APART: OneByOne(list(map(ours, linears))),
-        TOGETHER: Together(getattr(together, f"lora_{group.kind}"), linears, rank),
+        TOGETHER: Together(getattr(together, f"lora_{group.kind}"), linears, rank, adapter_dtype, workload.dropout),
     }
     x = draw(group.in_features).requires_grad_()
     grad_outputs = [draw(width) for width in group.out_features]
@@ -168,6 +186,8 @@ def main() -> None:
     parser.add_argument("--groups", required=True, help="comma list of TOKENS:INxOUT+OUT")
     parser.add_argument("--rank", default="16", help="comma list")
     parser.add_argument("--dtype", choices=TORCH_DTYPES, default="bf16")
+    parser.add_argument("--adapter-dtype", choices=TORCH_DTYPES, help="of the adapters, if another one")
+    parser.add_argument("--dropout", type=float, default=0.0, help="of the adapters' input")
     parser.add_argument("--profile", default="h100", help="device profile that the choice is made for")
     parser.add_argument("--launch", default="graph", help="how it is told that steps are launched")
     parser.add_argument("--rounds", type=int, default=25)
@@ -181,13 +201,13 @@ def main() -> None:
                 workload = Workload(
                     tokens=(tokens,),
                     dtype=options.dtype,
-                    adapter_dtype=options.dtype,
+                    adapter_dtype=options.adapter_dtype or options.dtype,
+                    dropout=options.dropout,
                     device=options.profile,
                     launch=options.launch,
                 )
                 together, apart, chosen = generate(group, rank, workload, Path(folder) / f"{len(rows)}")
-                dtype = TORCH_DTYPES[options.dtype]
-                results = measure(tokens, group, rank, dtype, (together, apart), options.rounds)
+                results = measure(tokens, group, rank, workload, (together, apart), options.rounds)
                 rows.append({"group": text, "rank": rank, "chosen": chosen, "results": results})
                 _print(rows[-1])
                 if options.json:
@@ -195,6 +215,8 @@ def main() -> None:
                         **environment(),
                         "date": datetime.date.today().isoformat(),
                         "dtype": options.dtype,
+                        "adapter_dtype": workload.adapter_dtype,
+                        "dropout": options.dropout,
                         "profile": options.profile,
                         "launch": options.launch,
                         "rows": rows,

@@ -30,6 +30,8 @@ from runlora_gen.search.choose import decide
 from runlora_gen.search.ranges import Range, decide_model
 from torch import Tensor
 
+from ..quickened import quickened
+
 PACKAGE = "llama_9m_r4"
 QKV, GATE_UP = "qkv_128x128_r4", "gate_up_128x352_r4"
 WORKLOAD = Workload(adapter_dtype="bf16", launch="graph", tokens=(65536,))
@@ -62,9 +64,9 @@ def load(layout: str, name: str) -> ModuleType:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_package_proves_its_groups(place: Path, layout: str) -> None:
     """The torch path and, in the interpreter, the kernels."""
-    environment = {**os.environ, "RUNLORA_EXAMPLES": "4"}
+    environment = quickened({**os.environ, "RUNLORA_EXAMPLES": "4"})
     # The kernels in one of the layouts: their text is the same, and the interpreter slow.
-    which = "groups" if layout == FOLDER else "groups or own"
+    which = "groups and not kernels" if layout == FOLDER else "groups or own"
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "-k", which]
     tests = place / f"in_{layout}" / PACKAGE / "test_equivalence.py"
     done = subprocess.run([*command, tests], env=environment, cwd=place, capture_output=True, text=True, check=False)

@@ -20,6 +20,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ..quickened import quickened
+
 STANDALONE, FOLDER = LAYOUTS = ("standalone", "folder")
 #: Three shapes; at so many tokens there are kernels.
 SPEC = ("--arch", "llama-9m", "--rank", "4", "--adapter-dtype", "bf16", "--launch", "graph", "--tokens", "65536")
@@ -213,13 +215,11 @@ def test_the_emitted_test_passes(run, tmp_path: Path) -> None:
     pytest.importorskip("triton", minversion="3.4")
     run(*SPEC, *ONE_PROGRAM[:2], "--layout", FOLDER, "-o", tmp_path).ok()
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--import-mode=importlib", PACKAGE]
-    (tmp_path / "quick.py").write_text("from runlora_gen.measure.interpreter import quicken\nquicken()\n")
-    paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         command,
         cwd=tmp_path,
-        env={**environment, "RUNLORA_EXAMPLES": "1", "PYTEST_ADDOPTS": "-p quick", "PYTHONPATH": paths},
+        env=quickened({**environment, "RUNLORA_EXAMPLES": "1"}),
         capture_output=True,
         text=True,
         check=False,
