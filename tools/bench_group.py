@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import functools
+import itertools
 import json
 import statistics
 import tempfile
@@ -186,8 +187,8 @@ def main() -> None:
     parser.add_argument("--groups", required=True, help="comma list of TOKENS:INxOUT+OUT")
     parser.add_argument("--rank", default="16", help="comma list")
     parser.add_argument("--dtype", choices=TORCH_DTYPES, default="bf16")
-    parser.add_argument("--adapter-dtype", choices=TORCH_DTYPES, help="of the adapters, if another one")
-    parser.add_argument("--dropout", type=float, default=0.0, help="of the adapters' input")
+    parser.add_argument("--adapter-dtype", help="comma list: of the adapters [the same]")
+    parser.add_argument("--dropout", default="0", help="comma list: of the adapters' input")
     parser.add_argument("--profile", default="h100", help="device profile that the choice is made for")
     parser.add_argument("--launch", default="graph", help="how it is told that steps are launched")
     parser.add_argument("--rounds", type=int, default=25)
@@ -195,38 +196,43 @@ def main() -> None:
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        for rank in map(int, options.rank.split(",")):
-            for text in options.groups.split(","):
-                tokens, group = parse_group(text)
-                workload = Workload(
-                    tokens=(tokens,),
-                    dtype=options.dtype,
-                    adapter_dtype=options.adapter_dtype or options.dtype,
-                    dropout=options.dropout,
-                    device=options.profile,
-                    launch=options.launch,
-                )
-                together, apart, chosen = generate(group, rank, workload, Path(folder) / f"{len(rows)}")
-                results = measure(tokens, group, rank, workload, (together, apart), options.rounds)
-                rows.append({"group": text, "rank": rank, "chosen": chosen, "results": results})
-                _print(rows[-1])
-                if options.json:
-                    data = {
-                        **environment(),
-                        "date": datetime.date.today().isoformat(),
-                        "dtype": options.dtype,
-                        "adapter_dtype": workload.adapter_dtype,
-                        "dropout": options.dropout,
-                        "profile": options.profile,
-                        "launch": options.launch,
-                        "rows": rows,
-                    }
-                    options.json.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        cases = itertools.product(
+            (options.adapter_dtype or options.dtype).split(","),
+            map(float, options.dropout.split(",")),
+            map(int, options.rank.split(",")),
+            options.groups.split(","),
+        )
+        for adapter_dtype, dropout, rank, text in cases:
+            tokens, group = parse_group(text)
+            workload = Workload(
+                tokens=(tokens,),
+                dtype=options.dtype,
+                adapter_dtype=adapter_dtype,
+                dropout=dropout,
+                device=options.profile,
+                launch=options.launch,
+            )
+            together, apart, chosen = generate(group, rank, workload, Path(folder) / f"{len(rows)}")
+            results = measure(tokens, group, rank, workload, (together, apart), options.rounds)
+            case = {"group": text, "rank": rank, "adapter_dtype": adapter_dtype, "dropout": dropout}
+            rows.append({**case, "chosen": chosen, "results": results})
+            _print(rows[-1])
+            if options.json:
+                data = {
+                    **environment(),
+                    "date": datetime.date.today().isoformat(),
+                    "dtype": options.dtype,
+                    "profile": options.profile,
+                    "launch": options.launch,
+                    "rows": rows,
+                }
+                options.json.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
 def _print(row: dict[str, Any]) -> None:
     """One group for people."""
-    print(f"{row['group']}, rank {row['rank']}  {next(iter(row['chosen'].values()))}")
+    case = f"{row['group']}, rank {row['rank']}, {row['adapter_dtype']} adapters, dropout {row['dropout']:g}"
+    print(f"{case}  {next(iter(row['chosen'].values()))}")
     for name, result in row["results"].items():
         parts = [f"  {name:<18}"]
         for mode in ("graph", "eager"):

@@ -22,7 +22,7 @@ from runlora_gen.emit.package import build_package
 from runlora_gen.measure.modules import one_choice, render_module
 from runlora_gen.request.architecture import load_architecture
 from runlora_gen.request.groups import Group, groups
-from runlora_gen.request.layout import FOLDER, LAYOUTS
+from runlora_gen.request.layout import FOLDER, LAYOUTS, STANDALONE
 from runlora_gen.request.workload import Workload
 from runlora_gen.search import grouped
 from runlora_gen.search.candidates import forwards_for, setting_of
@@ -165,3 +165,35 @@ def test_the_manifest_names_them(place: Path) -> None:
         QKV: (["q", "k", "v"], [128, 128, 128], 4),
         GATE_UP: (["gate", "up"], [352, 352], 4),
     }
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Inductor itself
+def test_inductor_writes_gradients_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients of gate and up, that each of two kernels reads, where it first meets these kernels."""
+    pytest.importorskip("triton", minversion="3.4")
+    from torch._inductor import config
+    from torch._inductor.utils import run_and_get_code
+
+    monkeypatch.setattr(config, "fx_graph_cache", False)
+    module = load(STANDALONE, GATE_UP)
+    tokens, width = 96, 352
+    x, gate, up = (
+        torch.randn(size, dtype=torch.float16) for size in ((2, tokens // 2, 128), (width, 128), (width, 128))
+    )
+    As, Bs = (
+        [torch.randn(size, dtype=torch.float16).requires_grad_() for _ in range(2)] for size in ((4, 128), (width, 4))
+    )
+    (variant,) = (name for name in module.VARIANTS if name.endswith("one_pass/keep-s"))
+
+    def hidden(x: Tensor) -> Tensor:
+        first, second = module.lora_gate_up(x, [gate, up], As, Bs, scalings=[1.0, 1.0], variant=variant)
+        return torch.nn.functional.silu(first) * second
+
+    compiled = torch.compile(hidden, fullgraph=True)
+    x.requires_grad_()
+    torch._dynamo.reset()
+    _, code = run_and_get_code(lambda: compiled(x).sum().backward())
+    backward = code[-1]
+    assert "fused_gemm_sum.default(" in backward and backward.count("p_db.default(") >= 2
+    shapes = (f"({tokens}, {width})", f"(2, {tokens // 2}, {width})")
+    assert sum(backward.count(f"empty_strided_cpu({shape}") for shape in shapes) <= 2
