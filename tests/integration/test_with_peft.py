@@ -297,6 +297,19 @@ def test_conv1d(tmp_path: Any) -> None:
     torch.testing.assert_close(model(tokens).logits, wanted, rtol=1e-5, atol=1e-5)
 
 
+def test_fused_storage(tmp_path: Any) -> None:
+    """Phi-3 stores q, k, v as one linear, and gate and up: each has one adapter, and reads its input once as it is."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.Phi3Config(**sizes, num_hidden_layers=1, vocab_size=20, pad_token_id=0)
+    model = with_lora(transformers.Phi3ForCausalLM(config), target_modules=["qkv_proj", "o_proj", "gate_up_proj"])
+    tokens = torch.randint(20, (2, 5))
+    wanted = gradients(model, tokens)
+    report = runlora_gen.accelerate(model, tmp_path, strict=True, kernels=False, tokens=64)
+    assert len(report.accelerated) == 3 and report.groups == 0
+    torch.testing.assert_close(gradients(model, tokens), wanted, rtol=1e-4, atol=1e-6)
+
+
 def test_what_was_generated_frozen_is_not_trained_on_it(tmp_path: Any, tokens: Tensor) -> None:
     model = with_lora(target_modules=["q_proj"])
     with pytest.warns(UserWarning, match="2 left: lora_A is trained, and llama_r4 was generated with it frozen"):
