@@ -168,13 +168,12 @@ def test_the_manifest_names_them(place: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Inductor itself
-def test_inductor_writes_gradients_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inductor_writes_gradients_once(place: Path) -> None:
     """Gradients of gate and up, that each of two kernels reads, where it first meets these kernels."""
     pytest.importorskip("triton", minversion="3.4")
     from torch._inductor import config
     from torch._inductor.utils import run_and_get_code
 
-    monkeypatch.setattr(config, "fx_graph_cache", False)
     module = load(STANDALONE, GATE_UP)
     tokens, width = 96, 352
     x, gate, up = (
@@ -192,7 +191,8 @@ def test_inductor_writes_gradients_once(place: Path, monkeypatch: pytest.MonkeyP
     compiled = torch.compile(hidden, fullgraph=True)
     x.requires_grad_()
     torch._dynamo.reset()
-    _, code = run_and_get_code(lambda: compiled(x).sum().backward())
+    with config.patch(fx_graph_cache=False):
+        _, code = run_and_get_code(lambda: compiled(x).sum().backward())
     backward = code[-1]
     assert "fused_gemm_sum.default(" in backward and backward.count("p_db.default(") >= 2
     shapes = (f"({tokens}, {width})", f"(2, {tokens // 2}, {width})")
