@@ -285,6 +285,7 @@ CONTENDERS = {
     "axolotl": Contender("axolotl, 16-bit adapters", _axolotl),
     "ours": Contender("ours", _ours("fp32")),
     "ours-bf16": Contender("ours, 16-bit adapters", _ours("bf16", wide=False)),
+    "ours-none": Contender("ours none", _ours("none", wide=False, groups="none")),  # no groups
     "ours-graph": Contender("ours for graphs", _ours("graph", launch="graph")),
     "ours-graph-bf16": Contender("ours for graphs, 16-bit adapters", _ours("graph_bf16", wide=False, launch="graph")),
     "ours-dropout": Contender(

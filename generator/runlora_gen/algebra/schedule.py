@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import heapq
 import itertools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, reduce
 
 from .enumerate import Phase
 from .operations import Operation, Symbol
@@ -162,7 +161,7 @@ class _Flow:
 
 
 def _union(sets: Iterable[int]) -> int:
-    return functools.reduce(operator.or_, sets, 0)
+    return reduce(operator.or_, sets, 0)
 
 
 def _lowest(bits: int) -> int:

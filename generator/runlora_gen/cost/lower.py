@@ -8,12 +8,11 @@ from dataclasses import replace
 from functools import lru_cache
 
 from ..algebra.enumerate import Phase, Program, pair, phase_of
-from ..algebra.liveness import wanted_operations
 from ..algebra.operations import Fused, Operation
 from ..kernels.registry import KERNELS
 from ..kernels.sites import alternatives, serves
 from .measured import is_priced
-from .price import price_operation
+from .price import phase_times, price_operation
 from .setting import Setting
 from .vector import DEVICE_BOUND, rounded, weighted
 
@@ -71,22 +70,13 @@ def cheaper(setting: Setting, host_share: float) -> tuple[Fused, ...]:
 
 def phase_time(phase: Phase, kernels: tuple[Fused, ...], setting: Setting) -> tuple[float, float]:
     """Seconds of a phase on the device and on the host, with kernels in place of the products that they compute."""
-    return _phase_time(phase, _relevant(phase, kernels), setting)
+    times = phase_times(phase, setting, _relevant(phase, kernels))
+    return times.device_s, times.host_s
 
 
 @lru_cache(maxsize=65536)
 def _relevant(phase: Phase, kernels: tuple[Fused, ...]) -> tuple[Fused, ...]:
     return tuple(kernel for kernel in kernels if kernel.parts[0] in phase.operations)
-
-
-@lru_cache(maxsize=65536)
-def _phase_time(phase: Phase, kernels: tuple[Fused, ...], setting: Setting) -> tuple[float, float]:
-    taken: dict[Operation, Operation] = {kernel.parts[0]: kernel for kernel in kernels}
-    costs = [
-        price_operation(taken.get(operation, operation), setting)
-        for operation in wanted_operations(phase, setting.gradients)
-    ]
-    return sum(cost.device_s for cost in costs), sum(cost.host_s for cost in costs)
 
 
 def with_kernels(program: Program, kernels: tuple[Fused, ...]) -> Program:

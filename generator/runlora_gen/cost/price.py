@@ -8,7 +8,7 @@ from functools import lru_cache
 
 from ..algebra.enumerate import Phase, Program
 from ..algebra.liveness import saved_activations, wanted_operations
-from ..algebra.operations import Operation, Symbol, dimensions
+from ..algebra.operations import Fused, Operation, Symbol, dimensions
 from ..algebra.schedule import workspace
 from ..kernels.sites import parted, seeded
 from .measured import correction
@@ -35,7 +35,7 @@ def price_operation(operation: Operation, setting: Setting) -> OperationCost:
 @lru_cache(maxsize=65536)
 def price_phase(phase: Phase, setting: Setting) -> PhaseCost:
     """Price a forward, or the part of a backward that the wanted gradients need."""
-    costs, times = _costs(phase, setting), phase_times(phase, setting)
+    costs, times = _costs(phase, setting, ()), phase_times(phase, setting)
     return PhaseCost(
         flops=sum(cost.flops for cost in costs),
         bytes_moved=sum(cost.bytes_moved for cost in costs),
@@ -47,14 +47,21 @@ def price_phase(phase: Phase, setting: Setting) -> PhaseCost:
 
 
 @lru_cache(maxsize=65536)
-def phase_times(phase: Phase, setting: Setting) -> Times:
-    """The seconds of a phase alone, found sooner than its whole price: no order is sought that needs little memory."""
-    costs = _costs(phase, setting)
+def phase_times(phase: Phase, setting: Setting, kernels: tuple[Fused, ...] = ()) -> Times:
+    """The seconds of a phase alone, found sooner than its whole price: no order is sought that needs little memory.
+
+    ``kernels``: those that take the place of the single products that they compute.
+    """
+    costs = _costs(phase, setting, kernels)
     return Times(sum(cost.device_s for cost in costs), sum(cost.host_s for cost in costs))
 
 
-def _costs(phase: Phase, setting: Setting) -> list[OperationCost]:
-    return [price_operation(operation, setting) for operation in wanted_operations(phase, setting.gradients)]
+def _costs(phase: Phase, setting: Setting, kernels: tuple[Fused, ...]) -> list[OperationCost]:
+    taken: dict[Operation, Operation] = {kernel.parts[0]: kernel for kernel in kernels}
+    return [
+        price_operation(taken.get(operation, operation), setting)
+        for operation in wanted_operations(phase, setting.gradients)
+    ]
 
 
 def program_times(program: Program, setting: Setting) -> Times:
