@@ -80,6 +80,13 @@ _SPEC_OPTIONS = (
         show_default=True,
         help="Of lora_A and lora_B: fp32, or that of --dtype.",
     ),
+    click.option(
+        "--base",
+        type=click.Choice(CHOICES["base"]),
+        default="plain",
+        show_default=True,
+        help="How the frozen weights are stored: in --dtype, or in 4 bits by bitsandbytes (QLoRA).",
+    ),
     click.option("--train", metavar="a,b|a|b", default="a,b", show_default=True, help="Which factors train."),
     click.option(
         "--dropout",
@@ -142,7 +149,7 @@ def _spec_options(command: Command) -> Command:
 #: Options that are fields of a workload as they are.
 _AS_GIVEN = (
     *("dtype", "adapter_dtype", "train", "criterion", "max_saved_bytes", "allow_lossy_merge", "merge_rounding"),
-    *("bias", "device", "dropout", "groups", "launch", "model_type"),
+    *("base", "bias", "device", "dropout", "groups", "launch", "model_type"),
 )
 
 

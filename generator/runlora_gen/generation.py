@@ -166,7 +166,7 @@ def read_request(
 
 
 def of_model(model: Any, live: LiveModel) -> tuple[dict[str, Any], str]:
-    """What a live model says of its workload (dtypes, device, dropout, biases), and what to say of the profile."""
+    """What a live model says of its workload (dtypes, base, device, dropout, biases), and what to say of the profile."""
     base = dtype_name(live.dtype)
     adapters = {dtype_name(group.dtype) for group in live.adapters}
     adapter = adapters.pop() if len(adapters) == 1 else "fp32"
@@ -174,6 +174,7 @@ def of_model(model: Any, live: LiveModel) -> tuple[dict[str, Any], str]:
     adapter = adapter if adapter == base else "fp32"
     dropout = max((group.dropout for group in live.adapters if group.dropout < 1), default=0.0)
     options = {"tokens": TOKENS, "dtype": base, "adapter_dtype": adapter, "device": device, "dropout": dropout}
+    options["base"] = live.base
     trained = any(p.requires_grad for name, p in model.named_parameters() if name.endswith("base_layer.bias"))
     if any(group.bias for group in live.adapters):
         options["bias"] = "lora_bias"

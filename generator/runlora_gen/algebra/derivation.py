@@ -16,6 +16,9 @@ Facts: TypeAlias = frozenset[str]
 NO_FACTS: Facts = frozenset()
 #: The adapter has another dtype than the activations.
 CAST_ADAPTER = "cast adapter"
+#: Weights that are made of codes may be kept for the backward: all of them are the model in 16 bits, so that this is
+#: where the memory for it was named.
+KEEPS_WEIGHTS = "keeps weights"
 
 
 def holds(when: tuple[str, ...], facts: Facts) -> bool:

@@ -17,13 +17,17 @@ from dataclasses import replace
 from functools import lru_cache
 
 from .derivation import Argument, Derivation, Row, derive, row
-from .linear import DROPPED, LINEAR
+from .linear import DROPPED, QUANTIZED_DROPPED, lone_linear
 from .operations import Fused, Operation, Symbol
 
 #: What all linears have in common.
 _SHARED = ("X", "dX", "dropout")
 #: What each linear has of its own: symbols, arguments, a scaling.
-_OWN = {*DROPPED.symbols, *LINEAR.symbols, *(argument.name for argument in DROPPED.arguments), "s"}.difference(_SHARED)
+_OWN = {
+    *(name for one in (DROPPED, QUANTIZED_DROPPED, lone_linear()) for name in one.symbols),
+    *(argument.name for argument in DROPPED.arguments),
+    "s",
+}.difference(_SHARED)
 #: What a group makes no use of.
 _LEFT_OUT = frozenset({"M", "D", "G"})
 #: Kernels that do for all linears, in one, what a way of the lone linear does: by its target and its name the name of
@@ -38,22 +42,24 @@ _TOGETHER: Mapping[tuple[str, str], tuple[str, str]] = {
 }
 
 
-def group(linears: tuple[str, ...], *, dropout: bool = False) -> Derivation:
+def group(linears: tuple[str, ...], *, dropout: bool = False, quantized: bool = False) -> Derivation:
     """The derivation of a group of two linears or more, by the letters or words that its symbols end with.
 
     ``dropout``: whether their adapters read what it leaves of X, each by a mask of its own, at one rate.
+    ``quantized``: whether their bases are.
     """
-    return _group(linears, dropout)
+    return _group(linears, dropout, quantized)
 
 
 @lru_cache
-def _group(linears: tuple[str, ...], dropout: bool) -> Derivation:
-    lone = DROPPED if dropout else LINEAR
+def _group(linears: tuple[str, ...], dropout: bool, quantized: bool) -> Derivation:
+    lone = lone_linear(dropout=dropout, quantized=quantized)
     left_out = {lone.symbols[name] for name in _LEFT_OUT & lone.symbols.keys()}
     symbols = [symbol for symbol in lone.symbols.values() if symbol not in left_out]
     arguments = dict.fromkeys(_argument(argument, linear) for linear in linears for argument in lone.arguments)
     return derive(
-        f"group of {', '.join(linears)}{' with dropout' if dropout else ''}",
+        f"group of {', '.join(linears)}{' on quantized bases' if quantized else ''}"
+        f"{' with dropout' if dropout else ''}",
         symbols=dict.fromkeys(_symbol(symbol, linear) for linear in linears for symbol in symbols),
         facts=lone.facts,
         arguments=sorted(arguments, key=lambda argument: argument.once),  # after those of all linears
@@ -61,7 +67,7 @@ def _group(linears: tuple[str, ...], dropout: bool) -> Derivation:
         output_gradients=_names(lone.output_gradients, linears),
         base=[formula for operation in lone.base for formula in _formulas(_steps(operation), linears)],
         table=list(_rows(lone, left_out, linears)),
-        evaluated=group(linears) if dropout else None,
+        evaluated=group(linears, quantized=quantized) if dropout else None,
     )
 
 

@@ -7,6 +7,9 @@ With dropout the adapter reads H = K ∘ X / (1 - p) in place of X, where the ma
 Y = X Wᵀ + s H Aᵀ Bᵀ + b, dX = dY W + K ∘ P A / (1 - p). W reads all of X, so that nothing merged computes this.
 The backward has the mask from the forward, or draws it again from a seed, within the kernels that read X and write dX.
 
+On a quantized base W is made of its codes Q wherever it is read, and let go. M = W + D is then made in the same pass,
+before its one rounding: absmax · code lies on no grid of 16 bits, so that the rounding dithers, and no update is lost.
+
 The paper is "Run LoRA Run" (arXiv 2312.03415); it writes W as I×O, U for Aᵀ and V for Bᵀ.
 """
 
@@ -14,15 +17,25 @@ from __future__ import annotations
 
 from typing import TypeVar
 
-from .derivation import CAST_ADAPTER, SAVED, Argument, Derivation, Term, derive, row, rows_of_sum
+from .derivation import CAST_ADAPTER, KEEPS_WEIGHTS, SAVED, Argument, Derivation, Term, derive, row, rows_of_sum
 from .operations import Symbol
 
 _Entry = TypeVar("_Entry")
 
 
-def _linear(site: str, *, dropout: bool, evaluated: Derivation | None = None) -> Derivation:
-    """The linear, whose adapter reads X, or what dropout leaves of it."""
+def _linear(
+    site: str, *, dropout: bool = False, quantized: bool = False, evaluated: Derivation | None = None
+) -> Derivation:
+    """The linear, whose adapter reads X, or what dropout leaves of it; ``quantized``: whose base is codes."""
     read = "H" if dropout else "X"
+
+    def coded(*entries: _Entry) -> tuple[_Entry, ...]:
+        """What there is on a quantized base alone."""
+        return entries if quantized else ()
+
+    def plain(*entries: _Entry) -> tuple[_Entry, ...]:
+        """What there is where the base is not quantized: updates made as a whole come from the paper."""
+        return () if quantized else entries
 
     def dropped(*entries: _Entry) -> tuple[_Entry, ...]:
         """What there is with dropout alone."""
@@ -38,6 +51,7 @@ def _linear(site: str, *, dropout: bool, evaluated: Derivation | None = None) ->
         # ways.
         symbols=(
             Symbol("X", ("T", "I")),  # input
+            *coded(Symbol("Q", ("O", "I"), store="code")),  # codes of the frozen base weight, and their scales
             Symbol("W", ("O", "I"), store="weight"),  # frozen base weight
             Symbol("b", ("O",), store="weight"),  # frozen bias
             Symbol("lora_A", ("R", "I"), store="adapter"),
@@ -48,7 +62,7 @@ def _linear(site: str, *, dropout: bool, evaluated: Derivation | None = None) ->
             Symbol("S", ("T", "R")),  # s X Aᵀ
             *merged(
                 Symbol("M", ("O", "I"), store="weight"),  # W + s B A
-                Symbol("D", ("O", "I"), store="weight"),  # s B A
+                *plain(Symbol("D", ("O", "I"), store="weight")),  # s B A
             ),
             Symbol("dY", ("T", "O")),
             Symbol("P", ("T", "R")),  # s dY B
@@ -66,10 +80,11 @@ def _linear(site: str, *, dropout: bool, evaluated: Derivation | None = None) ->
             ),
         ),
         # Where the adapter is not cast, A and B are lora_A and lora_B themselves.
-        facts=(CAST_ADAPTER,),
+        facts=(CAST_ADAPTER, *coded(KEEPS_WEIGHTS)),
         arguments=(
             Argument("X", gradient="dX", activation=True),
-            Argument("W"),
+            *plain(Argument("W")),
+            *coded(Argument("Q", "Quantized")),
             Argument("lora_A", gradient="dA", when=(CAST_ADAPTER,)),
             Argument("lora_B", gradient="dB", when=(CAST_ADAPTER,)),
             Argument("b", "Tensor | None", gradient="db"),
@@ -80,8 +95,9 @@ def _linear(site: str, *, dropout: bool, evaluated: Derivation | None = None) ->
         ),
         outputs=("Y",),
         output_gradients=("dY",),
-        base=("Y = X @ W.T + b", "dX = dY @ W"),
+        base=(*coded("W = dequantize(Q)"), "Y = X @ W.T + b", "dX = dY @ W"),
         table=(
+            *coded(row("W", "dequantize", "W = dequantize(Q)"), row("W", SAVED, when=(KEEPS_WEIGHTS,))),
             row("S", "x_at", f"S = s * {read} @ A.T"),
             row("S", SAVED),
             *dropped(
@@ -94,10 +110,12 @@ def _linear(site: str, *, dropout: bool, evaluated: Derivation | None = None) ->
                 row("S", "seeded", "x_at_dropped: K := draw(seed); H := drop(X, K); S = s * H @ A.T"),
             ),
             *merged(
-                row("M", "merge", "M = W + s * B @ A"),
-                row("M", SAVED),
-                row("D", "b_a", "D = s * B @ A"),
-                row("D", SAVED),
+                *plain(row("M", "merge", "M = W + s * B @ A"), row("M", SAVED)),
+                *coded(
+                    row("M", "in_pass", "dequantize_merged: W := dequantize(Q); M = W + s * B @ A"),
+                    row("M", SAVED, when=(KEEPS_WEIGHTS,)),
+                ),
+                *plain(row("D", "b_a", "D = s * B @ A"), row("D", SAVED)),
             ),
             *(
                 row(symbol, way, *formulas, when=(CAST_ADAPTER,))
@@ -115,7 +133,7 @@ def _linear(site: str, *, dropout: bool, evaluated: Derivation | None = None) ->
             *merged(row("Y", "merged", "Y = X @ M.T + b", paper=("forward2", "forward4"))),
             row("Y", "fused", "fused_gemm: Y = S @ B.T + b; Y += X @ W.T"),
             # Left out by the paper.
-            *merged(*rows_of_sum("Y", Term("X @ W.T", first="delta"), Term("X @ D.T"), bias="b")),
+            *merged(*plain(*rows_of_sum("Y", Term("X @ W.T", first="delta"), Term("X @ D.T"), bias="b"))),
             # The backward.
             row("P", "dy_b", "P = s * dY @ B"),
             row("G", "dyt_x", f"G = dY.T @ {read}"),
@@ -124,7 +142,8 @@ def _linear(site: str, *, dropout: bool, evaluated: Derivation | None = None) ->
                 row("dX", "merged", "dX = dY @ M"),
                 # One persistent kernel for the large product, with the low-rank product as the tail of its inner loop.
                 row("dX", "fused", "fused_gemm: dX = P @ A; dX += dY @ W"),
-                *rows_of_sum("dX", Term("dY @ W", first="delta"), Term("dY @ D")),  # left out by the paper
+                # Left out by the paper.
+                *plain(*rows_of_sum("dX", Term("dY @ W", first="delta"), Term("dY @ D"))),
             ),
             *dropped(
                 row("dH", "p_a", "dH = P @ A"),
@@ -147,8 +166,8 @@ def _linear(site: str, *, dropout: bool, evaluated: Derivation | None = None) ->
             row("P dB", "one_pass", "p_db: P = s * dY @ B; dB = dY.T @ S"),
             row("db", "sum", "db = sum(dY)"),
         ),
-        lossy=merged("M"),
-        deltas=merged("D"),
+        lossy=merged(*plain("M")),
+        deltas=merged(*plain("D")),
         # It recomputes S and M, and never saves them.
         paper_goals=("dX", "dA", "dB"),
         paper_backwards={
@@ -165,5 +184,16 @@ def _linear(site: str, *, dropout: bool, evaluated: Derivation | None = None) ->
     )
 
 
-LINEAR = _linear("linear", dropout=False)
+LINEAR = _linear("linear")
 DROPPED = _linear("linear with dropout", dropout=True, evaluated=LINEAR)
+QUANTIZED = _linear("linear on a quantized base", quantized=True)
+QUANTIZED_DROPPED = _linear(
+    "linear on a quantized base with dropout", dropout=True, quantized=True, evaluated=QUANTIZED
+)
+
+
+def lone_linear(*, dropout: bool = False, quantized: bool = False) -> Derivation:
+    """The derivation of a lone linear; ``dropout``: of its adapter's input; ``quantized``: whether its base is."""
+    if quantized:
+        return QUANTIZED_DROPPED if dropout else QUANTIZED
+    return DROPPED if dropout else LINEAR

@@ -225,7 +225,7 @@ class Reduce(_Applied):
 
 @dataclass(frozen=True)
 class Convert(_Applied):
-    """``out = cast(operand)``, in the dtype of the activations; ``out = dequantize(codes, scales)``."""
+    """``out = cast(operand)``, in the dtype of the activations; ``out = dequantize(codes)``, likewise."""
 
     __hash__ = _Hashed.__hash__
 
@@ -269,7 +269,7 @@ Step: TypeAlias = Contract | Reduce | Convert | Map | Draw
 FUNCTIONS: Mapping[str, tuple[type[Reduce | Convert | Map | Draw], int]] = {
     "sum": (Reduce, 1),
     "cast": (Convert, 1),
-    "dequantize": (Convert, 2),
+    "dequantize": (Convert, 1),
     "drop": (Map, 2),
     "draw": (Draw, 1),
 }

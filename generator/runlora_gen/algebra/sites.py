@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from .derivation import Derivation
-from .linear import DROPPED, LINEAR
+from .linear import DROPPED, LINEAR, QUANTIZED, QUANTIZED_DROPPED
 
-DERIVATIONS: tuple[Derivation, ...] = (LINEAR, DROPPED)
+DERIVATIONS: tuple[Derivation, ...] = (LINEAR, DROPPED, QUANTIZED, QUANTIZED_DROPPED)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
-from ..algebra.operations import Contract, Dims, Fused, Operation, dimensions
+from ..algebra.operations import Contract, Convert, Dims, Fused, Operation, dimensions
 from ..algebra.work import kind, work
 from ..kernels.registry import KERNELS
 from ..kernels.sites import OPERATIONS, WORKS, parted
@@ -26,7 +26,7 @@ def correction(operation: Operation, at: Size, dtype: DType, device: DeviceProfi
     A kernel of several linears is as efficient as that of one which is as large as all are together.
     Sizes whose rows start off 16 bytes are another class: cuBLAS is up to four times slower there.
     """
-    sizes, ratios = _alike(_of_one(operation), dtype, device.meter, _aligned(operation, at, dtype))
+    sizes, ratios = _alike(_of_one(operation), dtype, _meter(operation, dtype, device), _aligned(operation, at, dtype))
     at = _together(operation, at)
     if at in sizes.places:  # of several products that stand for one, each has been there
         return math.exp(statistics.mean(ratios[place] for place in sizes.places[at]))
@@ -37,7 +37,24 @@ def correction(operation: Operation, at: Size, dtype: DType, device: DeviceProfi
 def is_priced(operation: Operation, dtype: DType, device: DeviceProfile) -> bool:
     """Whether a kernel's price can be held against torch's: both measured, or both from the roofline."""
     measured = device.meter.times_for(dtype.name)
-    return not measured or measured_as(operation) in measured
+    return not measured or measured_as(operation) in _meter(operation, dtype, device).times_for(dtype.name)
+
+
+def _meter(operation: Operation, dtype: DType, device: DeviceProfile) -> DeviceProfile:
+    """The profile that holds an operation's measurements: what a device has of its own goes before its meter's."""
+    done = measured_as(operation)
+    known = {done, *(work for work in _kernels_of(done))}
+    return device.meter if known.isdisjoint(device.times_for(dtype.name)) else device
+
+
+@lru_cache(maxsize=4096)
+def _kernels_of(done: str) -> tuple[str, ...]:
+    """The work of kernels that do what torch does in some operation, but for products."""
+    return tuple(
+        work(other)
+        for other in OPERATIONS
+        if isinstance(other, Fused) and not other.products and KERNELS[other.kernel].replaces == done
+    )
 
 
 def _aligned(operation: Operation, at: Size, dtype: DType) -> bool:
@@ -81,10 +98,12 @@ def _ratios(operation: Operation, dtype: DType, device: DeviceProfile) -> tuple[
     """Where an operation was measured, whether on 16 bytes, and the logarithms of measured time over roofline there.
 
     A product of torch's that was never measured takes the ratios of those of the same dimensions: the bare roofline
-    would flatter it beside them.
+    would flatter it beside them. So with what else a kernel of ours does as well, and was measured at.
     """
     times = device.times_for(dtype.name)
     measured: tuple[Operation, ...] = (operation,)
+    if isinstance(operation, Convert) and measured_as(operation) not in times:
+        measured = tuple(WORKS[done] for done in _kernels_of(work(operation)))
     if isinstance(operation, Contract) and measured_as(operation) not in times:
         measured = tuple(
             other
@@ -174,7 +193,8 @@ def tuned_constants(operation: Fused, setting: Setting) -> Mapping[str, int] | N
         if kernel.priced_as is not None and kernel.tiles != KERNELS[kernel.priced_as].tiles:
             return None
     at = _together(operation, tuple(setting.dims[d] for d in dimensions(operation)))
-    tuned = setting.device.meter.tiles_for(setting.dtype.name).get(measured_as(operation), ())
+    meter = _meter(operation, setting.dtype, setting.device)
+    tuned = meter.tiles_for(setting.dtype.name).get(measured_as(operation), ())
     return min(tuned, key=lambda row: (distance(row[0], at), row[0]))[1] if tuned else None
 
 

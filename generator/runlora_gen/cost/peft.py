@@ -4,17 +4,21 @@
 its backward is autograd's. Where the adapter has another dtype than the activations, X is cast to the adapter's first
 (``_cast_input_dtype``), and autocast, under which trainers run this, casts X and the adapter back for the
 products: every linear then keeps a copy of X of its own. Dropout is one pass that writes what it leaves of X and a mask
-of bytes, both of which every linear keeps; without it there is no operator.
+of bytes, both of which every linear keeps; without it there is no operator. ``lora.bnb.Linear4bit`` does the same, but
+for a copy of what the base gives; the base makes its weight of the codes in the forward, and again for dX.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ..algebra.linear import DROPPED
 from .passes import CAST, Times, price_passes
 from .price import price_operation
 from .setting import Setting
+
+
+#: How bitsandbytes makes a weight.
+DEQUANTIZED = "W = dequantize(Q)"
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class PeftCost:
 
 def price_peft(setting: Setting) -> PeftCost:
     """Price a linear in PEFT's order, as far as the setting's gradients are wanted."""
-    wanted, casts, drops = setting.gradients, setting.casts, setting.derivation is DROPPED
+    wanted, casts, drops = setting.gradients, setting.casts, "dropout" in setting.derivation.symbols
     size, adapter_size = setting.dtype.bytes, setting.adapter_dtype.bytes
     x, y = setting.tokens * setting.in_features, setting.tokens * setting.out_features
     adapter = {"dA": setting.rank * setting.in_features, "dB": setting.out_features * setting.rank}
@@ -52,6 +56,10 @@ def price_peft(setting: Setting) -> PeftCost:
     passes = [2 * y * size, 3 * y * size]  # * scaling, base(x) +
     pass_of_dropout = [x * (2 * (adapter_size if casts else size) + 1)] if drops else []
     passes += pass_of_dropout
+    quantized = "Q" in setting.derivation.symbols
+    if quantized:
+        forward.insert(0, DEQUANTIZED)
+        passes.append(2 * y * size)
     casts_forward = [*cast(x), *cast(x), *cast(adapter["dA"]), *cast(adapter["dB"])]
     backward: list[str] = []
     back: list[int] = []
@@ -61,7 +69,7 @@ def price_peft(setting: Setting) -> PeftCost:
     if wanted & {"dX", "dA"}:
         backward.append("P = s * dY @ B")
     if "dX" in wanted:
-        backward += ["dX = dY @ W", "dX = P @ A"]
+        backward += [*([DEQUANTIZED] if quantized else []), "dX = dY @ W", "dX = P @ A"]
         back += [3 * x * size, *pass_of_dropout]  # the sum of both gradients
         casts_backward += [*cast(x), *cast(x)]
     for name, formula in (("dA", "dA = P.T @ X"), ("dB", "dB = dY.T @ S")):

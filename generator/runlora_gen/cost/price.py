@@ -81,9 +81,12 @@ def price(program: Program, setting: Setting, host_share: float = DEVICE_BOUND) 
 
 
 def price_frozen(setting: Setting, host_share: float = DEVICE_BOUND) -> float:
-    """Seconds of the frozen linear (Y = X Wᵀ + b and dX = dY W): the floor that a LoRA linear is held against."""
-    device_s, host_s = _base_times(setting, {*map(str, setting.derivation.outputs), *setting.gradients})
-    return weighted(device_s, host_s, host_share)
+    """Seconds of the frozen linear (Y = X Wᵀ + b and dX = dY W): the floor that a LoRA linear is held against.
+
+    A quantized one makes its weight in the forward and again in the backward.
+    """
+    forward, backward = price_frozen_forward(setting), _base_times(setting, setting.gradients)
+    return weighted(forward[0] + backward[0], forward[1] + backward[1], host_share)
 
 
 def price_frozen_forward(setting: Setting) -> tuple[float, float]:

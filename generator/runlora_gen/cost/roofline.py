@@ -10,6 +10,10 @@ from .setting import Setting
 from .vector import OperationCost
 
 
+#: Launches of bitsandbytes' for a weight whose scales are quantized too: of the scales, of their offset, of the weight.
+DEQUANTIZING = 3
+
+
 def roofline(operation: Operation, setting: Setting) -> OperationCost:
     """Price one operation by max(FLOPs / peak, bytes / bandwidth) + launches.
 
@@ -30,7 +34,7 @@ def roofline(operation: Operation, setting: Setting) -> OperationCost:
                 flops += 2 * m * n * k
             kernel = KERNELS[operation.kernel]
             launches, host_s = kernel.launches, device.kernel_host_s
-            if device.multiprocessors is not None:
+            if kernel.persistent and device.multiprocessors is not None:
                 rows, _, _ = operation.products[0].mnk(dims)
                 columns = sum(dims[out.shape[-1]] for out in operation.outputs)
                 idle = kernel.waves(rows, columns, device.multiprocessors)
@@ -43,6 +47,8 @@ def roofline(operation: Operation, setting: Setting) -> OperationCost:
             if operation.scaled and operation.out.store == "adapter" and setting.casts:
                 moved += 2 * setting.bytes_of(operation.out)
                 launches += 1
+        case Convert(function="dequantize"):
+            launches = DEQUANTIZING
         case Map() if operation.accumulate:
             moved += setting.bytes_of(operation.out)
         case Reduce() | Convert() | Map() | Draw():

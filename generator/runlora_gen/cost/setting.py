@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import assert_never
 
-from ..algebra.derivation import CAST_ADAPTER, Derivation, Facts
+from ..algebra.derivation import CAST_ADAPTER, KEEPS_WEIGHTS, Derivation, Facts
 from ..algebra.linear import LINEAR
 from ..algebra.operations import BITS, Dims, Store, Symbol
 from .device import DeviceProfile
@@ -48,6 +48,7 @@ class Setting:
         device: the profile that gives the time.
         derivation: of the site that is computed.
         sizes: of indices that this site has beside T, I, O and R, or in their place.
+        keeps_weights: whether weights that are made of codes may be kept for the backward.
     """
 
     tokens: int
@@ -61,6 +62,7 @@ class Setting:
     device: DeviceProfile
     derivation: Derivation = field(default=LINEAR, repr=False)
     sizes: Dims = field(default_factory=dict, repr=False)
+    keeps_weights: bool = False
 
     @cached_property
     def dims(self) -> Dims:
@@ -86,7 +88,8 @@ class Setting:
     @cached_property
     def facts(self) -> Facts:
         """What is so here, of what conditions in the derivation may ask."""
-        return frozenset({CAST_ADAPTER} if self.casts else ()) & self.derivation.facts
+        holding = {CAST_ADAPTER: self.casts, KEEPS_WEIGHTS: self.keeps_weights}
+        return frozenset(fact for fact, holds in holding.items() if holds) & self.derivation.facts
 
     def bytes_of(self, symbol: Symbol) -> int:
         """Bytes of a tensor as it is stored."""

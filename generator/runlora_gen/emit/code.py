@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from typing import assert_never
 
@@ -28,11 +28,12 @@ def _scaling(product: Contract) -> str:
     return "1.0" if product.scaling is None else f"scaling{product.scaling.removeprefix('s')}"
 
 
-def helpers_of(operation: Operation) -> frozenset[str]:
+def helpers_of(operation: Operation) -> Set[str]:
     """Functions of the module that the line, or the torch path of its kernel, calls."""
     # A kernel's record has what draws and drops in its place.
     steps = operation.products if isinstance(operation, Fused) else (operation,)
-    return frozenset[str]().union(*map(_helpers, steps))
+    own = {"quantized"} if any(symbol.store == "code" for symbol in operation.reads) else set[str]()
+    return own.union(*map(_helpers, steps))
 
 
 def _helpers(step: Step) -> frozenset[str]:
@@ -84,6 +85,8 @@ def line(operation: Operation, owner: str = "", *, tiles: str | None = None) -> 
             return f"{results_of(operation)} = {_call(operation, tiles or tiles_key(operation, owner))}"
         case Reduce():
             return f"{operation.out} = {operation.operands[0]}.sum(0)"
+        case Convert(function="dequantize"):
+            return f"{operation.out} = _dequantized({operation.operands[0]})"
         case Convert(function="cast"):
             # A to the dtype of dY, A_q to that of dY_q.
             return f"{operation.out} = {operation.operands[0]}.to(dY{operation.out.name[1:]}.dtype)"
@@ -124,15 +127,15 @@ def tiles_key(operation: Fused, owner: str = "") -> str:
     What is computed of a seed in one way may be computed by another kernel in another.
     """
     key = f"{owner} {results_of(operation)}".lstrip()
-    return f"{key} seeded" if operation.inner else key
+    return f"{key} seeded" if any(isinstance(part, Draw) for part in operation.parts) else key
 
 
 def _call(operation: Fused, tiles: str) -> str:
     """The call of a kernel's wrapper, with the operands of its parts where the kernel wants them."""
     values = {"needs": ", ".join(f"need_{out}" for out in operation.outputs)}
     values |= {"dtypes": ", ".join(dtype for out in operation.outputs if (dtype := dtype_of(out)))}
-    read = {kind: [p.operands[0] for p in operation.parts if isinstance(p, kind)] for kind in (Draw, Map)}
-    for name, kind_of in (("seed", Draw), ("dropped", Map)):
+    read = {kind: [p.operands[0] for p in operation.parts if isinstance(p, kind)] for kind in (Convert, Draw, Map)}
+    for name, kind_of in (("codes", Convert), ("seed", Draw), ("dropped", Map)):
         values |= {f"{name}{number}": str(symbol) for number, symbol in enumerate(read[kind_of])}
         values[f"*{name}0"] = f"({', '.join(map(str, read[kind_of]))})"
     alike: dict[str, list[Contract]] = {}

@@ -50,7 +50,7 @@ class FunctionNode:
     gradients: tuple[str, ...]  # dX, dA, … that it can give
     summed: frozenset[str]  # those of them that several blocks add to
     returns: tuple[str, ...]
-    keeps: tuple[str, ...]  # of the numbers among the inputs, those that the backward reads
+    keeps: tuple[str, ...]  # of the inputs that are no tensors, those that the backward reads
     dtypes: tuple[str, ...]  # variables that hold the dtypes of trained parameters
     seeded: bool
 
@@ -87,6 +87,7 @@ class SharedNode:
         wide_adapter: whether the adapter is in float32 by default, over 16-bit weights too.
         lossy_merge: whether 16-bit weights may be merged.
         dropout: whether the adapter's input may be dropped while training.
+        quantized: whether the base's weight is given as codes.
         helpers: functions that lines call, and what the kernels need of their common code.
         calls: of fused kernels.
         function: what the module's function is called, or where several share this, that of the lone linears.
@@ -103,6 +104,7 @@ class SharedNode:
     wide_adapter: bool
     lossy_merge: bool
     dropout: bool
+    quantized: bool
     helpers: frozenset[str]
     calls: tuple[KernelCall, ...]
     function: str
@@ -248,6 +250,7 @@ def module_node(
         wide_adapter=workload.adapter_dtype == "fp32",
         lossy_merge=workload.allow_lossy_merge,
         dropout=workload.dropout > 0,
+        quantized=workload.quantized,
         helpers=frozenset[str]().union(*(KERNELS[op.kernel].helpers for op in fused), *map(helpers_of, operations)),
         calls=tuple(KernelCall(op, setting, owner) for op in fused),
         folder=folder,
@@ -383,7 +386,9 @@ def _function(variant: _Variant, workload: Workload, class_name: str, owner: str
     program, setting = variant.program, variant.decision.setting
     site = program.derivation
     needed_by = dependents(program.backward)
-    kept = (*program.saved_inputs, *program.kept)
+    # What is no tensor goes to the backward as numbers do.
+    codes = [symbol for symbol in program.saved_inputs if symbol.store == "code"]
+    kept = (*(symbol for symbol in program.saved_inputs if symbol not in codes), *program.kept)
     saves = tuple((str(symbol), guard(needed_by[symbol], site)) for symbol in kept)
     made = [str(symbol) for symbol in program.kept if symbol not in program.forward.held]
     for operation in filter(draws, program.backward.operations):  # it is drawn again, to the same bits
@@ -391,7 +396,7 @@ def _function(variant: _Variant, workload: Workload, class_name: str, owner: str
         made.append("seed")
     gradients = tuple(str(gradient) for gradient in site.gradients if gradient in program.backward.goals)
     numbers = frozenset[str]().union(*map(numbers_of, program.backward.operations))
-    keeps = tuple(a.name for a in site.arguments if a.name in numbers)
+    keeps = tuple(a.name for a in site.arguments if a.name in {*numbers, *map(str, codes)})
     backward = backward_blocks(program.backward, setting, needed_by, owner)
     used = {*witnesses(site), *(symbol for symbol, _ in saves), *keeps}
     return FunctionNode(

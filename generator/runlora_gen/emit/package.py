@@ -135,13 +135,19 @@ def build_package(
         "groups": groups,
         "folder": layout == FOLDER,
         "kernels": "kernels" in shared,
+        "quantized": workload.quantized,
         "imported": sorted((node.name for node in (*nodes, *groups)), key=natural),
     }
     rendered |= {f"{name}.py": text for name, text in shared.items()}
     in_models = (*OF_MODELS, "groups") if groups else OF_MODELS
     rendered |= {f"{name}.py": render(f"{name}.py.jinja", context) for name in in_models}
     rendered["test_equivalence.py"] = render_test(
-        [node.name for node in nodes], groups=groups, dropout=workload.dropout > 0, shared=shared, header=header
+        [node.name for node in nodes],
+        groups=groups,
+        dropout=workload.dropout > 0,
+        quantized=workload.quantized,
+        shared=shared,
+        header=header,
     )
     former = _Former(out / folder if reuse else None, style)
     files = former.format(rendered)
@@ -154,7 +160,8 @@ def build_package(
 def _shared(modules: Sequence[ModuleNode], header: Header) -> Mapping[str, str]:
     """The files of what these modules share, by name."""
     node = shared_node(modules)
-    names = [name for name in SHARED if name != "kernels" or node.kernels]
+    wanted = {"kernels": bool(node.kernels), "quantized": node.quantized}
+    names = [name for name in SHARED if wanted.get(name, True)]
     return {name: render(f"{name}.py.jinja", {"header": header, "module": node}) for name in names}
 
 
@@ -182,7 +189,7 @@ def _command(
         words += ["--model-type", workload.model_type]
     if workload.tokens != default.tokens:
         words += ["--tokens", ",".join(map(str, workload.tokens))]
-    for name in ("dtype", "adapter_dtype", "criterion", "device", "launch", "merge_rounding", "groups", "bias"):
+    for name in ("dtype", "adapter_dtype", "criterion", "device", "launch", "merge_rounding", "groups", "bias", "base"):
         if getattr(workload, name) != getattr(default, name):
             words += [f"--{name.replace('_', '-')}", getattr(workload, name)]
     if workload.dropout:

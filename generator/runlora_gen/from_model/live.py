@@ -41,6 +41,8 @@ TAKEN_WITHOUT_A_CALL = {
 SAME_AS_LINEAR = ("transformers.models.falcon.modeling_falcon.FalconLinear",)
 #: Direct children that classify sequences, as PEFT knows them.
 _HEADS = ("score", "classifier")
+#: Why a linear is left out that is stored in another way than those that are taken, by whether it is plain.
+_OTHER_BASE = {False: "quantized to 4 bits", True: "not quantized"}
 #: What wrappers put into the names of the modules below them.
 _WRAPPED = re.compile(r"\b(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 
@@ -78,7 +80,9 @@ class LiveModel:
 
     Attributes:
         architecture: every linear that a generated module can stand in for, whether it has an adapter or not.
-        dtypes: of their weights, the most frequent first.
+        dtypes: of their weights, the most frequent first; of quantized ones that in which they are computed.
+        base: how these are stored, as ``Workload`` calls it.
+        bases: all ways in which linears of the model are stored, those of most linears (with adapters) first.
         adapters: the active LoRA layers on them; empty where there are none.
         adapted: by rank, ascending, the architecture with just the linears that have an active adapter of it.
     """
@@ -87,6 +91,8 @@ class LiveModel:
     dtypes: tuple[torch.dtype, ...]
     adapters: tuple[AdapterGroup, ...]
     adapted: Mapping[int, Architecture]
+    base: str = "plain"
+    bases: tuple[str, ...] = ("plain",)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -99,24 +105,30 @@ class LiveModel:
         return self.architecture.left_out
 
 
-def read_model(model: nn.Module, *, name: str | None = None) -> LiveModel:
+def read_model(model: nn.Module, *, name: str | None = None, base: str | None = None) -> LiveModel:
     """Read the linears of a model.
 
-    Taken is what computes exactly as ``nn.Linear`` or Transformers' ``Conv1D`` with a 2-D floating weight. A
+    Taken is what computes exactly as ``nn.Linear`` or Transformers' ``Conv1D`` with a 2-D floating weight, or as
+    ``Linear4bit`` of bitsandbytes: one package is for one kind of base. A
     ``PeftModel`` is seen through: its layers are read as what they wrap. Output embeddings and heads that classify
     sequences are left out as by PEFT's ``all-linear``, unless they have an adapter.
 
     Args:
         model: any module; only shapes, dtypes and types are looked at.
         name: how the architecture is called; else after the model type or the class.
+        base: which linears are taken, by how they are stored; None for what most with adapters, or else most, are.
 
     Raises:
         SpecError: it has no such linear.
     """
     root = _unwrapped(model)
     found = tuple(_walk(root))
-    linears = [item for item in found if isinstance(item, _Linear)]
-    left_out = _left_out([item for item in found if isinstance(item, _Other)])
+    every = [item for item in found if isinstance(item, _Linear)]
+    bases = tuple(b for b, _ in Counter([x.base for x in every if x.adapters] or [x.base for x in every]).most_common())
+    base = bases[0] if base is None and bases else base or "plain"
+    linears = [linear for linear in every if linear.base == base]
+    others = [x if isinstance(x, _Other) else _Other(x.path, _OTHER_BASE[x.base == "plain"]) for x in found]
+    left_out = _left_out([other for other, x in zip(others, found, strict=True) if x not in linears])
     config = _config(root)
     kind = config.get("model_type")
     model_type = kind if isinstance(kind, str) and kind else slug(type(root).__name__)
@@ -144,6 +156,8 @@ def read_model(model: nn.Module, *, name: str | None = None) -> LiveModel:
             replace(adapter, projections=_projections(members, family)) for adapter, members in groups.items()
         ),
         adapted={r: architecture([x for x in linears if any(a.rank == r for a in x.adapters)]) for r in ranks},
+        base=base,
+        bases=bases,
     )
 
 
@@ -158,6 +172,7 @@ class _Linear:
     layout: str
     dtype: torch.dtype
     adapters: tuple[AdapterGroup, ...]
+    base: str
 
     @property
     def parent(self) -> str:
@@ -269,11 +284,22 @@ def _layout(module: nn.Module, conv1d: type | None) -> str | None:
     """How the weight lies if the module's own class computes as ``nn.Linear`` or ``Conv1D``, else None."""
     kind = type(module)
     same = kind.forward is nn.Linear.forward or f"{kind.__module__}.{kind.__qualname__}" in SAME_AS_LINEAR
-    if isinstance(module, nn.Linear) and same:
+    if isinstance(module, nn.Linear) and (same or _is_4_bits(module)):
         return "out_in"
     if conv1d is not None and isinstance(module, conv1d) and kind.forward is vars(conv1d)["forward"]:
         return "in_out"
     return None
+
+
+def _stored(module: Any) -> str:
+    """How a linear that is taken stores its weight."""
+    return "plain" if module.weight.is_floating_point() and not _is_4_bits(module) else str(module.weight.quant_type)
+
+
+def _is_4_bits(module: Any) -> bool:
+    """Whether it computes as ``Linear4bit`` of bitsandbytes."""
+    kind = _known("bitsandbytes.nn.modules", "Linear4bit")
+    return kind is not None and isinstance(module, kind) and type(module).forward is vars(kind)["forward"]
 
 
 def _reason(
@@ -285,7 +311,12 @@ def _reason(
     if getattr(module, "parametrizations", None):
         return "its weight is parametrized"
     assert isinstance(weight, torch.Tensor)
-    if not weight.is_floating_point() or weight.dtype.itemsize == 1 or _is_packed(weight):
+    coded = _is_4_bits(module)
+    if coded and getattr(module, "quant_state", None) is None and weight.device.type != "meta":
+        return "quantized (Linear4bit), but not yet: move it to its device first"
+    if not coded and (
+        not weight.is_floating_point() or weight.dtype.itemsize == 1 or _is_packed(weight)
+    ):
         return f"quantized ({type(weight).__name__} of {_dtype_name(weight.dtype)})"
     if weight.dim() != 2:
         return f"a weight of {weight.dim()} dimensions"
@@ -352,12 +383,17 @@ def _what(module: nn.Module, weights: Sequence[torch.Tensor]) -> str:
 
 
 def _linear(path: str, module: nn.Module, layout: str, tuner: nn.Module | None) -> _Linear:
-    weight = module.weight
-    assert isinstance(weight, torch.Tensor)
-    rows, columns = weight.shape
-    sizes = (columns, rows) if layout == "out_in" else (rows, columns)
+    weight: Any = module.weight
     adapters = () if tuner is None else tuple(_adapters(tuner))
-    return _Linear(path, *sizes, module.bias is not None, layout, weight.dtype, adapters)
+    if _is_4_bits(module):
+        linear: Any = module
+        state = linear.quant_state
+        dtype = linear.compute_dtype or (torch.get_default_dtype() if state is None else state.dtype)
+        sizes = (linear.in_features, linear.out_features)
+    else:
+        rows, columns = weight.shape
+        dtype, sizes = weight.dtype, (columns, rows) if layout == "out_in" else (rows, columns)
+    return _Linear(path, *sizes, module.bias is not None, layout, dtype, adapters, _stored(module))
 
 
 def _adapters(tuner: nn.Module) -> Iterator[AdapterGroup]:

@@ -98,10 +98,15 @@ def needed(model: nn.Module) -> Any:
 
 
 def of_rank(layer: Any, packages: Sequence[Any]) -> int:
-    """Which of the packages is for the rank of a layer's active adapter, else of another one; the first if none is."""
+    """Which of the packages is for the base and the rank of a layer's active adapter, else of another one.
+
+    The first for its base if none is; the first if none is for that.
+    """
     active = [layer.r[name] for name in layer.active_adapters if name in layer.r]
-    known = [package.shapes.RANK for package in packages]
-    return next((known.index(rank) for rank in [*active, *layer.r.values()] if rank in known), 0)
+    quantized = packages[0].peft_layers.of_4_bits(layer)
+    fitting = [at for at, package in enumerate(packages) if package.shapes.QUANTIZED == quantized]
+    known = {packages[at].shapes.RANK: at for at in reversed(fitting)}
+    return next((known[rank] for rank in [*active, *layer.r.values()] if rank in known), (fitting or [0])[0])
 
 
 @functools.cache

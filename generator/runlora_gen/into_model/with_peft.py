@@ -7,6 +7,7 @@ import functools
 import operator
 import os
 import warnings
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..request.errors import SpecError
@@ -53,9 +54,15 @@ def accelerate(
         live = read_model(model)
     if live is None or not live.adapted:
         return _left_to_peft(model, strict=strict)
-    packages = packages_for(model, live, live.adapted, output, layout, workload)
+    packages: list[Any] = []
+    for base in live.bases:
+        one = read_model(model, base=base)
+        if len(live.bases) > 1 and base != "plain":  # beside the package of the others
+            named = {rank: replace(each, package=f"{each.slug}_{base}") for rank, each in one.adapted.items()}
+            one = replace(one, adapted=named)
+        packages += packages_for(model, one, one.adapted, output, layout, workload)
     layers = packages[0].with_peft.lora_layers(model)
-    # Each layer to the package of its rank: another one would say that this rank is not there.
+    # Each layer to the package of its rank and its base: another one would say that this is not there.
     groups: list[dict[str, Any]] = [{} for _ in packages]
     for name, layer in layers.items():
         groups[of_rank(layer, packages)][name] = layer

@@ -8,12 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
+from ..algebra.enumerate import enumerate_programs
 from ..cost.lower import with_kernels
+from ..cost.price import price
 from ..emit.nodes import module_name, module_node
 from ..emit.render import render_module as text_of
 from ..kernels.sites import alternatives
 from ..request.workload import Workload
-from ..search.candidates import Site
+from ..search.candidates import Site, goals
 from ..search.choose import Decision, decide, decide_forward
 from ..search.criterion import Priced
 from ..search.ranges import LayerChoice, Range
@@ -51,11 +53,20 @@ def import_file(path: Path, name: str) -> ModuleType:
 
 
 def module_of_everything(workload: Workload, path: Path) -> ModuleType:
-    """A module with every operation and, where the workload's device has them, every kernel of its site."""
+    """A module with every operation and, where the workload's device has them, every kernel of its site.
+
+    Also those that were never measured, and that no choice is made of for that.
+    """
     point = Point(4096, 64, 64, 8)
     setting = point.setting(workload)
     decision = decide(workload, setting)
     if workload.kernels and setting.device.kernels:
+        known = {operation for c in decision.candidates for operation in c.program.operations}
+        for program in enumerate_programs(setting.derivation, goals(workload, setting.derivation), facts=setting.facts):
+            if not known.issuperset(program.operations):
+                known.update(program.operations)
+                candidate = Priced(program, price(program, setting))
+                decision = replace(decision, candidates=(*decision.candidates, candidate))
         single = alternatives(setting.derivation, "cheaper")
         programs = [Priced(with_kernels(c.program, single), c.cost) for c in decision.candidates]
         decision = replace(decision, candidates=(*decision.candidates, *programs))

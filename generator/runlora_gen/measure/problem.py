@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +48,31 @@ class Point:
     def setting(self, workload: Workload) -> Setting:
         """The setting in which it is priced."""
         return setting_for(workload, self.in_features, self.out_features, self.rank, False, self.tokens)
+
+
+def random_codes(quantized: Any, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Any:
+    """A random weight of 4 bits, as bitsandbytes makes it of one: blocks of 64, whose scales are quantized too.
+
+    Args:
+        quantized: the class of a generated module that holds one.
+        shape: (out_features, in_features).
+        device, dtype: of what is made of it.
+    """
+    count = shape[0] * shape[1]
+    blocks = math.ceil(count / 64)
+    return quantized(
+        codes=torch.randint(256, (math.ceil(count / 2),), device=device, dtype=torch.uint8),
+        absmax=torch.randint(256, (blocks,), device=device, dtype=torch.uint8),
+        code=torch.linspace(-1, 1, 16, device=device),
+        absmax2=torch.rand(math.ceil(blocks / 256), device=device) + 0.5,
+        code2=torch.linspace(-1, 1, 256, device=device),
+        offset=torch.tensor(2.0, device=device),
+        blocksize=64,
+        blocksize2=256,
+        shape=shape,
+        quant_type="nf4",
+        dtype=dtype,
+    )
 
 
 class Problem:

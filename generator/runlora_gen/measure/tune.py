@@ -31,6 +31,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import click
 import torch
@@ -38,7 +40,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..algebra.enumerate import Program, enumerate_programs
-from ..algebra.linear import LINEAR
+from ..algebra.linear import LINEAR, QUANTIZED
 from ..algebra.liveness import wanted_operations
 from ..algebra.lookup import Asked
 from ..algebra.operations import Convert, Fused, Operation, Symbol, dimensions
@@ -54,7 +56,7 @@ from ..search.candidates import goals
 from .clock import Key, Run, captured, interleaved, repeated, seconds
 from .machine import machine_name
 from .modules import module_of_everything
-from .problem import TORCH_DTYPES, Point, Problem
+from .problem import TORCH_DTYPES, Point, Problem, random_codes
 
 #: Rounds of a batch, whose median is one figure.
 ROUNDS = 3
@@ -242,6 +244,8 @@ class _Workbench:
         self.workload = Workload(adapter_dtype="bf16", device=device_name, launch="graph", kernels=self.kernels)
         self.module = module_of_everything(self.workload, Path(self._folder.name) / f"everything_{os.getpid()}")
         timed = [op for op in operations_of(LINEAR) if not draws(op) and not isinstance(op, Convert)]
+        if self.kernels:
+            timed += [op for op in operations_of(QUANTIZED) if isinstance(op, Fused) and _decodes(op)]
         # One for all that do the same work.
         self._operations = tuple({work(op): op for op in reversed(timed)}.values())
         #: A square linear whose launches take longest. Operators of a CPU wait for their results: there calls count.
@@ -249,6 +253,12 @@ class _Workbench:
         self.launching_dtype = torch.bfloat16 if self.on_gpu else torch.float32
         #: Rate of a copy of memory on this machine at rest; None before it was measured.
         self.bytes_per_s: float | None = None
+
+    @cached_property
+    def of_codes(self) -> ModuleType:
+        """A module with all operations of a quantized base."""
+        workload = replace(self.workload, base="nf4")
+        return module_of_everything(workload, Path(self._folder.name) / f"of_codes_{os.getpid()}")
 
     def __enter__(self) -> _Workbench:
         return self
@@ -318,17 +328,18 @@ class _Workbench:
         return bool(self.module._tma_serves(*matrices))
 
     def runner(
-        self, trial: Trial, sets: Sequence[Mapping[Symbol, torch.Tensor]], dtype: torch.dtype
+        self, trial: Trial, sets: Sequence[Mapping[Symbol, Any]], dtype: torch.dtype
     ) -> Callable[[], None]:
         """A call that runs a trial once on each set of buffers."""
         operation = trial.operation
+        module = self.of_codes if _decodes(operation) else self.module
         symbols = sorted({*operation.reads, *(operation.outputs if operation.accumulate else ())})
         key = None
         if isinstance(operation, Fused) and trial.constants:
             own = tiles_key(operation)
             key = f"{own} {dict(trial.constants)}".replace('"', "")
-            self.module._TILES[key] = {**self.module._TILES[own], **dict(trial.constants)}
-        namespace = {**vars(self.module), "scaling": 0.5, "b": None, "A_dtype": dtype, "B_dtype": dtype}
+            module._TILES[key] = {**module._TILES[own], **dict(trial.constants)}
+        namespace = {**vars(module), "scaling": 0.5, "b": None, "A_dtype": dtype, "B_dtype": dtype}
         exec(f"def run({', '.join(map(str, symbols))}):\n    {line(operation, tiles=key)}\n", namespace)
         run = namespace["run"]
         calls = [[tensors[symbol] for symbol in symbols] for tensors in sets]
@@ -339,19 +350,25 @@ class _Workbench:
 
         return run_all
 
-    def sets(self, point: Point, trials: Sequence[Trial], dtype: torch.dtype) -> list[dict[Symbol, torch.Tensor]]:
+    def sets(self, point: Point, trials: Sequence[Trial], dtype: torch.dtype) -> list[dict[Symbol, Any]]:
         """As many sets of random operands as fill the cache several times over."""
         symbols = sorted({s for trial in trials for s in (*trial.operation.reads, *trial.operation.outputs)})
         activations = sum(LINEAR[name].numel(point.dims) for name in ("X", "W", "dY")) * dtype.itemsize
         cache = torch.cuda.get_device_properties(self.device).L2_cache_size if self.on_gpu else _CPU_CACHE
         count = max(1, min(MOST_SETS, math.ceil(4 * cache / activations)))
-        return [
-            {
-                symbol: torch.randn([point.dims[d] for d in symbol.shape], device=self.device, dtype=dtype)
-                for symbol in symbols
-            }
-            for _ in range(count)
-        ]
+
+        def drawn(symbol: Symbol) -> Any:
+            shape = [point.dims[d] for d in symbol.shape]
+            if symbol.store == "code":
+                return random_codes(self.of_codes.Quantized, (shape[0], shape[1]), self.device, dtype)
+            return torch.randn(shape, device=self.device, dtype=dtype)
+
+        return [{symbol: drawn(symbol) for symbol in symbols} for _ in range(count)]
+
+
+def _decodes(operation: Operation) -> bool:
+    """Whether it reads the codes of a quantized base."""
+    return any(symbol.store == "code" for symbol in operation.reads)
 
 
 def _measure(bench: _Workbench, profile: Profile, dtype: str, point: Point) -> dict[Trial, list[float]]:

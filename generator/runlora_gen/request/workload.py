@@ -22,6 +22,7 @@ CHOICES = {
     "launch": ("eager", "compile", "graph"),
     "groups": ("auto", "none"),
     "bias": ("none", "all", "lora_only", "lora_bias"),
+    "base": ("plain", "nf4", "fp4"),
 }
 MAX_SAVED_BYTES = 2**50
 #: Above this, byte counts of a layer leave 64 bits; no training step is near it.
@@ -55,6 +56,8 @@ class Workload:
             ``lora_bias``, of an adapter on every linear. It is priced: modules give the gradient in any case.
         dropout: the probability with which the adapter's input is dropped while training, from 0 up to but not 1. Above
             0 the modules take it as an argument, whatever it is then.
+        base: how the frozen weights are stored: ``plain``, in ``dtype``; or ``nf4`` or ``fp4``, quantized to 4 bits by
+            bitsandbytes, and computed with in ``dtype``.
     """
 
     tokens: tuple[int, ...] = (4096,)
@@ -74,6 +77,12 @@ class Workload:
     groups: str = "auto"
     bias: str = "none"
     dropout: float = 0.0
+    base: str = "plain"
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the frozen weights are codes, of which a weight is made wherever it is read."""
+        return self.base != "plain"
 
 
 def parse_counts(option: str, values: Iterable[str], *, maximum: int, kilo: bool = False) -> tuple[int, ...]:

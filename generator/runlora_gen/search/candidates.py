@@ -9,7 +9,7 @@ from typing import TypeAlias
 from ..algebra.derivation import Derivation, Facts, Way
 from ..algebra.enumerate import Phase, Program, enumerate_backwards, enumerate_forwards, enumerate_programs
 from ..algebra.group import group
-from ..algebra.linear import DROPPED, LINEAR
+from ..algebra.linear import LINEAR, lone_linear
 from ..algebra.operations import Fused, Symbol
 from ..cost.device import device_for
 from ..cost.lower import cheaper, lowered, lowered_phase, phase_with_kernels, with_kernels
@@ -37,7 +37,7 @@ def setting_of(workload: Workload, site: Site, rank: int, tokens: int) -> Settin
         linears, widths = site.linears, site.out_features
         return _setting(
             workload,
-            group(linears, dropout=workload.dropout > 0),
+            group(linears, dropout=workload.dropout > 0, quantized=workload.quantized),
             site.in_features,
             sum(widths),
             rank,
@@ -51,7 +51,7 @@ def setting_of(workload: Workload, site: Site, rank: int, tokens: int) -> Settin
 
 def setting_for(workload: Workload, in_features: int, out_features: int, rank: int, bias: bool, tokens: int) -> Setting:
     """The setting in which a layer shape of this workload is priced; ``bias``: whether its base has one."""
-    derivation = DROPPED if workload.dropout else LINEAR
+    derivation = lone_linear(dropout=workload.dropout > 0, quantized=workload.quantized)
     return _setting(workload, derivation, in_features, out_features, rank, bias, tokens)
 
 
@@ -84,6 +84,7 @@ def _setting(
             **{f"O_{linear}": width for linear, width in zip(linears, widths, strict=True)},
             **{f"R_{linear}": rank for linear in linears},
         },
+        keeps_weights=workload.max_saved_bytes is not None,
     )
 
 

@@ -9,6 +9,6 @@ KERNEL = Kernel(
     call="{addend0}, {right0}, {left0}, {scaling0}",
     tiles={"BO": 32, "BI": 128, "WARPS": 4, "STAGES": 3},
     candidates=({"BO": 64}, {"BI": 256}),
-    helpers=frozenset({"merged_tile"}),
+    helpers=frozenset({"merged_tile", "update_tile"}),
     replaces="OR,RI->OI scaled added",
 )
