@@ -84,11 +84,25 @@ def peft_linear(linear: nn.Linear, rank: int, dtype: torch.dtype, dropout: float
     from peft.tuners.lora.layer import Linear as PeftLinear
 
     config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=dropout)
-    peft: nn.Module = PeftLinear(linear, adapter_name="default", config=config, r=rank, lora_alpha=rank)
+    return filled(PeftLinear(linear, adapter_name="default", config=config, r=rank, lora_alpha=rank), dtype)
+
+
+def filled(peft: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """One of PEFT's layers with random adapters in a dtype."""
+    base: Any = peft.base_layer
     for name, parameter in peft.named_parameters():
         if "lora_" in name:
-            parameter.data = torch.randn_like(parameter, dtype=dtype, device=linear.weight.device) * 0.01
+            parameter.data = torch.randn_like(parameter, dtype=dtype, device=base.weight.device) * 0.01
     return peft
+
+
+def peft_linear_of_4_bits(linear: Any, rank: int, dtype: torch.dtype) -> nn.Module:
+    """The same over bitsandbytes' linear of 4 bits."""
+    from peft.tuners.lora import LoraConfig
+    from peft.tuners.lora.bnb import Linear4bit
+
+    config = LoraConfig(r=rank, lora_alpha=rank)
+    return filled(Linear4bit(linear, adapter_name="default", config=config, r=rank, lora_alpha=rank), dtype)
 
 
 def contenders(

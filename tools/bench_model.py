@@ -11,6 +11,8 @@ frozen step of the same round and mode (median, least, most), and the peak memor
 gradients are from PEFT's says whether a contender computes the same. Rows of the same day, machine and versions that a
 result file has already are kept, so that a long measurement can be made in several runs.
 
+``--base nf4``: linears that bitsandbytes quantized to 4 bits, in all contenders and in the frozen step.
+
 ``--alone``: also what host and device need of a step by themselves (the host: until everything is launched; the device:
 the replay of a CUDA graph), and the same of the frozen linears alone, whose difference to the frozen step is what the
 model does beside its linears.
@@ -100,8 +102,8 @@ MODES = {
 }
 
 
-def llama(shape: Shape, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Layers with random weights, frozen, always the same."""
+def llama(shape: Shape, device: torch.device, dtype: torch.dtype, base: str = "plain") -> nn.Module:
+    """Layers with random weights, frozen, always the same; ``base``: how they are stored, as ``Workload`` has it."""
     transformers, masking = (import_module(name) for name in ("transformers", "transformers.masking_utils"))
     transformers.AttentionInterface.register("causal", causal)
     masking.AttentionMaskInterface.register("causal", lambda *args, **options: None)
@@ -119,7 +121,22 @@ def llama(shape: Shape, device: torch.device, dtype: torch.dtype) -> nn.Module:
     torch.manual_seed(0)
     with device:
         model: nn.Module = transformers.LlamaModel(config).to(dtype)
-    return model.requires_grad_(False)
+    return (model if base == "plain" else quantized(model, base, device, dtype)).requires_grad_(False)
+
+
+def quantized(model: nn.Module, base: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The model with the linears of bitsandbytes in place of its own: as Transformers loads it for QLoRA."""
+    modules: Any = import_module("bitsandbytes.nn.modules")
+    for name, linear in list(model.named_modules()):
+        if isinstance(linear, nn.Linear):
+            size = linear.in_features, linear.out_features
+            coded = modules.Linear4bit(*size, bias=False, compute_dtype=dtype, quant_type=base)
+            coded.weight = modules.Params4bit(linear.weight.data.cpu(), requires_grad=False, quant_type=base)
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, coded.to(device))
+    loaded: Any = model
+    loaded.is_loaded_in_4bit = True  # by which PEFT knows
+    return model
 
 
 class Step:
@@ -285,7 +302,7 @@ class Bench:
         self.results |= {title: dict(step.facts) for title, step in self.steps.items()}
 
     def _step(self, contender: Contender) -> Step:
-        layers = llama(self.shape, self.device, self.dtype)
+        layers = llama(self.shape, self.device, self.dtype, self.options.base)
         profile = self.options.profile or profile_of(layers)[0]
         setup = Setup(self.shape.rank, self.shape.tokens, self._folder, profile, axolotl=self.options.axolotl)
         return Step(contender, layers, setup, self._x, self._grad_output)
@@ -444,6 +461,7 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shapes", default="13b,8b", help="comma list of " + ", ".join(SHAPES))
     parser.add_argument("--contenders", default=default, help="comma list of " + ", ".join(CONTENDERS))
     parser.add_argument("--modes", default="eager,checkpointing,compiled", help="comma list of " + ", ".join(MODES))
+    parser.add_argument("--base", default="plain", choices=("plain", "nf4", "fp4"), help="how weights are stored")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--profile", help="device profile that the choice is made for [this device's]")
@@ -484,6 +502,8 @@ def main() -> None:
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "triton", "transformers", "peft")},
         "profile": options.profile or profile_of(nn.Linear(1, 1, device=device))[0],
     }
+    if options.base != "plain":
+        report |= {"base": options.base, "bitsandbytes": importlib.metadata.version("bitsandbytes")}
     rows = measured_before(options.json, report)
     problems = []
     with tempfile.TemporaryDirectory() as folder:

@@ -16,7 +16,6 @@ from .passes import CAST, Times, price_passes
 from .price import price_operation
 from .setting import Setting
 
-
 #: How bitsandbytes makes a weight.
 DEQUANTIZED = "W = dequantize(Q)"
 

@@ -283,7 +283,7 @@ def _cells(name: str, key: str, table: Any, value: Callable[[str], _Value]) -> d
             raise ValueError(
                 f"{name}: {len(line) - 1} columns at {shorten(line[0])}, {len(lines[0]) - 1} at {across[0]}"
             )
-    columns = list(zip(*(_sizes(name, line[1:]) for line in head), strict=True))
+    columns = list(zip(*(_sizes(name, line[1:]) for line in head), strict=True)) if across else [()]
     rows = [_sizes(name, line[0].split("x")) for line in body]
     if any(len(row) != len(down) for row in rows):
         raise ValueError(f"{name}: a line does not begin with {' x '.join(down)}")

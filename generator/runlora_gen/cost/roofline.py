@@ -9,7 +9,6 @@ from ..kernels.registry import KERNELS
 from .setting import Setting
 from .vector import OperationCost
 
-
 #: Launches of bitsandbytes' for a weight whose scales are quantized too: of the scales, of their offset, of the weight.
 DEQUANTIZING = 3
 

@@ -302,6 +302,11 @@ def _is_4_bits(module: Any) -> bool:
     return kind is not None and isinstance(module, kind) and type(module).forward is vars(kind)["forward"]
 
 
+def _quant_state(module: Any) -> Any:
+    """What bitsandbytes holds beside the codes of a linear: its parameter has it, and mostly the module as well."""
+    return getattr(module.weight, "quant_state", None) or module.quant_state
+
+
 def _reason(
     module: nn.Module, parent: nn.Module | None, path: str, tuner: nn.Module | None, head: str, embedded: set[int]
 ) -> str | None:
@@ -312,11 +317,9 @@ def _reason(
         return "its weight is parametrized"
     assert isinstance(weight, torch.Tensor)
     coded = _is_4_bits(module)
-    if coded and getattr(module, "quant_state", None) is None and weight.device.type != "meta":
+    if coded and _quant_state(module) is None and weight.device.type != "meta":
         return "quantized (Linear4bit), but not yet: move it to its device first"
-    if not coded and (
-        not weight.is_floating_point() or weight.dtype.itemsize == 1 or _is_packed(weight)
-    ):
+    if not coded and (not weight.is_floating_point() or weight.dtype.itemsize == 1 or _is_packed(weight)):
         return f"quantized ({type(weight).__name__} of {_dtype_name(weight.dtype)})"
     if weight.dim() != 2:
         return f"a weight of {weight.dim()} dimensions"
@@ -387,7 +390,7 @@ def _linear(path: str, module: nn.Module, layout: str, tuner: nn.Module | None) 
     adapters = () if tuner is None else tuple(_adapters(tuner))
     if _is_4_bits(module):
         linear: Any = module
-        state = linear.quant_state
+        state = _quant_state(module)
         dtype = linear.compute_dtype or (torch.get_default_dtype() if state is None else state.dtype)
         sizes = (linear.in_features, linear.out_features)
     else:

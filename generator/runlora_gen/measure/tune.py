@@ -327,9 +327,7 @@ class _Workbench:
         matrices = [torch.empty(2, side, device=self.device, dtype=TORCH_DTYPES[dtype]) for side in sides]
         return bool(self.module._tma_serves(*matrices))
 
-    def runner(
-        self, trial: Trial, sets: Sequence[Mapping[Symbol, Any]], dtype: torch.dtype
-    ) -> Callable[[], None]:
+    def runner(self, trial: Trial, sets: Sequence[Mapping[Symbol, Any]], dtype: torch.dtype) -> Callable[[], None]:
         """A call that runs a trial once on each set of buffers."""
         operation = trial.operation
         module = self.of_codes if _decodes(operation) else self.module
