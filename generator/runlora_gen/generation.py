@@ -166,7 +166,7 @@ def read_request(
 
 
 def of_model(model: Any, live: LiveModel) -> tuple[dict[str, Any], str]:
-    """What a live model says of its workload (dtypes, base, device, dropout, biases), and what to say of the profile."""
+    """What a live model says of its workload (dtypes, base, device, dropout, biases), and of the profile to be said."""
     base = dtype_name(live.dtype)
     adapters = {dtype_name(group.dtype) for group in live.adapters}
     adapter = adapters.pop() if len(adapters) == 1 else "fp32"

@@ -1,7 +1,7 @@
 """Sites, and ways of sites, that no module is generated for yet: what they will be, in the table's words.
 
-They show what the ground carries: a mask that is kept, drawn again or never made; a weight that is made from its codes,
-with the update merged before the one rounding; stacks of matrices of which each row takes its own.
+They show what the ground carries: a mask that is kept, drawn again or never made; stacks of matrices of which each row
+takes its own.
 """
 
 from __future__ import annotations
@@ -82,40 +82,6 @@ def dropout() -> Derivation:
             row("dA", "pt_h", "dA = P.T @ H", when=(DROPOUT,)),
         ),
     )  # fmt: skip
-
-
-def quantized() -> Derivation:
-    """The base is Q, codes of four bits with a scale for each block of a row.
-
-    W is dequantized, M is merged in the same pass, before its one rounding: there it is lossless, and an ordinary row.
-    """
-    return derive(
-        "linear on a quantized base",
-        symbols=_symbols(*COMMON, *GRADIENTS, "Q: O I, code", "scales: O J, acc32", "W: O I, weight", "M: O I, weight"),
-        arguments=(
-            Argument("X", gradient="dX", activation=True),
-            Argument("Q"),
-            Argument("scales"),
-            Argument("A", gradient="dA"),
-            Argument("B", gradient="dB"),
-        ),
-        outputs=("Y",),
-        output_gradients=("dY",),
-        base=("W = dequantize(Q, scales)", "Y = X @ W.T", "dX = dY @ W"),
-        table=(
-            *LOW_RANK,
-            row("W", "dequantize", "W = dequantize(Q, scales)"),
-            row("W", SAVED),
-            row("M", "in_pass", "merge: W := dequantize(Q, scales); M = W + s * B @ A"),
-            row("M", SAVED),
-            row("S", "x_at", "S = s * X @ A.T"),
-            *rows_of_sum("Y", Term("X @ W.T", first="base_first"), Term("S @ B.T")),
-            row("Y", "merged", "Y = X @ M.T"),
-            *rows_of_sum("dX", Term("dY @ W", first="base_first"), Term("P @ A")),
-            row("dX", "merged", "dX = dY @ M"),
-            row("dA", "pt_x", "dA = P.T @ X"),
-        ),
-    )
 
 
 def experts() -> Derivation:

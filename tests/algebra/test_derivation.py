@@ -210,16 +210,16 @@ def test_a_kernel_reads_what_it_does_not_make_and_writes_what_is_not_within_it()
     symbols = {
         symbol.name: symbol
         for symbol in (
-            *(Symbol("Q", ("O", "I"), "code"), Symbol("scales", ("O",), "acc32"), Symbol("W", ("O", "I"), "weight")),
-            *(Symbol("M", ("O", "I"), "weight"), Symbol("A", ("R", "I")), Symbol("B", ("O", "R"))),
+            *(Symbol("Q", ("O", "I"), "code"), Symbol("W", ("O", "I"), "weight"), Symbol("M", ("O", "I"), "weight")),
+            *(Symbol("A", ("R", "I")), Symbol("B", ("O", "R"))),
         )
     }
-    text = "merge: W := dequantize(Q, scales); M = W + s * B @ A"
+    text = "merge: W := dequantize(Q); M = W + s * B @ A"
     merge = parse(text, symbols)
     assert isinstance(merge, Fused) and str(merge) == text and merge.inner == (symbols["W"],)
-    assert [str(symbol) for symbol in merge.reads] == ["Q", "scales", "B", "A"]
+    assert [str(symbol) for symbol in merge.reads] == ["Q", "B", "A"]
     assert merge.outputs == (symbols["M"],)
-    assert merge.formula == "W = dequantize(Q, scales), M = W + s B A"
+    assert merge.formula == "W = dequantize(Q), M = W + s B A"
     assert [str(product) for product in merge.products] == ["M = W + s * B @ A"]
     written = parse(text.replace(":=", "="), symbols)
     assert written.outputs == (symbols["W"], symbols["M"]) and written != merge

@@ -12,16 +12,15 @@ from runlora_gen.cost.device import load_device
 from runlora_gen.cost.price import price, price_frozen, price_operation
 from runlora_gen.cost.setting import DTYPES, Setting
 
-from .sketches import DROPOUT, dropout, experts, quantized
+from .sketches import DROPOUT, dropout, experts
 
 ALL = ("dX", "dA", "dB")
 BF16 = DTYPES["bf16"]
-T, I, O, R, E, J = 4096, 5120, 13824, 16, 8, 80  # noqa: E741 - as the formulas have it
+T, I, O, R, E = 4096, 5120, 13824, 16, 8  # noqa: E741 - as the formulas have it
 
 
 def setting(derivation: Derivation) -> Setting:
-    sizes = {"E": E, "J": J}
-    return Setting(T, I, O, R, BF16, BF16, False, frozenset(ALL), load_device("h100"), derivation, sizes)
+    return Setting(T, I, O, R, BF16, BF16, False, frozenset(ALL), load_device("h100"), derivation, {"E": E})
 
 
 def priced(programs: Iterable[Program]) -> None:
@@ -32,7 +31,7 @@ def priced(programs: Iterable[Program]) -> None:
         assert frozen < cost.time_s < 10 * frozen and cost.flops > 4 * T * I * O
 
 
-@pytest.mark.parametrize("make", [dropout, quantized, experts])
+@pytest.mark.parametrize("make", [dropout, experts])
 def test_their_formulas_parse_back(make: Callable[[], Derivation]) -> None:
     site = make()
     assert all(site.parse(str(operation)) == operation for operation in site.operations)
@@ -66,23 +65,6 @@ def test_under_dropout_a_mask_is_kept_or_drawn_again_and_nothing_is_merged() -> 
     assert saved("K8") == x + T * I and saved("K1") == x + T * I // 8
     assert saved("H", "K1") == x + T * I // 8 and saved("H", "S", "K8") == x + T * I + T * R * 2
     assert saved() == x
-
-
-def test_a_quantized_base_is_dequantized_kept_or_merged_in_the_same_pass() -> None:
-    site = quantized()
-    programs = enumerate_programs(site, ALL)
-    # Forward split or merged. Backward: S kept or not; dX by W or by M, kept or made again.
-    assert len(programs) == 2 * 2 * (2 * 2)
-    priced(programs)
-    where = setting(site)
-    codes = O * I // 2 + O * J * 4
-    plain, merged = (next(op for op in site.operations if op.outputs == (site[name],)) for name in "WM")
-    assert price_operation(plain, where).bytes_moved == codes + O * I * 2
-    # Frozen, it is dequantized once and read by both products.
-    products = (price_operation(site.parse(text), where).device_s for text in ("Y = X @ W.T", "dX = dY @ W"))
-    assert price_frozen(where) == pytest.approx(price_operation(plain, where).device_s + sum(products))
-    # W is made within the pass: neither written nor read.
-    assert price_operation(merged, where).bytes_moved == codes + O * I * 2 + (O * R + R * I) * 2
 
 
 def test_experts_cost_by_their_rows_and_hold_by_their_count() -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 import re
 
-from runlora_gen.algebra.linear import DROPPED, LINEAR
+from runlora_gen.algebra.linear import DROPPED, LINEAR, QUANTIZED
 from runlora_gen.algebra.operations import Map, Operation, Symbol, parse
 from runlora_gen.algebra.work import work
 from runlora_gen.kernels.sites import OPERATIONS, WORKS
 
-SYMBOLS = {**DROPPED.symbols, **LINEAR.symbols}
+SYMBOLS = {**DROPPED.symbols, **QUANTIZED.symbols, **LINEAR.symbols}
 #: What stands in the profiles of users: no change of a formula, of its print or of a symbol's name may change it.
 KEYS = {
     "S = s * X @ A.T": "TI,RI->TR scaled",
@@ -44,6 +44,11 @@ KEYS = {
     "pt_x: dA = P.T @ X": "pt_x: TR,TI->RI",
     "merge: M = W + s * B @ A": "merge: OR,RI->OI scaled added",
     "merge_stochastic: M = W + s * B @ A": "merge_stochastic: OR,RI->OI scaled added",
+    "W = dequantize(Q)": "OI->OI dequantize",
+    "dequantize: W = dequantize(Q)": "dequantize: OI->OI dequantize",
+    "dequantize_merged: W := dequantize(Q); M = W + s * B @ A": (
+        "dequantize_merged: OI->OI dequantize inner; OR,RI->OI scaled added"
+    ),
     "K = draw(dropout)": "->TI draw",
     "H = drop(X, K)": "TI,TI->TI drop",
     "dX = drop(dH, K)": "TI,TI->TI drop",

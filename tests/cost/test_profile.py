@@ -153,8 +153,15 @@ def test_those_of_the_package_are_compact_and_as_they_are_written(path: Path) ->
     assert len(text) < 40_000 and text.count("\n") < 600 and max(map(len, text.splitlines())) < 140
     profile = read(text)
     if profile.times:
-        assert render_profile(profile) == text
-        assert sum(len(times) for by_work in profile.times.values() for times in by_work.values()) > text.count("\n")
+        head, _, tables = text.partition("[tflops]")
+        rendered = render_profile(profile).partition("[tflops]")
+        assert tables == rendered[2]
+        # Beside tables of another profile, which stand in for those that it lacks, figures were put in by hand.
+        if profile.measured_on is None:
+            assert head == rendered[0]
+            assert sum(len(times) for by_work in profile.times.values() for times in by_work.values()) > text.count(
+                "\n"
+            )
 
 
 KERNEL, COMPILED, BOTH = "kernel_host_us = 20\n", "compiled_host_us = 5\n", "compiled_kernel_host_us = 4\n"

@@ -20,6 +20,7 @@ from runlora_gen.kernels.registry import FOLDER, KERNELS
 
 NAMES = list(KERNELS)
 GEMM = KERNELS["fused_gemm"]
+QUANTIZED = (FOLDER.parents[2] / "templates" / "parts" / "quantized.jinja").read_text(encoding="utf-8")
 
 
 def rendered(name: str, template: str) -> str:
@@ -47,6 +48,10 @@ def test_every_template_renders(name: str) -> None:
     schema = ast.literal_eval(assignment.value.args[0])  # type: ignore[attr-defined]
     arguments = [argument.arg for argument in functions[f"_launch_{name}"].args.args]
     taken = [text.split()[-1] for text in re.findall(r"\((.*)\) ->", schema)[0].split(", ")]
+    if "Q" in arguments:  # an operator takes the parts of what codes are held in, one by one
+        parts = re.findall(r"^    (\w+): ", QUANTIZED.partition("\n    @staticmethod")[0], re.MULTILINE)
+        assert arguments[0] == "Q" and taken[: len(parts)] == parts and len(parts) == 11
+        taken[: len(parts)] = "Q"
     assert taken == [*arguments[:-1], "*", "tiles"] and arguments[-1] == "tiles"
     # A kernel of several linears may be called with a dtype for each, and give all the same. One that is told what is
     # needed gets nothing to read for the rest.
@@ -60,14 +65,23 @@ def test_every_template_renders(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_records_are_whole(name: str) -> None:
     kernel = KERNELS[name]
-    assert kernel.launches > 0 and {"WARPS", "STAGES"} <= kernel.tiles.keys()
+    # Where there is no loop, there are no stages of one.
+    assert kernel.launches > 0 and {"WARPS", *(() if name == "dequantize" else ("STAGES",))} <= kernel.tiles.keys()
     assert bool(kernel.small_tiles) == ("descriptors" in kernel.helpers)
     assert kernel.priced_as is None or KERNELS[kernel.priced_as].tiles.keys() <= kernel.tiles.keys()
     assert kernel.seeded == ("seed" in kernel.call.split(", "))
     assert {} not in kernel.candidates
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if "codes" in KERNELS[name].helpers])
+def test_what_reads_codes_has_no_limit_of_its_own(name: str) -> None:
+    """Its launch asks of them what all of these kernels do."""
+    plain = Kernel(launches=1, call="", tiles={})
+    assert KERNELS[name].dtypes == plain.dtypes and KERNELS[name].largest_rank is None
+    assert re.search(r"_decodes\(Q\)|_serves\(Q, ", rendered(name, "launch"))
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "codes" not in KERNELS[name].helpers])
 def test_every_limit_reaches_the_launch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another limit in the record is another one there, and none is none."""
 

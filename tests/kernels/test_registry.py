@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 import pytest
 from runlora_gen.algebra.group import group as group_of
-from runlora_gen.algebra.linear import DROPPED, LINEAR
+from runlora_gen.algebra.linear import DROPPED, LINEAR, QUANTIZED
 from runlora_gen.algebra.operations import Fused
 from runlora_gen.algebra.sites import DERIVATIONS
 from runlora_gen.algebra.work import work
@@ -27,7 +27,10 @@ DROPPING = {
     for operation in operations_of(site)
     if isinstance(operation, Fused)
 }
-FUSED = {operation.kernel: operation for operation in operations_of(LINEAR) if isinstance(operation, Fused)}
+FUSED, DECODING = (
+    {operation.kernel: operation for operation in operations_of(site) if isinstance(operation, Fused)}
+    for site in (LINEAR, QUANTIZED)
+)
 
 
 def test_every_folder_is_a_kernel_with_all_its_files() -> None:
@@ -40,17 +43,21 @@ def test_every_folder_is_a_kernel_with_all_its_files() -> None:
 
 
 def test_every_kernel_is_of_a_site() -> None:
-    assert FUSED.keys() | operations(("q", "k")).keys() | DROPPING.keys() == KERNELS.keys()
+    assert FUSED.keys() | DECODING.keys() | operations(("q", "k")).keys() | DROPPING.keys() == KERNELS.keys()
+    assert DECODING.keys() - FUSED.keys() == {"dequantize", "dequantize_merged"}
     for name, kernel in KERNELS.items():
-        if name not in FUSED:
+        if name not in FUSED and name not in DECODING:
             assert kernel.priced_as in FUSED and not kernel.replaces, "of several linears, or of what is left of X"
             continue
-        in_rows = any(isinstance(op, Fused) and op.kernel == name for op in LINEAR.operations)
+        rows = (*LINEAR.operations, *QUANTIZED.operations)
+        in_rows = any(isinstance(op, Fused) and op.kernel == name for op in rows)
         assert in_rows != bool(kernel.replaces), "of several products, in a row, or in the place of a single one"
 
 
 def test_what_is_shared_has_every_helper() -> None:
-    shared = (FOLDER / "support.jinja").read_text() + (FOLDER / "tiles.jinja").read_text()
+    parts = FOLDER.parents[2] / "templates" / "parts"
+    files = (FOLDER / "support.jinja", FOLDER / "tiles.jinja", parts / "quantized.jinja")
+    shared = "".join(file.read_text(encoding="utf-8") for file in files)
     for kernel in KERNELS.values():
         assert all(f'"{helper}" in module.helpers' in shared for helper in kernel.helpers - {"F"})
 
@@ -64,6 +71,13 @@ def test_calls_follow_from_the_formulas() -> None:
         'dA = _pt_x(P, X, A_dtype, tiles="dA")',
         'M = _merge(W, A, B, scaling, tiles="M")',
         'M = _merge_stochastic(W, A, B, scaling, seed, tiles="M")',
+    }
+
+
+def test_calls_that_read_codes() -> None:
+    assert {line(operation) for operation in DECODING.values() if operation.kernel not in FUSED} == {
+        'W = _dequantize(Q, tiles="W")',
+        'M = _dequantize_merged(Q, A, B, scaling, tiles="M")',
     }
 
 

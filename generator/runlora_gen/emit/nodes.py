@@ -25,7 +25,7 @@ from ..search.ranges import LayerChoice
 from .code import dtype_of, helpers_of, numbers_of
 from .derivation_text import forward_text, program_text
 from .kernel_notes import KernelCall, KernelNode, Tiles, kernels_note, listed, tiles_note
-from .statements import Block, backward_blocks, forward_statements, guard, unpack_needs, witnesses
+from .statements import Block, backward_blocks, forward_statements, guard, parts_of_forward, unpack_needs, witnesses
 from .units import show_reason
 
 #: What a line of a comment on a constant begins with.
@@ -40,6 +40,7 @@ class FunctionNode:
     id: str
     doc: tuple[str, ...]
     forward: tuple[str, ...]
+    parts: tuple[tuple[str, ...], tuple[str, ...]] | None  # what makes what is kept, and what makes the output of it
     outputs: tuple[str, ...]  # of the site, and what is kept beside them
     kept: tuple[str, ...]  # what the forward makes for the backward
     inputs: str  # the left side that takes from the inputs what is saved or asked
@@ -404,6 +405,7 @@ def _function(variant: _Variant, workload: Workload, class_name: str, owner: str
         id=program.id,
         doc=tuple(program_text(variant.candidate, variant.decision, workload, variant.note, width)),
         forward=forward_statements(program.forward, setting, owner),
+        parts=None if len(site.outputs) > 1 or seeded(program) else parts_of_forward(program.forward, setting, owner),
         outputs=(*map(str, site.outputs), *made),
         kept=tuple(made),
         inputs=", ".join(a.name if a.name in used else "_" for a in site.arguments),

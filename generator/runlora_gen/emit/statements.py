@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..algebra.derivation import Derivation
 from ..algebra.enumerate import Phase
 from ..algebra.liveness import is_told
 from ..algebra.operations import Draw, Map, Symbol, products
-from ..algebra.schedule import schedule
+from ..algebra.schedule import Step, schedule
 from ..cost.setting import Setting
 from .code import drawn_line, line, seeds_line
 
@@ -48,8 +48,40 @@ def forward_statements(phase: Phase, setting: Setting, owner: str) -> tuple[str,
 
     ``owner``: of the constants of kernels: see :func:`.code.tiles_key`.
     """
+    return _statements(_forward_steps(phase, setting), owner)
+
+
+def parts_of_forward(phase: Phase, setting: Setting, owner: str) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
+    """The statements of a forward that make what it keeps, and the others, which read no more of them than that.
+
+    None where the others do, or where nothing is kept, or is there already.
+    """
+    kept = set(phase.keeps) - set(phase.held)
+    needed, first, rest = set(kept), list[Step](), list[Step]()
+    steps = _forward_steps(phase, setting)
+    # A mask is drawn and dropped by in one call.
+    needed.update(
+        step.operation.out for step in steps if isinstance(step.operation, Map) and kept & {*step.operation.reads}
+    )
+    for step in reversed(steps):
+        if needed.isdisjoint(step.operation.outputs):
+            rest.insert(0, step)
+        else:
+            needed.update(step.operation.reads)
+            first.insert(0, replace(step, frees=()))
+    made = {symbol for step in first for symbol in step.operation.outputs} - kept
+    if not kept or any(not made.isdisjoint(step.operation.reads) for step in rest):
+        return None
+    rest = [replace(step, frees=tuple(symbol for symbol in step.frees if symbol not in made)) for step in rest]
+    return _statements(first, owner), _statements(rest, owner)
+
+
+def _forward_steps(phase: Phase, setting: Setting) -> list[Step]:
+    return [step for step in schedule(phase, setting.bytes_of).steps if step.operation.outputs[0] not in phase.held]
+
+
+def _statements(steps: Sequence[Step], owner: str) -> tuple[str, ...]:
     lines = []
-    steps = [step for step in schedule(phase, setting.bytes_of).steps if step.operation.outputs[0] not in phase.held]
     maps = [step.operation for step in steps if isinstance(step.operation, Map)]
     drops = {draw: drop for drop in maps for draw in drop.operands}  # by their masks
     draws = [step.operation for step in steps if isinstance(step.operation, Draw)]

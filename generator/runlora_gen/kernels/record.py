@@ -59,7 +59,8 @@ class Kernel:
         call: the arguments of its call in the emitted code, from the parts of the operation: ``left0`` is the left
             operand of the first product as the formula has it, ``left0T`` its transpose; likewise ``right``,
             ``addend``, ``bias`` and ``scaling``; ``seed0`` is what the first mask is drawn from, ``dropped0`` what is
-            dropped first, ``codes0`` what is dequantized; ``dtypes`` are those of results that are gradients of parameters, ``needs`` whether each
+            dropped first, ``codes0`` what is
+            dequantized; ``dtypes`` are those of results that are gradients of parameters, ``needs`` whether each
             result is wanted, where it is told. Where it is of
             several linears, ``*left0`` is the tuple of the left operands of all parts that do what the first one does,
             one a linear, ``*left1`` that of the next kind of part; likewise the others.
