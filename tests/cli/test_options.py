@@ -217,3 +217,37 @@ def test_all_variants_holds_every_pair_and_every_paper_label(
     assert len(variants) == len(set(variants.values()))
     labels = [label for v in layer["variants"] for label in v["paper_labels"]]
     assert sorted(labels) == [f"forward{i}/backward{j}" for i in range(1, 5) for j in range(1, 9)]
+
+
+class TestBase:
+    @pytest.mark.parametrize("base", ["nf4", "fp4"])
+    def test_it_is_in_the_command_and_in_what_is_generated(self, run, tmp_path: Path, base: str) -> None:
+        spec = ("--arch", "llama-9m", "--target-modules", "q_proj", "--rank", "8", *NARROW, "--no-kernels")
+        run(*spec, "--base", base, "-o", tmp_path).ok()
+        folder = tmp_path / "llama_9m_r8"
+        manifest = json.loads((folder / "manifest.json").read_text())
+        assert manifest["workload"]["base"] == base and f" --base {base} " in manifest["command"]
+        text = (folder / "linear_128x128_r8.py").read_text()
+        assert f" --base {base} " in text.partition('"""')[0] and "class Quantized(NamedTuple):" in text
+        assert "\nQUANTIZED = True\n" in (folder / "shapes.py").read_text()
+        run(*manifest["command"].split()[1:-1], tmp_path, "--check").ok()
+
+    def test_plain_is_what_is_taken_unless_it_is_given(self, generate) -> None:
+        manifest, text = generate()
+        assert manifest["workload"]["base"] == "plain" and "--base" not in manifest["command"]
+        assert generate("--base", "plain") == (manifest, text) and "Quantized" not in text
+
+    def test_what_is_allowed_is_named(self, run, tmp_path: Path) -> None:
+        spec = ("--arch", "llama-9m", "--rank", "8", "--base", "int8", "-o", tmp_path / "out")
+        assert run(*spec).error() == "Invalid value for '--base': 'int8' is not one of 'plain', 'nf4', 'fp4'."
+        assert not (tmp_path / "out").exists()
+
+    def test_explain_prices_what_is_made_of_codes(self, run) -> None:
+        spec = ("explain", "--arch", "llama-13b", "--target-modules", "q_proj", "--rank", "8", *NARROW)
+        plain, coded = (json.loads(run(*spec, *more, "--json").ok().out) for more in ((), ("--base", "nf4")))
+        for of in ("frozen", "peft"):
+            assert coded["model"][of]["device_us"] > plain["model"][of]["device_us"]
+        (layer,) = coded["layers"]
+        assert layer["variants"] and not any("W" in variant["keeps"] for variant in layer["variants"])
+        text = run(*spec, "--base", "nf4").ok().out
+        assert "× frozen" in text and "× PEFT" in text

@@ -403,3 +403,66 @@ def test_a_model_is_left_as_it_was() -> None:
 def test_names_are_asked_for_or_the_model_types() -> None:
     assert read_model(tiny_llama()).architecture.name == "llama"
     assert read_model(tiny_llama(), name="My Llama 3.1").architecture.name == "my_llama_3_1"
+
+
+# Bases of 4 bits
+
+
+def quantized_linear(
+    kind: str = "nf4", compute: Any = None, *, device: str | None = "cpu", bias: bool = False, out_features: int = 4
+) -> Any:
+    modules = pytest.importorskip("bitsandbytes.nn", reason="needs bitsandbytes")
+    with torch.device("meta" if device == "meta" else "cpu"):  # as models are built to look at their shapes
+        linear = modules.Linear4bit(64, out_features, bias=bias, compute_dtype=compute, quant_type=kind)
+    return linear.to("cpu") if device == "cpu" else linear
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_bases_of_4_bits_are_read_by_their_features(kind: str, device: str) -> None:
+    """Whatever shape their codes have, and on the meta device too, where there are none."""
+    read = read_model(
+        Plain(
+            q_proj=lambda: quantized_linear(kind, torch.bfloat16, device=device, bias=True),
+            v_proj=lambda: quantized_linear(kind, torch.bfloat16, device=device, out_features=8),
+        )
+    )
+    assert shapes(read) == {("q_proj", 64, 4, True): 2, ("v_proj", 64, 8, False): 2}
+    assert read.base == kind and read.bases == (kind,) and not read.left_out
+    assert read.dtype == torch.bfloat16, "that in which they are computed"
+
+
+def test_what_is_not_quantized_yet_is_named() -> None:
+    read = read_model(Plain(taken=lambda: nn.Linear(8, 4), other=lambda: quantized_linear(device=None)))
+    reason = "quantized (Linear4bit), but not yet: move it to its device first"
+    assert dict(read.left_out) == {"layers.*.other": reason} and read.bases == ("plain",)
+
+
+def test_one_base_is_read_at_a_time() -> None:
+    """That of most linears with adapters, or else of most, unless one is asked for."""
+    model = Plain(
+        q_proj=lambda: quantized_linear(compute=torch.float16),
+        k_proj=lambda: quantized_linear(compute=torch.float16),
+        o_proj=lambda: nn.Linear(8, 4),
+    )
+    read, plain = read_model(model), read_model(model, base="plain")
+    assert (read.base, read.bases) == ("nf4", ("nf4", "plain")) and (plain.base, plain.bases) == ("plain", read.bases)
+    assert {p.name for p in read.architecture.projections} == {"q_proj", "k_proj"}
+    assert dict(read.left_out) == {"layers.*.o_proj": "not quantized"} and read.dtype == torch.float16
+    assert shapes(plain) == {("o_proj", 8, 4, True): 2} and plain.dtype == torch.float32
+    assert set(plain.left_out.values()) == {"quantized to 4 bits"}
+    with pytest.raises(SpecError, match=r"no linear that LoRA can be generated for; left out: .*quantized to 4 bits"):
+        read_model(model, base="fp4")
+    with_adapters = read_model(adapted(model, r=2, target_modules=["o_proj"]))
+    assert (with_adapters.base, with_adapters.bases) == ("plain", ("plain",))
+
+
+def test_a_subclass_with_a_forward_of_its_own_is_no_linear_of_4_bits() -> None:
+    modules = pytest.importorskip("bitsandbytes.nn", reason="needs bitsandbytes")
+
+    class Other(modules.Linear4bit):  # type: ignore[misc, name-defined]
+        def forward(self, x: Any) -> Any:
+            return 2 * super().forward(x)
+
+    read = read_model(Plain(taken=lambda: nn.Linear(8, 4), other=lambda: Other(64, 4, quant_type="nf4").to("cpu")))
+    assert read.base == "plain" and list(read.left_out) == ["layers.*.other"]

@@ -39,7 +39,7 @@ kinds = st.sampled_from(["nf4", "fp4"])
 @pytest.fixture(scope="module")
 def module(load: Any) -> ModuleType:
     """Every variant on a quantized base, with our kernels wherever one serves, with the table's tiles."""
-    workload = Workload(base="nf4", adapter_dtype="bf16", launch="graph", device="h200")
+    workload = Workload(base="nf4", adapter_dtype="bf16", launch="graph", device="h100")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DeviceProfile, "tiles_for", lambda *args: {})
         patch.setattr(
