@@ -105,7 +105,8 @@ def checks(modules: Sequence[str], part: str, examples: int) -> Iterator[Check]:
     groups = [_Group(name, _function_of(module)) for name, module in loaded.items() if hasattr(module, "LINEARS")]
     lone = [name for name, module in loaded.items() if hasattr(module, "lora_linear")]
     dropout = any("dropout" in inspect.signature(loaded[name].lora_linear).parameters for name in lone)
-    source = render_test(lone, groups=groups, dropout=dropout, shared=shared)
+    quantized = any(hasattr(module, "Quantized") for module in loaded.values())
+    source = render_test(lone, groups=groups, dropout=dropout, quantized=quantized, shared=shared)
     exec(compile(ast.parse(source), "<properties>", "exec"), tests.__dict__)
     properties = [value for name, value in vars(tests).items() if name.startswith("test_") and name not in _LEFT_OUT]
     for function in properties:
