@@ -111,6 +111,49 @@ def test_models_with_groups() -> None:
     assert f"Both have the same peaks; compiled {peaks} MiB" in said
 
 
+def test_models_of_4_bits() -> None:
+    (row,) = results("model_nf4_h100.json")["rows"]
+    said = " ".join(README.split())
+    for name, result in row["results"].items():
+        if name == "frozen":
+            continue
+        modes = ("eager", "compiled", "checkpointing")
+        cells = " | ".join(over_frozen(result, mode) if mode in result else "–" for mode in modes)
+        label = f"**{name}**" if name == "ours" else name
+        assert f"| {label} | {cells} | {result['eager']['peak_total_bytes'] / 2**20:.0f} MiB |" in README
+    ours, theirs = (row["results"][name] for name in ("ours", "PEFT default (fp32 adapters, autocast)"))
+    shown, others = (
+        "{}, {} and {}".format(*(over_frozen(r, mode) for mode in ("eager", "compiled", "checkpointing")))
+        for r in (ours, theirs)
+    )
+    assert f"ours takes {shown} of the frozen NF4 step, PEFT's default {others} (" in said
+    pair = [(over_frozen(ours, mode), over_frozen(theirs, mode)) for mode in ("eager", "checkpointing")]
+    assert (
+        f"took {pair[0][0]} of the frozen step in eager mode and {pair[1][0]} with checkpointing, PEFT's default "
+        f"{pair[0][1]} and {pair[1][1]} (" in said
+    )
+
+
+def test_linears_of_4_bits() -> None:
+    for row in results("quantized_h100.json")["rows"]:
+
+        def cell(name: str, mode: str = "graph", of: Any = row["results"]) -> str:
+            over, own = (of[name][mode][key]["median"] for key in ("over_frozen", "over_own"))
+            return f"{over:.2f} ({own:.2f})"
+
+        cells = [f"{row['tokens']}, {row['shape'].replace('x', '→')}", cell("peft"), cell("peft fp32 adapters")]
+        cells += [f"**{cell('generated')}**", cell("in_pass, fused"), cell("in_pass, in_pass")]
+        assert f"| {' | '.join([*cells, cell('generated', 'forward')])} |" in README
+    small, large = (results("quantized_h100.json")["rows"][at]["kernels"] for at in (1, 2))
+    library = " | ".join(f"{kernels['bitsandbytes']['median_us']:.1f} µs" for kernels in (small, large))
+    assert f"| bitsandbytes makes W | {library} |" in README
+    for name in ("dequantize", "dequantize_merged"):
+        times, over = ([kernels[name][key] for kernels in (small, large)] for key in ("median_us", "over_bytes"))
+        ends = (" of the time of its bytes" if name == "dequantize" else "", "")
+        cells = [f"{time:.1f} µs, {ratio:.2f}{end}" for time, ratio, end in zip(times, over, ends, strict=True)]
+        assert f"| `{name}` | {' | '.join(cells)} |" in README
+
+
 def test_models_with_dropout() -> None:
     rows = {row["shape"]: row["results"] for row in results("model_dropout_h100.json")["rows"]}
     peft, ours = ("PEFT, 16-bit adapters, dropout 0.05", "ours for graphs, 16-bit adapters, dropout 0.05")

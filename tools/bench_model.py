@@ -102,8 +102,17 @@ MODES = {
 }
 
 
-def llama(shape: Shape, device: torch.device, dtype: torch.dtype, base: str = "plain") -> nn.Module:
-    """Layers with random weights, frozen, always the same; ``base``: how they are stored, as ``Workload`` has it."""
+def llama(
+    shape: Shape,
+    device: torch.device,
+    dtype: torch.dtype,
+    base: str = "plain",
+    storage: torch.dtype = torch.uint8,
+) -> nn.Module:
+    """Layers with random weights, frozen, always the same.
+
+    ``base``: how they are stored, as ``Workload`` has it; ``storage``: codes in tensors of this dtype.
+    """
     transformers, masking = (import_module(name) for name in ("transformers", "transformers.masking_utils"))
     transformers.AttentionInterface.register("causal", causal)
     masking.AttentionMaskInterface.register("causal", lambda *args, **options: None)
@@ -121,17 +130,18 @@ def llama(shape: Shape, device: torch.device, dtype: torch.dtype, base: str = "p
     torch.manual_seed(0)
     with device:
         model: nn.Module = transformers.LlamaModel(config).to(dtype)
-    return (model if base == "plain" else quantized(model, base, device, dtype)).requires_grad_(False)
+    return (model if base == "plain" else quantized(model, base, device, dtype, storage)).requires_grad_(False)
 
 
-def quantized(model: nn.Module, base: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def quantized(model: nn.Module, base: str, device: torch.device, dtype: torch.dtype, storage: torch.dtype) -> nn.Module:
     """The model with the linears of bitsandbytes in place of its own: as Transformers loads it for QLoRA."""
     modules: Any = import_module("bitsandbytes.nn.modules")
     for name, linear in list(model.named_modules()):
         if isinstance(linear, nn.Linear):
             size = linear.in_features, linear.out_features
-            coded = modules.Linear4bit(*size, bias=False, compute_dtype=dtype, quant_type=base)
-            coded.weight = modules.Params4bit(linear.weight.data.cpu(), requires_grad=False, quant_type=base)
+            how = {"quant_type": base, "quant_storage": storage}
+            coded = modules.Linear4bit(*size, bias=False, compute_dtype=dtype, **how)
+            coded.weight = modules.Params4bit(linear.weight.data.cpu(), requires_grad=False, module=coded, **how)
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, coded.to(device))
     loaded: Any = model

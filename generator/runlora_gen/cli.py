@@ -320,6 +320,7 @@ def explain(variants: bool, show_all: bool, as_json: bool, **options: Any) -> No
             "tokens": tokens,
             "dtype": workload.dtype,
             "adapter_dtype": workload.adapter_dtype,
+            "base": workload.base,
             "device": workload.device,
             "launch": workload.launch,
             "model": gain_data(found),
@@ -328,6 +329,7 @@ def explain(variants: bool, show_all: bool, as_json: bool, **options: Any) -> No
         }
         click.echo(json.dumps(data, indent=1))
         return
+    base = f" on {workload.base}" if workload.quantized else ""
     # What runs: groups, and of each shape the linears that are in none.
     shapes = {(layer.in_features, layer.out_features): decision for layer, decision in decided.items()}
     rows: list[tuple[Site, Decision]] = [
@@ -342,7 +344,7 @@ def explain(variants: bool, show_all: bool, as_json: bool, **options: Any) -> No
         console.print(line, markup=False)
     console.print()
     console.print(
-        f"{found.linears} LoRA linears of {architecture.name}, rank {rank}, {tokens} tokens, {workload.dtype}, "
+        f"{found.linears} LoRA linears of {architecture.name}, rank {rank}, {tokens} tokens, {workload.dtype}{base}, "
         f"{'' if workload.bias == 'none' else 'biases trained, '}{decisions[0].setting.device.title}"
     )
     console.print(gain_table(*zip(*rows, strict=True)))

@@ -17,7 +17,7 @@ def data(run) -> dict:
 
 
 def test_json_says_what_was_asked_and_what_came_out(data: dict) -> None:
-    assert list(data)[:8] == [
+    assert list(data)[:9] == [
         "arch",
         "rank",
         "batch",
@@ -25,6 +25,7 @@ def test_json_says_what_was_asked_and_what_came_out(data: dict) -> None:
         "checkpointing",
         "dtype",
         "adapter_dtype",
+        "base",
         "device",
     ]
     assert (data["batch"], data["sequence"], data["checkpointing"]) == (2, 2048, False)

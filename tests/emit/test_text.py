@@ -110,7 +110,8 @@ def test_files_are_those_of_the_contract(made: Path) -> None:
         rest.add("groups.py")
     if is_folder(made):
         has_kernels = any("@triton.jit" in text for text in sources(made).values())
-        rest |= {f"{name}.py" for name in SHARED if name != "kernels" or has_kernels}
+        has = {"kernels": has_kernels, "quantized": False}
+        rest |= {f"{name}.py" for name in SHARED if has.get(name, True)}
     assert {path.name for path in made.iterdir()} == modules | rest
     assert (made / "py.typed").read_bytes() == b""
 

@@ -5,6 +5,7 @@ Without a GPU the kernels run in Triton's interpreter, which takes float16 and f
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -34,6 +35,13 @@ SHAPES = [(1, 1), (7, 9), (1, 130), (33, 62), (24, 40), (64, 64), (96, 100), (17
 
 few = settings(max_examples=40 if GPU else 12, deadline=None)
 kinds = st.sampled_from(["nf4", "fp4"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_is_compiled() -> Iterator[None]:
+    """On a CPU bitsandbytes compiles some of its operators, anew for some sizes: half a minute."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @pytest.fixture(scope="module")

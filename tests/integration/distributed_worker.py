@@ -31,9 +31,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 if __package__:
-    from .models import RANK, VOCABULARY, checkpointed, gradients, llama, with_lora
+    from .models import RANK, VOCABULARY, checkpointed, coded, gradients, llama, with_lora
 else:  # torchrun
-    from models import RANK, VOCABULARY, checkpointed, gradients, llama, with_lora
+    from models import RANK, VOCABULARY, checkpointed, coded, gradients, llama, with_lora
 
 #: What float32 sums in another order differ by, of the largest value.
 NEAR = 1e-4
@@ -52,9 +52,13 @@ class Setting:
         generator = torch.Generator().manual_seed(3)
         self.tokens = torch.randint(VOCABULARY, (ROWS, LENGTH), generator=generator).to(device)
 
+    def base(self) -> Any:
+        """A frozen model, whose linears are those of the package: of 4 bits if that is for such."""
+        return (coded(llama()) if self.package.shapes.QUANTIZED else llama()).to(self.device)
+
     def peft(self) -> Any:
         """A PeftModel, its layers as PEFT has them."""
-        return with_lora().to(self.device)
+        return with_lora(self.base()).to(self.device)
 
     def accelerated(self) -> Any:
         model = self.peft()
@@ -63,7 +67,7 @@ class Setting:
 
     def injected(self) -> Any:
         """With the adapters that ``peft`` has."""
-        model = llama().to(self.device)
+        model = self.base()
         self.package.inject_lora(model, RANK, 8)
         model.load_state_dict({plain(name): p for name, p in self.peft().named_parameters() if "lora_" in name}, False)
         return model

@@ -24,6 +24,23 @@ def llama(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     return transformers.LlamaForCausalLM(config).to(dtype)
 
 
+def coded(model: Any, storage: torch.dtype = torch.float32) -> Any:
+    """The same on NF4 codes of bitsandbytes, their scales quantized too, in a dtype that FSDP shards with others."""
+    from bitsandbytes.nn import Linear4bit, Params4bit  # type: ignore[attr-defined]
+
+    for name, linear in list(model.model.named_modules()):
+        if isinstance(linear, nn.Linear):
+            options = {"quant_type": "nf4", "quant_storage": storage}
+            made: Any = Linear4bit(
+                linear.in_features, linear.out_features, bias=False, compute_dtype=torch.float32, **options
+            )
+            made.weight = Params4bit(linear.weight.data, requires_grad=False, module=made, **options)
+            parent, _, child = name.rpartition(".")
+            setattr(model.model.get_submodule(parent), child, made.to("cpu"))
+    model.is_loaded_in_4bit = True  # by which PEFT knows
+    return model
+
+
 def filled(model: nn.Module) -> Any:
     """Adapters that change the output: lora_B is zero at first."""
     generator = torch.Generator().manual_seed(1)

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import runlora_gen
 import torch
 import torch.distributed as dist
+from runlora_gen.into_model.packages import imported
 from torch import multiprocessing
 
 from . import distributed_worker as worker
+from .models import RANK, coded, llama
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs torch's gloo")
 
@@ -60,6 +63,14 @@ def test_groups_in_two_processes(with_groups: Any, tmp_path: Path) -> None:
         assert found["groups"][f"{kind}, DDP"] == 4
         assert found["groups"][f"{kind}, FSDP2 checkpointed"] == 8
         assert found["groups"][f"{kind}, FSDP2 of each linear"] == 2
+
+
+def test_shards_of_codes(tmp_path: Path) -> None:
+    """Codes in the dtype of the other parameters are sharded with them, and gathered for a forward or a backward."""
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
+    (folder,) = runlora_gen.generate(coded(llama()), rank=RANK, tokens=64, output=tmp_path / "generated")
+    found = found_by(2, imported(folder), ["ddp", "fsdp", "groups", "fsdp_adapter_files"], tmp_path)
+    assert found["groups"]["PEFT, DDP"] == 4 and found["groups"]["PEFT, FSDP2 checkpointed"] == 8
 
 
 def test_a_checkpoint_of_four_ranks_is_loaded_on_two(package: Any, tmp_path: Path) -> None:

@@ -182,6 +182,7 @@ def test_wide_activations_over_a_narrow_compute_dtype(saved: Path, out: Path) ->
         layer = ours.get_submodule(f"base_model.model.model.layers.0.{name}")
         x = torch.randn(200, layer.in_features)
         assert layer(x).dtype == torch.float32 and layer(x.bfloat16()).dtype == torch.bfloat16
+        assert torch.equal(layer(x), layer(x).bfloat16())  # it was computed in 16 bits
 
 
 def test_few_tokens_without_gradients_are_peft_s_in_silence(saved: Path, out: Path) -> None:

@@ -73,15 +73,7 @@ def test_records_are_whole(name: str) -> None:
     assert {} not in kernel.candidates
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if "codes" in KERNELS[name].helpers])
-def test_what_reads_codes_has_no_limit_of_its_own(name: str) -> None:
-    """Its launch asks of them what all of these kernels do."""
-    plain = Kernel(launches=1, call="", tiles={})
-    assert KERNELS[name].dtypes == plain.dtypes and KERNELS[name].largest_rank is None
-    assert re.search(r"_decodes\(Q\)|_serves\(Q, ", rendered(name, "launch"))
-
-
-@pytest.mark.parametrize("name", [name for name in NAMES if "codes" not in KERNELS[name].helpers])
+@pytest.mark.parametrize("name", NAMES)
 def test_every_limit_reaches_the_launch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another limit in the record is another one there, and none is none."""
 

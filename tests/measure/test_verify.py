@@ -52,8 +52,8 @@ def test_generated_modules_are_proved(run, small: tuple[str, ...], tmp_path: Pat
 MUTATIONS = {
     "dropped scaling": ("alpha=scaling)", "alpha=1.0)"),
     "update lost": ("Y = _accumulate(Y, S, B.t())", "Y = Y.clone()"),
-    "wrong above 64 tokens": ("        return Y, S\n", "        return Y * (1 if X.shape[0] <= 64 else 2), S\n"),
-    "wrong above rank 9": ("        return Y, S\n", "        return Y * (1 if A.shape[0] <= 9 else 2), S\n"),
+    "wrong above 64 tokens": ("        return Y\n", "        return Y * (1 if X.shape[0] <= 64 else 2)\n"),
+    "wrong above rank 9": ("        return Y\n", "        return Y * (1 if A.shape[0] <= 9 else 2)\n"),
     "autocast lost": ("torch.is_autocast_enabled(device)", "False"),
     "second derivatives allowed": (
         "not _transformed():\n            _refuse_second",

@@ -5,7 +5,8 @@ its backward is autograd's. Where the adapter has another dtype than the activat
 (``_cast_input_dtype``), and autocast, under which trainers run this, casts X and the adapter back for the
 products: every linear then keeps a copy of X of its own. Dropout is one pass that writes what it leaves of X and a mask
 of bytes, both of which every linear keeps; without it there is no operator. ``lora.bnb.Linear4bit`` does the same, but
-for a copy of what the base gives; the base makes its weight of the codes in the forward, and again for dX.
+for a copy of what the base gives, and under autocast it does not cast X; the base makes its weight of the codes in the
+forward, and again for dX.
 """
 
 from __future__ import annotations
@@ -53,13 +54,14 @@ def price_peft(setting: Setting) -> PeftCost:
 
     forward = ["Y = X @ W.T + b", "S = s * X @ A.T", "Y = S @ B.T + b"]
     passes = [2 * y * size, 3 * y * size]  # * scaling, base(x) +
-    pass_of_dropout = [x * (2 * (adapter_size if casts else size) + 1)] if drops else []
-    passes += pass_of_dropout
     quantized = "Q" in setting.derivation.symbols
+    widens = casts and not quantized
+    pass_of_dropout = [x * (2 * (adapter_size if widens else size) + 1)] if drops else []
+    passes += pass_of_dropout
     if quantized:
         forward.insert(0, DEQUANTIZED)
         passes.append(2 * y * size)
-    casts_forward = [*cast(x), *cast(x), *cast(adapter["dA"]), *cast(adapter["dB"])]
+    casts_forward = [*(2 * cast(x) if widens else []), *cast(adapter["dA"]), *cast(adapter["dB"])]
     backward: list[str] = []
     back: list[int] = []
     casts_backward: list[int] = []
@@ -70,14 +72,14 @@ def price_peft(setting: Setting) -> PeftCost:
     if "dX" in wanted:
         backward += [*([DEQUANTIZED] if quantized else []), "dX = dY @ W", "dX = P @ A"]
         back += [3 * x * size, *pass_of_dropout]  # the sum of both gradients
-        casts_backward += [*cast(x), *cast(x)]
+        casts_backward += 2 * cast(x) if widens else []
     for name, formula in (("dA", "dA = P.T @ X"), ("dB", "dB = dY.T @ S")):
         if name in wanted:
             backward.append(formula)
             casts_backward += cast(adapter[name])
     if "db" in wanted:
         backward.append("db = sum(dY)")
-    kept = x * size if (casts or drops) and "dA" in wanted else 0
+    kept = x * size if (widens or drops) and "dA" in wanted else 0
     kept += x if drops and "dX" in wanted else 0
     kept += setting.tokens * setting.rank * size if "dB" in wanted else 0
     if casts:  # what dX and P read
@@ -85,7 +87,7 @@ def price_peft(setting: Setting) -> PeftCost:
     return PeftCost(
         forward=_phase(forward, passes, casts_forward, setting),
         backward=_phase(backward, back, casts_backward, setting),
-        keeps_input="dA" in wanted and not casts and not drops,
+        keeps_input="dA" in wanted and not widens and not drops,
         own_bytes=kept,
     )
 

@@ -168,6 +168,7 @@ def estimate_data(
         "checkpointing": batch.checkpointing,
         "dtype": workload.dtype,
         "adapter_dtype": workload.adapter_dtype,
+        "base": workload.base,
         "device": workload.device,
         **{
             way: {
@@ -189,7 +190,8 @@ def estimate_lines(
     device, frozen = load_device(workload.device), found["frozen"]
     checkpointing = ", checkpointing" if batch.checkpointing else ""
     yield f"{architecture.name}, rank {rank}, {batch.size} x {batch.length} tokens{checkpointing}"
-    yield f"{workload.dtype}, adapters {workload.adapter_dtype}, {device.title}"
+    base = f" on a base in {workload.base}" if workload.quantized else ""
+    yield f"{workload.dtype}{base}, adapters {workload.adapter_dtype}, {device.title}"
     yield ""
     yield "            step x frozen   tokens/s       peak    weights       kept  bound by"
     for way, one in found.items():

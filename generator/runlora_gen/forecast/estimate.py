@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
+from ..algebra.linear import lone_linear
 from ..cost.passes import CAST, Times, price_passes
 from ..cost.peft import price_peft
 from ..cost.price import price_frozen_forward
@@ -39,6 +40,8 @@ PLAIN_HOST = 0.75
 _PRODUCTS_FORWARD, _PRODUCTS_BACKWARD = 2, 5
 
 FLOAT = 4  # bytes: Transformers norms in float32, and takes the loss in it
+#: Bytes of an element of a base of 4 bits: two share one, and 64 a scale in float32, as bitsandbytes has it by default.
+CODE = 0.5 + FLOAT / 64
 
 
 @dataclass(frozen=True)
@@ -231,8 +234,10 @@ class _Model:
             graph=self.workload.launch == "graph",
         )
 
-    def _frozen(self, in_features: int, out_features: int, bias: bool = False) -> _Linear:
+    def _frozen(self, in_features: int, out_features: int, bias: bool = False, *, head: bool = False) -> _Linear:
         setting = self.setting(in_features, out_features, bias=bias)
+        if head:  # it is quantized in no model
+            setting = replace(setting, derivation=lone_linear())
         forward = Times(*price_frozen_forward(setting))
         whole = frozen_times(setting)
         backward = Times(whole.device_s - forward.device_s, whole.host_s - forward.host_s)
@@ -299,7 +304,7 @@ class _Model:
             return times
         n = self.batch.tokens * self.decoder.vocab
         cast = [n * (self.size + FLOAT)] if self.size != FLOAT else []
-        head = self._frozen(self.decoder.hidden, self.decoder.vocab)
+        head = self._frozen(self.decoder.hidden, self.decoder.vocab, head=True)
         # Embeddings; log_softmax, and its backward of the loss's.
         straight = [2 * self.batch.tokens * self.decoder.hidden * self.size]
         straight += [2 * FLOAT * n, FLOAT * n, 3 * FLOAT * n]
@@ -334,12 +339,14 @@ class _Model:
         inner = s * batch.tokens * d.intermediate
         readers = self._read("mlp_hidden") if adapted else []
         workspace = max((adapted[p.in_features, p.out_features].workspace for p in readers), default=0)
+        # Of a quantized base the weight is there while it is read.
+        made = s * d.intermediate * d.hidden if self.workload.quantized else 0
         moments = [
             # The last norm's backward: five tensors in float32 beside what it has kept.
             (between + last, output + 5 * FLOAT * hidden),
             # The last layer's MLP: dX of the last linear, and the gradients of gate and up before silu's.
-            (within - down, output + s * hidden + 3 * inner),
-            (within, output + s * hidden + inner + workspace),
+            (within - down, output + s * hidden + 3 * inner + made),
+            (within, output + s * hidden + inner + max(workspace, made)),
         ]
         if logits:  # the loss's backward: log_softmax, its gradient and that of its input
             moments.append((between + last + FLOAT * logits, output + 2 * FLOAT * logits))
@@ -370,8 +377,10 @@ class _Model:
         d = self.decoder
         norms = (2 * d.layers + 1) * d.hidden + (2 * d.layers * d.head_dim if d.head_norms else 0)
         ends = 0 if d.vocab is None else d.vocab * d.hidden * (1 if d.tied else 2)
-        linears = sum(p.count * p.out_features * (p.in_features + p.bias) for p in d.projections)
-        return self.size * (linears + norms + ends)
+        weights = sum(p.count * p.out_features * p.in_features for p in d.projections)
+        biases = sum(p.count * p.out_features * p.bias for p in d.projections)
+        stored = round(CODE * weights) if self.workload.quantized else self.size * weights
+        return stored + self.size * (biases + norms + ends)
 
     def _adapters(self) -> int:
         each = 2 * DTYPES[self.workload.adapter_dtype].bytes  # with its gradient
