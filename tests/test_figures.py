@@ -134,6 +134,19 @@ def test_models_of_4_bits() -> None:
     )
 
 
+def test_shards_of_4_bits() -> None:
+    found = results("sharded_h100.json")["results"]
+    frozen, peft, ours = (found[name] for name in ("frozen", "PEFT, 16-bit adapters", "ours, 16-bit adapters"))
+    shown, other = (f"{result['over_frozen']['median']:.2f}" for result in (ours, peft))
+    peaks = [f"{result['peak_bytes'] / 2**20:.0f} MiB" for result in (ours, frozen)]
+    assert ours["peak_bytes"] == pytest.approx(peft["peak_bytes"], rel=1e-3)
+    said = " ".join(README.split())
+    assert (
+        f"ours takes {shown} of the frozen step, PEFT {other}; peak of a process {peaks[0]} both, frozen {peaks[1]}."
+        in said
+    )
+
+
 def test_linears_of_4_bits() -> None:
     for row in results("quantized_h100.json")["rows"]:
 
