@@ -169,7 +169,7 @@ def _read_spec(options: dict[str, Any]) -> Request:
         **{name: options[name] for name in _AS_GIVEN},
     )
     if not options.get("quiet"):
-        for line in request.architecture.left_out_lines():
+        for line in request.notes():
             click.echo(line, err=True)
     return request
 

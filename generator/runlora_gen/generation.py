@@ -17,7 +17,7 @@ from .from_model import meta
 from .request.architecture import Architecture, architecture_of, load_architecture
 from .request.errors import SpecError, shorten
 from .request.layout import STANDALONE, parse_layout
-from .request.workload import DTYPE_ALIASES, Workload, make_workload, parse_counts, parse_name, parse_targets
+from .request.workload import CHOICES, DTYPE_ALIASES, Workload, make_workload, parse_counts, parse_name, parse_targets
 
 if TYPE_CHECKING:
     import torch
@@ -70,6 +70,15 @@ class Request:
             check_request(architecture, ranks, self.workload)
         return self
 
+    def notes(self) -> list[str]:
+        """What is to be said of it: what is left out, and a base that is not the one of the model's config."""
+        stored, base = self.architecture.stored, self.workload.base
+        lines = self.architecture.left_out_lines()
+        if stored is not None and stored != base:
+            how = f"--base {stored} generates for those" if stored in CHOICES["base"] else "those are not covered"
+            lines.append(f"note: the config says that weights are quantized ({stored}), the base here is {base}: {how}")
+        return lines
+
 
 def generate(
     model: Any,
@@ -101,7 +110,7 @@ def generate(
         SpecError: a value that is not allowed, named in one line; nothing is written then.
     """
     request = read_request(model, rank=rank, name=name, layout=layout, **workload)
-    for line in request.architecture.left_out_lines():
+    for line in request.notes():
         print(line, file=sys.stderr)
     return generated(request, Path(output), force=force)
 

@@ -237,6 +237,32 @@ class TestBase:
         assert manifest["workload"]["base"] == "plain" and "--base" not in manifest["command"]
         assert generate("--base", "plain") == (manifest, text) and "Quantized" not in text
 
+    @pytest.mark.parametrize(
+        ("quantization", "base", "said"),
+        [
+            (
+                {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+                "plain",
+                "(nf4), the base here is plain: --base nf4",
+            ),
+            ({"load_in_4bit": True}, "nf4", "(fp4), the base here is nf4: --base fp4"),
+            ({"quant_method": "gptq"}, "plain", "(gptq), the base here is plain: those are not covered"),
+            ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "nf4", ""),
+        ],
+    )
+    def test_a_config_of_another_base_is_told(self, run, tmp_path: Path, quantization, base: str, said: str) -> None:
+        sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+        config = {"model_type": "llama", "vocab_size": 50, **sizes, "quantization_config": quantization}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        spec = ("--arch", tmp_path / "config.json", "--rank", "4", "--base", base, *NARROW, "--no-kernels")
+        done = run(*spec, "-o", tmp_path / "out")
+        errors = done.err
+        assert (
+            done.code == 0
+            and ("the config says that weights are quantized " in errors) == bool(said)
+            and said in errors
+        )
+
     def test_what_is_allowed_is_named(self, run, tmp_path: Path) -> None:
         spec = ("--arch", "llama-9m", "--rank", "8", "--base", "int8", "-o", tmp_path / "out")
         assert run(*spec).error() == "Invalid value for '--base': 'int8' is not one of 'plain', 'nf4', 'fp4'."

@@ -19,6 +19,7 @@ from runlora_gen.cost.peft import price_peft
 from runlora_gen.cost.price import price_frozen, price_frozen_forward, price_operation
 from runlora_gen.cost.profile import parse_toml, read_profile, render_profile
 from runlora_gen.cost.roofline import DEQUANTIZING, roofline
+from runlora_gen.cost.rounding import rounding_error
 from runlora_gen.cost.setting import DTYPES, Setting
 from runlora_gen.emit.nodes import module_node
 from runlora_gen.emit.render import Header, render
@@ -176,3 +177,6 @@ def test_merged_before_the_one_rounding_no_update_is_lost(module: Any, std: floa
         merged += float((M - exact - delta).square().mean())
     assert realised / wanted == pytest.approx(1, abs=0.01)
     assert (merged / plain) ** 0.5 == pytest.approx(1, abs=0.02)
+    # The formula is of normal weights; those of codes are 16 times a scale.
+    sigma = float(exact.std())
+    assert (merged / draws) ** 0.5 / sigma == pytest.approx(rounding_error(sigma, 7), rel=0.05)

@@ -9,6 +9,9 @@ the distance from Δ to the nearest multiple of u = ulp(W). With u fixed,
 and u = 2^(e - p) for |W| in [2^e, 2^(e+1)), p explicit mantissa bits, so the mean over W is a sum over binades. The
 update error is the root of that mean over σ_Δ: 1 means that the update is lost. (The grid changes where W + Δ crosses a
 power of two; with σ_Δ ≪ σ_W that is rare, and is neglected.)
+
+A weight that is made of codes lies on no grid: round(absmax code + Δ), rounded once, has the error that absmax code has
+without Δ, ``rounding_error(σ_W)`` of σ_W, and the right mean. The update adds none, and its error is stated as 0.
 """
 
 from __future__ import annotations

@@ -71,6 +71,8 @@ class Architecture:
     #: Modules that hold other weights, and the reason of each; empty where a data file was read.
     left_out: Mapping[str, str] = field(default_factory=dict, compare=False)
     package: str | None = None  # what its package is called by request
+    #: How its config says that the weights are stored, as a workload calls it if it can; None where it says nothing.
+    stored: str | None = field(default=None, compare=False)
     decoder: Decoder | None = field(
         default=None, compare=False
     )  # the whole model, where its family's file describes it
@@ -344,7 +346,17 @@ def _build(
         architecture = read
     if found != own and isinstance(own, str):
         _check_own(config, own, architecture, others)
-    return architecture
+    return replace(architecture, stored=_stored(whole.values))
+
+
+def _stored(values: Mapping[str, object]) -> str | None:
+    """What ``quantization_config`` says: a code of bitsandbytes' 4 bits, or a method of another kind."""
+    found = values.get("quantization_config")
+    if not isinstance(found, dict):
+        return None
+    if found.get("load_in_4bit"):
+        return shorten(found.get("bnb_4bit_quant_type") or "fp4").strip("'")  # bitsandbytes' default
+    return shorten(found.get("quant_method") or "another way").strip("'")
 
 
 def _text_config(config: _Config) -> _Config:
