@@ -35,7 +35,12 @@ def correction(operation: Operation, at: Size, dtype: DType, device: DeviceProfi
 
 
 def is_priced(operation: Operation, dtype: DType, device: DeviceProfile) -> bool:
-    """Whether a kernel's price can be held against torch's: both measured, or both from the roofline."""
+    """Whether a kernel's price can be held against torch's: both measured, or both from the roofline.
+
+    What is no product takes its kernel's ratio, or the roofline as the kernel does.
+    """
+    if isinstance(operation, Fused) and not operation.products:
+        return True
     measured = device.meter.times_for(dtype.name)
     return not measured or measured_as(operation) in _meter(operation, dtype, device).times_for(dtype.name)
 
