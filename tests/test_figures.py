@@ -104,6 +104,9 @@ def test_models_with_groups() -> None:
         f"with checkpointing {pair(together, 'checkpointing')}, compiled {pair(together, 'compiled')}; with "
         f"`--groups none` {one_by_one} (" in said
     )
+    former = {row["shape"]: row["results"][together] for row in results("model_h100.json")["rows"]}
+    before = " and ".join(over_frozen(former[shape], "checkpointing") for shape in ("13b", "8b"))
+    assert f"With checkpointing they took {before} one by one (" in said
     for mode in ("eager", "checkpointing", "compiled"):
         for shape in ("13b", "8b"):
             assert rows[shape][together][mode]["peak_bytes"] == rows[shape][apart][mode]["peak_bytes"]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -268,6 +271,16 @@ def test_dropout_trains(saved: Path, out: Path) -> None:
     first, second = gradients(ours, TOKENS), gradients(ours, TOKENS)
     assert len(first) == 2 * ALL and all(gradient.isfinite().all() for gradient in first.values())
     assert not any(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_package_proves_itself(tmp_path: Path) -> None:
+    """With the kernels' ways, whose torch path runs here: also where some gradients alone are wanted."""
+    runlora_gen.generate("llama-13b", rank=8, output=tmp_path, base="nf4", dropout=0.1, target_modules="q_proj,k_proj")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not kernels", str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "RUNLORA_EXAMPLES": "4"}, check=False
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
 
 
 def test_the_losses_of_a_training_are_peft_s(saved: Path, out: Path) -> None:

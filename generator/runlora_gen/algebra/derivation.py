@@ -185,6 +185,11 @@ class Derivation:
         return tuple(self[a.gradient] for a in self.arguments if a.gradient is not None)
 
     @cached_property
+    def coded(self) -> bool:
+        """Whether it is given codes, of which weights are made."""
+        return any(symbol.store == "code" for symbol in self.symbols.values())
+
+    @cached_property
     def activations(self) -> frozenset[Symbol]:
         """Inputs that are no parameters."""
         return frozenset(self[argument.name] for argument in self.arguments if argument.activation)

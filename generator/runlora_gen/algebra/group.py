@@ -17,15 +17,16 @@ from dataclasses import replace
 from functools import lru_cache
 
 from .derivation import Argument, Derivation, Row, derive, row
-from .linear import DROPPED, QUANTIZED_DROPPED, lone_linear
+from .linear import lone_linear
 from .operations import Fused, Operation, Symbol
+from .sites import DERIVATIONS
 
 #: What all linears have in common.
 _SHARED = ("X", "dX", "dropout")
 #: What each linear has of its own: symbols, arguments, a scaling.
 _OWN = {
-    *(name for one in (DROPPED, QUANTIZED_DROPPED, lone_linear()) for name in one.symbols),
-    *(argument.name for argument in DROPPED.arguments),
+    *(name for lone in DERIVATIONS for name in lone.symbols),
+    *(argument.name for lone in DERIVATIONS for argument in lone.arguments),
     "s",
 }.difference(_SHARED)
 #: What a group makes no use of.

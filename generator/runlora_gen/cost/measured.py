@@ -26,7 +26,9 @@ def correction(operation: Operation, at: Size, dtype: DType, device: DeviceProfi
     A kernel of several linears is as efficient as that of one which is as large as all are together.
     Sizes whose rows start off 16 bytes are another class: cuBLAS is up to four times slower there.
     """
-    sizes, ratios = _alike(_of_one(operation), dtype, _meter(operation, dtype, device), _aligned(operation, at, dtype))
+    sizes, ratios = _alike(
+        _of_one(operation), dtype, meter_of(operation, dtype, device), _aligned(operation, at, dtype)
+    )
     at = _together(operation, at)
     if at in sizes.places:  # of several products that stand for one, each has been there
         return math.exp(statistics.mean(ratios[place] for place in sizes.places[at]))
@@ -42,13 +44,13 @@ def is_priced(operation: Operation, dtype: DType, device: DeviceProfile) -> bool
     if isinstance(operation, Fused) and not operation.products:
         return True
     measured = device.meter.times_for(dtype.name)
-    return not measured or measured_as(operation) in _meter(operation, dtype, device).times_for(dtype.name)
+    return not measured or measured_as(operation) in meter_of(operation, dtype, device).times_for(dtype.name)
 
 
-def _meter(operation: Operation, dtype: DType, device: DeviceProfile) -> DeviceProfile:
+def meter_of(operation: Operation, dtype: DType, device: DeviceProfile) -> DeviceProfile:
     """The profile that holds an operation's measurements: what a device has of its own goes before its meter's."""
     done = measured_as(operation)
-    known = {done, *(work for work in _kernels_of(done))}
+    known = {done, *_kernels_of(done)}
     return device.meter if known.isdisjoint(device.times_for(dtype.name)) else device
 
 
@@ -198,7 +200,7 @@ def tuned_constants(operation: Fused, setting: Setting) -> Mapping[str, int] | N
         if kernel.priced_as is not None and kernel.tiles != KERNELS[kernel.priced_as].tiles:
             return None
     at = _together(operation, tuple(setting.dims[d] for d in dimensions(operation)))
-    meter = _meter(operation, setting.dtype, setting.device)
+    meter = meter_of(operation, setting.dtype, setting.device)
     tuned = meter.tiles_for(setting.dtype.name).get(measured_as(operation), ())
     return min(tuned, key=lambda row: (distance(row[0], at), row[0]))[1] if tuned else None
 

@@ -54,7 +54,7 @@ def price_peft(setting: Setting) -> PeftCost:
 
     forward = ["Y = X @ W.T + b", "S = s * X @ A.T", "Y = S @ B.T + b"]
     passes = [2 * y * size, 3 * y * size]  # * scaling, base(x) +
-    quantized = "Q" in setting.derivation.symbols
+    quantized = setting.derivation.coded
     widens = casts and not quantized
     pass_of_dropout = [x * (2 * (adapter_size if widens else size) + 1)] if drops else []
     passes += pass_of_dropout

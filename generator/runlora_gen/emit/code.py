@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import assert_never
 
@@ -28,12 +28,11 @@ def _scaling(product: Contract) -> str:
     return "1.0" if product.scaling is None else f"scaling{product.scaling.removeprefix('s')}"
 
 
-def helpers_of(operation: Operation) -> Set[str]:
+def helpers_of(operation: Operation) -> frozenset[str]:
     """Functions of the module that the line, or the torch path of its kernel, calls."""
     # A kernel's record has what draws and drops in its place.
     steps = operation.products if isinstance(operation, Fused) else (operation,)
-    own = {"quantized"} if any(symbol.store == "code" for symbol in operation.reads) else set[str]()
-    return own.union(*map(_helpers, steps))
+    return frozenset[str]().union(*map(_helpers, steps))
 
 
 def _helpers(step: Step) -> frozenset[str]:

@@ -119,4 +119,5 @@ def _priced_by(setting: Setting) -> str:
         return f"by the roofline of {device.title}"
     if device.measured_on is None:
         return f"by what was measured on {device.title}"
-    return f"by the roofline of {device.title} with efficiencies measured on {device.measured_on.title}"
+    own = " and, of codes, on it" if setting.derivation.coded and device.times_for(setting.dtype.name) else ""
+    return f"by the roofline of {device.title} with efficiencies measured on {device.measured_on.title}{own}"

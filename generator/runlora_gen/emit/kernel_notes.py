@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..algebra.operations import Fused
-from ..cost.measured import tuned_constants
+from ..cost.measured import meter_of, tuned_constants
 from ..cost.setting import DTYPES, Setting
 from ..kernels.record import BEST_AT, Kernel
 from ..kernels.registry import KERNELS
@@ -115,9 +115,10 @@ def tiles_note(calls: Sequence[KernelCall]) -> str:
     if not calls:
         return ""
     setting = calls[0].setting
+    meters = dict.fromkeys(meter_of(c.operation, c.setting.dtype, c.setting.device).title for c in calls if c.tuned)
     untuned = [call.key for call in calls if not call.tuned]
     tuned = (
-        f"Chosen by measurements on {setting.device.meter.title}, at the sizes nearest to {setting.tokens} tokens in "
+        f"Chosen by measurements on {listed(list(meters))}, at the sizes nearest to {setting.tokens} tokens in "
         f"{setting.dtype.name}."
     )
     general = f"The best ones over all {BEST_AT}."

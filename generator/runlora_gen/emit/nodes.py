@@ -25,7 +25,16 @@ from ..search.ranges import LayerChoice
 from .code import dtype_of, helpers_of, numbers_of
 from .derivation_text import forward_text, program_text
 from .kernel_notes import KernelCall, KernelNode, Tiles, kernels_note, listed, tiles_note
-from .statements import Block, backward_blocks, forward_statements, guard, parts_of_forward, unpack_needs, witnesses
+from .statements import (
+    Block,
+    absent,
+    backward_blocks,
+    forward_statements,
+    guard,
+    parts_of_forward,
+    unpack_needs,
+    witnesses,
+)
 from .units import show_reason
 
 #: What a line of a comment on a constant begins with.
@@ -49,6 +58,7 @@ class FunctionNode:
     backward_needs: str
     backward: tuple[Block, ...]
     gradients: tuple[str, ...]  # dX, dA, … that it can give
+    absent: tuple[str, ...]  # what the backward reads where it was not wanted, too
     summed: frozenset[str]  # those of them that several blocks add to
     returns: tuple[str, ...]
     keeps: tuple[str, ...]  # of the inputs that are no tensors, those that the backward reads
@@ -416,6 +426,7 @@ def _function(variant: _Variant, workload: Workload, class_name: str, owner: str
         backward_needs=unpack_needs(site, set(gradients)),
         backward=backward,
         gradients=gradients,
+        absent=absent(program.backward, needed_by),
         summed=frozenset[str]().union(*(block.adds_to for block in backward)),
         returns=tuple(a.gradient if a.gradient in gradients else "None" for a in site.arguments),
         keeps=keeps,

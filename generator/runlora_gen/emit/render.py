@@ -150,7 +150,8 @@ def render_test(
         header: of the file.
     """
     inside = {name: name in shared for name in ("kernels", "products")}
-    imported = [*modules, *(module.name for module in groups), *(name for name in inside if inside[name])]
+    looked_into = [name for name in inside if inside[name] and not (quantized and name == "products")]
+    imported = [*modules, *(module.name for module in groups), *looked_into]
     context = {
         "header": header or Header("", ""),
         "modules": modules,

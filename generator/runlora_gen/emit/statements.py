@@ -102,6 +102,16 @@ def _statements(steps: Sequence[Step], owner: str) -> tuple[str, ...]:
     return tuple(lines)
 
 
+def absent(phase: Phase, needed_by: Mapping[Symbol, frozenset[Symbol]]) -> tuple[str, ...]:
+    """What a backward makes for some wishes alone, and gives a kernel that is told of wishes under others as well."""
+    made = {out for operation in phase.operations for out in operation.outputs}
+    found: dict[str, None] = {}
+    for operation in filter(is_told, phase.operations):
+        wanted = frozenset[Symbol]().union(*(needed_by[out] for out in operation.outputs))
+        found.update((str(read), None) for read in operation.reads if read in made and needed_by[read] < wanted)
+    return tuple(found)
+
+
 def backward_blocks(
     phase: Phase, setting: Setting, needed_by: Mapping[Symbol, frozenset[Symbol]], owner: str
 ) -> tuple[Block, ...]:

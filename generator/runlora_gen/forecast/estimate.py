@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from ..algebra.linear import lone_linear
+from ..algebra.operations import BITS
 from ..cost.passes import CAST, Times, price_passes
 from ..cost.peft import price_peft
 from ..cost.price import price_frozen_forward
@@ -41,7 +42,7 @@ _PRODUCTS_FORWARD, _PRODUCTS_BACKWARD = 2, 5
 
 FLOAT = 4  # bytes: Transformers norms in float32, and takes the loss in it
 #: Bytes of an element of a base of 4 bits: two share one, and 64 a scale in float32, as bitsandbytes has it by default.
-CODE = 0.5 + FLOAT / 64
+CODE = BITS["code"] / 8 + FLOAT / 64
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ def accelerate(
         return _left_to_peft(model, strict=strict)
     packages: list[Any] = []
     for base in live.bases:
-        one = read_model(model, base=base)
+        one = live if base == live.base else read_model(model, base=base)
         if len(live.bases) > 1 and base != "plain":  # beside the package of the others
             named = {rank: replace(each, package=f"{each.slug}_{base}") for rank, each in one.adapted.items()}
             one = replace(one, adapted=named)

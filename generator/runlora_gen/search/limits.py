@@ -48,6 +48,8 @@ def check_merge_rounding(workload: Workload) -> None:
         return
     if workload.dropout:
         needs = "--dropout 0: under dropout nothing is merged while training"
+    elif workload.quantized:
+        needs = "--base plain: a weight of codes is merged before its one rounding, which loses nothing"
     elif not workload.allow_lossy_merge:
         needs = "--allow-lossy-merge: without it nothing is merged into 16 bits"
     elif not DTYPES[workload.dtype].half:
