@@ -187,7 +187,7 @@ class Derivation:
     @cached_property
     def coded(self) -> bool:
         """Whether it is given codes, of which weights are made."""
-        return any(symbol.store == "code" for symbol in self.symbols.values())
+        return any(symbol.coded for symbol in self.symbols.values())
 
     @cached_property
     def activations(self) -> frozenset[Symbol]:

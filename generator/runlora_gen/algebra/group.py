@@ -16,6 +16,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
+from ..request.bases import Form
 from .derivation import Argument, Derivation, Row, derive, row
 from .linear import lone_linear
 from .operations import Fused, Operation, Symbol
@@ -31,6 +32,8 @@ _OWN = {
 }.difference(_SHARED)
 #: What a group makes no use of.
 _LEFT_OUT = frozenset({"M", "D", "G"})
+#: What a group is on, by the form of its bases.
+_ON: Mapping[Form, str] = {"plain": "", "codes": " on quantized bases", "scaled": " on bases of 8 bits"}
 #: Kernels that do for all linears, in one, what a way of the lone linear does: by its target and its name the name of
 #: the group's way, and the kernel.
 _TOGETHER: Mapping[tuple[str, str], tuple[str, str]] = {
@@ -43,24 +46,23 @@ _TOGETHER: Mapping[tuple[str, str], tuple[str, str]] = {
 }
 
 
-def group(linears: tuple[str, ...], *, dropout: bool = False, quantized: bool = False) -> Derivation:
+def group(linears: tuple[str, ...], *, dropout: bool = False, base: Form = "plain") -> Derivation:
     """The derivation of a group of two linears or more, by the letters or words that its symbols end with.
 
     ``dropout``: whether their adapters read what it leaves of X, each by a mask of its own, at one rate.
-    ``quantized``: whether their bases are.
+    ``base``: the form of their weights.
     """
-    return _group(linears, dropout, quantized)
+    return _group(linears, dropout, base)
 
 
 @lru_cache
-def _group(linears: tuple[str, ...], dropout: bool, quantized: bool) -> Derivation:
-    lone = lone_linear(dropout=dropout, quantized=quantized)
+def _group(linears: tuple[str, ...], dropout: bool, base: Form) -> Derivation:
+    lone = lone_linear(dropout=dropout, base=base)
     left_out = {lone.symbols[name] for name in _LEFT_OUT & lone.symbols.keys()}
     symbols = [symbol for symbol in lone.symbols.values() if symbol not in left_out]
     arguments = dict.fromkeys(_argument(argument, linear) for linear in linears for argument in lone.arguments)
     return derive(
-        f"group of {', '.join(linears)}{' on quantized bases' if quantized else ''}"
-        f"{' with dropout' if dropout else ''}",
+        f"group of {', '.join(linears)}{_ON[base]}{' with dropout' if dropout else ''}",
         symbols=dict.fromkeys(_symbol(symbol, linear) for linear in linears for symbol in symbols),
         facts=lone.facts,
         arguments=sorted(arguments, key=lambda argument: argument.once),  # after those of all linears
@@ -68,7 +70,7 @@ def _group(linears: tuple[str, ...], dropout: bool, quantized: bool) -> Derivati
         output_gradients=_names(lone.output_gradients, linears),
         base=[formula for operation in lone.base for formula in _formulas(_steps(operation), linears)],
         table=list(_rows(lone, left_out, linears)),
-        evaluated=group(linears, quantized=quantized) if dropout else None,
+        evaluated=group(linears, base=base) if dropout else None,
     )
 
 

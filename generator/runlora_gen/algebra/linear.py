@@ -8,26 +8,32 @@ Y = X Wᵀ + s H Aᵀ Bᵀ + b, dX = dY W + K ∘ P A / (1 - p). W reads all of 
 The backward has the mask from the forward, or draws it again from a seed, within the kernels that read X and write dX.
 
 On a quantized base W is made of its codes Q wherever it is read, and let go. M = W + D is then made in the same pass,
-before its one rounding: absmax · code lies on no grid of 16 bits, so that the rounding dithers, and no update is lost.
+before its one rounding: scale · code lies on no grid of 16 bits, so that the rounding dithers, and no update is lost.
 
 The paper is "Run LoRA Run" (arXiv 2312.03415); it writes W as I×O, U for Aᵀ and V for Bᵀ.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TypeVar
 
 from .derivation import CAST_ADAPTER, KEEPS_WEIGHTS, SAVED, Argument, Derivation, Term, derive, row, rows_of_sum
-from .operations import Symbol
+from ..request.bases import Form
+from .operations import Store, Symbol
 
 _Entry = TypeVar("_Entry")
+#: By the form of a quantized base what its codes are stored as, and the function that makes its weight of them.
+_CODES: Mapping[Form, tuple[Store, str]] = {"codes": ("code", "dequantize"), "scaled": ("code8", "rescale")}
 
 
 def _linear(
-    site: str, *, dropout: bool = False, quantized: bool = False, evaluated: Derivation | None = None
+    site: str, *, dropout: bool = False, base: Form = "plain", evaluated: Derivation | None = None
 ) -> Derivation:
-    """The linear, whose adapter reads X, or what dropout leaves of it; ``quantized``: whose base is codes."""
+    """The linear, whose adapter reads X, or what dropout leaves of it; ``base``: the form of its weight."""
     read = "H" if dropout else "X"
+    quantized = base != "plain"
+    store, made = _CODES.get(base, ("code", ""))
 
     def coded(*entries: _Entry) -> tuple[_Entry, ...]:
         """What there is on a quantized base alone."""
@@ -51,7 +57,7 @@ def _linear(
         # ways.
         symbols=(
             Symbol("X", ("T", "I")),  # input
-            *coded(Symbol("Q", ("O", "I"), store="code")),  # codes of the frozen base weight, and their scales
+            *coded(Symbol("Q", ("O", "I"), store=store)),  # codes of the frozen base weight, and their scales
             Symbol("W", ("O", "I"), store="weight"),  # frozen base weight
             Symbol("b", ("O",), store="weight"),  # frozen bias
             Symbol("lora_A", ("R", "I"), store="adapter"),
@@ -95,9 +101,9 @@ def _linear(
         ),
         outputs=("Y",),
         output_gradients=("dY",),
-        base=(*coded("W = dequantize(Q)"), "Y = X @ W.T + b", "dX = dY @ W"),
+        base=(*coded(f"W = {made}(Q)"), "Y = X @ W.T + b", "dX = dY @ W"),
         table=(
-            *coded(row("W", "dequantize", "W = dequantize(Q)"), row("W", SAVED, when=(KEEPS_WEIGHTS,))),
+            *coded(row("W", "dequantize", f"W = {made}(Q)"), row("W", SAVED, when=(KEEPS_WEIGHTS,))),
             row("S", "x_at", f"S = s * {read} @ A.T"),
             row("S", SAVED),
             *dropped(
@@ -112,7 +118,7 @@ def _linear(
             *merged(
                 *plain(row("M", "merge", "M = W + s * B @ A"), row("M", SAVED)),
                 *coded(
-                    row("M", "in_pass", "dequantize_merged: W := dequantize(Q); M = W + s * B @ A"),
+                    row("M", "in_pass", f"{made}_merged: W := {made}(Q); M = W + s * B @ A"),
                     row("M", SAVED, when=(KEEPS_WEIGHTS,)),
                 ),
                 *plain(row("D", "b_a", "D = s * B @ A"), row("D", SAVED)),
@@ -186,14 +192,20 @@ def _linear(
 
 LINEAR = _linear("linear")
 DROPPED = _linear("linear with dropout", dropout=True, evaluated=LINEAR)
-QUANTIZED = _linear("linear on a quantized base", quantized=True)
-QUANTIZED_DROPPED = _linear(
-    "linear on a quantized base with dropout", dropout=True, quantized=True, evaluated=QUANTIZED
-)
+QUANTIZED = _linear("linear on a quantized base", base="codes")
+QUANTIZED_DROPPED = _linear("linear on a quantized base with dropout", dropout=True, base="codes", evaluated=QUANTIZED)
+SCALED = _linear("linear on a base of 8 bits", base="scaled")
+SCALED_DROPPED = _linear("linear on a base of 8 bits with dropout", dropout=True, base="scaled", evaluated=SCALED)
+_LONE: Mapping[tuple[Form, bool], Derivation] = {
+    ("plain", False): LINEAR,
+    ("plain", True): DROPPED,
+    ("codes", False): QUANTIZED,
+    ("codes", True): QUANTIZED_DROPPED,
+    ("scaled", False): SCALED,
+    ("scaled", True): SCALED_DROPPED,
+}
 
 
-def lone_linear(*, dropout: bool = False, quantized: bool = False) -> Derivation:
-    """The derivation of a lone linear; ``dropout``: of its adapter's input; ``quantized``: whether its base is."""
-    if quantized:
-        return QUANTIZED_DROPPED if dropout else QUANTIZED
-    return DROPPED if dropout else LINEAR
+def lone_linear(*, dropout: bool = False, base: Form = "plain") -> Derivation:
+    """The derivation of a lone linear; ``dropout``: of its adapter's input; ``base``: the form of its weight."""
+    return _LONE[base, dropout]

@@ -28,11 +28,11 @@ from typing import Literal, TypeAlias, assert_never
 #: of them, O_q and the like.
 Dims = Mapping[str, int]
 #: What elements are stored as. A setting gives activations, what has the base weight's dtype and the trained adapter
-#: each its dtype; the others are of ``BITS``: sums in float32, bytes and bits of masks, codes of a quantized weight,
-#: and the state of a generator of random numbers.
-Store = Literal["act", "weight", "adapter", "acc32", "byte", "bit", "code", "seed"]
+#: each its dtype; the others are of ``BITS``: sums in float32, bytes and bits of masks, codes of a quantized weight
+#: (two to a byte, or one: numbers of 8 bits), and the state of a generator of random numbers.
+Store = Literal["act", "weight", "adapter", "acc32", "byte", "bit", "code", "code8", "seed"]
 #: Bits of an element whose size no dtype decides.
-BITS: Mapping[Store, int] = {"acc32": 32, "byte": 8, "bit": 1, "code": 4, "seed": 64}
+BITS: Mapping[Store, int] = {"acc32": 32, "byte": 8, "bit": 1, "code": 4, "code8": 8, "seed": 64}
 
 
 class _Hashed:
@@ -60,6 +60,11 @@ class Symbol(_Hashed):
         for dim in self.shape:
             count *= dims[dim]
         return count
+
+    @property
+    def coded(self) -> bool:
+        """Whether it is codes, with their scales, and no tensor."""
+        return self.store in ("code", "code8")
 
     __hash__ = _Hashed.__hash__
 
@@ -225,7 +230,9 @@ class Reduce(_Applied):
 
 @dataclass(frozen=True)
 class Convert(_Applied):
-    """``out = cast(operand)``, in the dtype of the activations; ``out = dequantize(codes)``, likewise."""
+    """``out = cast(operand)``, in the dtype of the activations; likewise ``out = dequantize(codes)``, of codes that name
+    elements of a table, and ``out = rescale(codes)``, of codes that are numbers.
+    """
 
     __hash__ = _Hashed.__hash__
 
@@ -270,6 +277,7 @@ FUNCTIONS: Mapping[str, tuple[type[Reduce | Convert | Map | Draw], int]] = {
     "sum": (Reduce, 1),
     "cast": (Convert, 1),
     "dequantize": (Convert, 1),
+    "rescale": (Convert, 1),
     "drop": (Map, 2),
     "draw": (Draw, 1),
 }

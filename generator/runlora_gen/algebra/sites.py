@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 from .derivation import Derivation
-from .linear import DROPPED, LINEAR, QUANTIZED, QUANTIZED_DROPPED
+from .linear import DROPPED, LINEAR, QUANTIZED, QUANTIZED_DROPPED, SCALED, SCALED_DROPPED
 
-DERIVATIONS: tuple[Derivation, ...] = (LINEAR, DROPPED, QUANTIZED, QUANTIZED_DROPPED)
+DERIVATIONS: tuple[Derivation, ...] = (
+    LINEAR,
+    DROPPED,
+    QUANTIZED,
+    QUANTIZED_DROPPED,
+    SCALED,
+    SCALED_DROPPED,
+)

@@ -17,9 +17,6 @@ from .passes import CAST, Times, price_passes
 from .price import price_operation
 from .setting import Setting
 
-#: How bitsandbytes makes a weight.
-DEQUANTIZED = "W = dequantize(Q)"
-
 
 @dataclass(frozen=True)
 class PeftCost:
@@ -59,7 +56,8 @@ def price_peft(setting: Setting) -> PeftCost:
     pass_of_dropout = [x * (2 * (adapter_size if widens else size) + 1)] if drops else []
     passes += pass_of_dropout
     if quantized:
-        forward.insert(0, DEQUANTIZED)
+        made = str(setting.derivation.base[0])  # the weight, of its codes
+        forward.insert(0, made)
         passes.append(2 * y * size)
     casts_forward = [*(2 * cast(x) if widens else []), *cast(adapter["dA"]), *cast(adapter["dB"])]
     backward: list[str] = []
@@ -70,7 +68,7 @@ def price_peft(setting: Setting) -> PeftCost:
     if wanted & {"dX", "dA"}:
         backward.append("P = s * dY @ B")
     if "dX" in wanted:
-        backward += [*([DEQUANTIZED] if quantized else []), "dX = dY @ W", "dX = P @ A"]
+        backward += [*([made] if quantized else []), "dX = dY @ W", "dX = P @ A"]
         back += [3 * x * size, *pass_of_dropout]  # the sum of both gradients
         casts_backward += 2 * cast(x) if widens else []
     for name, formula in (("dA", "dA = P.T @ X"), ("dB", "dB = dY.T @ S")):

@@ -9,8 +9,9 @@ from ..kernels.registry import KERNELS
 from .setting import Setting
 from .vector import OperationCost
 
-#: Launches of bitsandbytes' for a weight whose scales are quantized too: of the scales, of their offset, of the weight.
-DEQUANTIZING = 3
+#: Launches that make a weight of its codes. bitsandbytes' where the scales are quantized too: of the scales, of their
+#: offset, of the weight. Torch's where the codes are numbers: of the product with the scales, and of its dtype.
+DEQUANTIZING = {"dequantize": 3, "rescale": 2}
 
 
 def roofline(operation: Operation, setting: Setting) -> OperationCost:
@@ -46,8 +47,8 @@ def roofline(operation: Operation, setting: Setting) -> OperationCost:
             if operation.scaled and operation.out.store == "adapter" and setting.casts:
                 moved += 2 * setting.bytes_of(operation.out)
                 launches += 1
-        case Convert(function="dequantize"):
-            launches = DEQUANTIZING
+        case Convert() if operation.function in DEQUANTIZING:
+            launches = DEQUANTIZING[operation.function]
         case Map() if operation.accumulate:
             moved += setting.bytes_of(operation.out)
         case Reduce() | Convert() | Map() | Draw():

@@ -105,7 +105,7 @@ class Setting:
                 return 8 * self.dtype.bytes
             case "adapter":
                 return 8 * self.adapter_dtype.bytes
-            case "acc32" | "byte" | "bit" | "code" | "seed":
+            case "acc32" | "byte" | "bit" | "code" | "code8" | "seed":
                 return BITS[store]
             case _:
                 assert_never(store)

@@ -84,7 +84,7 @@ def line(operation: Operation, owner: str = "", *, tiles: str | None = None) -> 
             return f"{results_of(operation)} = {_call(operation, tiles or tiles_key(operation, owner))}"
         case Reduce():
             return f"{operation.out} = {operation.operands[0]}.sum(0)"
-        case Convert(function="dequantize"):
+        case Convert(function="dequantize" | "rescale"):
             return f"{operation.out} = _dequantized({operation.operands[0]})"
         case Convert(function="cast"):
             # A to the dtype of dY, A_q to that of dY_q.

@@ -14,10 +14,11 @@ from ..algebra.liveness import dependents
 from ..algebra.operations import Fused
 from ..kernels.registry import KERNELS
 from ..kernels.sites import draws, seeded
+from ..request.bases import Base
 from ..request.groups import Group
 from ..request.layers import Layer
 from ..request.layout import FOLDER, STANDALONE
-from ..request.workload import Workload
+from ..request.workload import TORCH_NAMES, Workload
 from ..search.candidates import Site, goals
 from ..search.choose import Decision, ForwardDecision
 from ..search.criterion import Priced
@@ -98,7 +99,8 @@ class SharedNode:
         wide_adapter: whether the adapter is in float32 by default, over 16-bit weights too.
         lossy_merge: whether 16-bit weights may be merged.
         dropout: whether the adapter's input may be dropped while training.
-        quantized: whether the base's weight is given as codes.
+        base: how the frozen weights are stored.
+        dtype: torch's name of the dtype that the modules are generated for.
         helpers: functions that lines call, and what the kernels need of their common code.
         calls: of fused kernels.
         function: what the module's function is called, or where several share this, that of the lone linears.
@@ -115,7 +117,8 @@ class SharedNode:
     wide_adapter: bool
     lossy_merge: bool
     dropout: bool
-    quantized: bool
+    base: Base
+    dtype: str
     helpers: frozenset[str]
     calls: tuple[KernelCall, ...]
     function: str
@@ -123,6 +126,11 @@ class SharedNode:
     groups: bool
     folder: bool
     width: int
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the base's weight is given as codes."""
+        return self.base.form != "plain"
 
     @property
     def differentiable(self) -> str:
@@ -261,7 +269,8 @@ def module_node(
         wide_adapter=workload.adapter_dtype == "fp32",
         lossy_merge=workload.allow_lossy_merge,
         dropout=workload.dropout > 0,
-        quantized=workload.quantized,
+        base=workload.stored,
+        dtype=f"torch.{TORCH_NAMES[workload.dtype]}",
         helpers=frozenset[str]().union(*(KERNELS[op.kernel].helpers for op in fused), *map(helpers_of, operations)),
         calls=tuple(KernelCall(op, setting, owner) for op in fused),
         folder=folder,
@@ -398,7 +407,7 @@ def _function(variant: _Variant, workload: Workload, class_name: str, owner: str
     site = program.derivation
     needed_by = dependents(program.backward)
     # What is no tensor goes to the backward as numbers do.
-    codes = [symbol for symbol in program.saved_inputs if symbol.store == "code"]
+    codes = [symbol for symbol in program.saved_inputs if symbol.coded]
     kept = (*(symbol for symbol in program.saved_inputs if symbol not in codes), *program.kept)
     saves = tuple((str(symbol), guard(needed_by[symbol], site)) for symbol in kept)
     made = [str(symbol) for symbol in program.kept if symbol not in program.forward.held]

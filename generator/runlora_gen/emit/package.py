@@ -136,6 +136,7 @@ def build_package(
         "folder": layout == FOLDER,
         "kernels": "kernels" in shared,
         "quantized": workload.quantized,
+        "base": workload.stored,
         "imported": sorted((node.name for node in (*nodes, *groups)), key=natural),
     }
     rendered |= {f"{name}.py": text for name, text in shared.items()}
@@ -145,7 +146,7 @@ def build_package(
         [node.name for node in nodes],
         groups=groups,
         dropout=workload.dropout > 0,
-        quantized=workload.quantized,
+        base=workload.stored,
         shared=shared,
         header=header,
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..kernels import registry
+from ..request.bases import BASES, Base
 
 if TYPE_CHECKING:
     import jinja2
@@ -133,7 +134,7 @@ def render_test(
     *,
     groups: Sequence[Named] = (),
     dropout: bool,
-    quantized: bool = False,
+    base: Base = BASES["plain"],
     shared: Collection[str] = (),
     header: Header | None = None,
 ) -> str:
@@ -145,10 +146,11 @@ def render_test(
         modules: the names of those of lone linears.
         groups: those of groups.
         dropout: whether they take one.
-        quantized: whether their bases are.
+        base: how their weights are stored.
         shared: names of the files in which is what these modules share; none if each has all by itself.
         header: of the file.
     """
+    quantized = base.form != "plain"
     inside = {name: name in shared for name in ("kernels", "products")}
     looked_into = [name for name in inside if inside[name] and not (quantized and name == "products")]
     imported = [*modules, *(module.name for module in groups), *looked_into]
@@ -159,6 +161,7 @@ def render_test(
         "imported": sorted(imported, key=natural),
         "dropout": dropout,
         "quantized": quantized,
+        "base": base,
         **inside,
     }
     return render("test_quantized.py.jinja" if quantized else "test_equivalence.py.jinja", context)

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from ..algebra.linear import lone_linear
-from ..algebra.operations import BITS
 from ..cost.passes import CAST, Times, price_passes
 from ..cost.peft import price_peft
 from ..cost.price import price_frozen_forward
@@ -41,8 +40,6 @@ PLAIN_HOST = 0.75
 _PRODUCTS_FORWARD, _PRODUCTS_BACKWARD = 2, 5
 
 FLOAT = 4  # bytes: Transformers norms in float32, and takes the loss in it
-#: Bytes of an element of a base of 4 bits: two share one, and 64 a scale in float32, as bitsandbytes has it by default.
-CODE = BITS["code"] / 8 + FLOAT / 64
 
 
 @dataclass(frozen=True)
@@ -380,7 +377,7 @@ class _Model:
         ends = 0 if d.vocab is None else d.vocab * d.hidden * (1 if d.tied else 2)
         weights = sum(p.count * p.out_features * p.in_features for p in d.projections)
         biases = sum(p.count * p.out_features * p.bias for p in d.projections)
-        stored = round(CODE * weights) if self.workload.quantized else self.size * weights
+        stored = round(self.workload.stored.bits / 8 * weights) if self.workload.quantized else self.size * weights
         return stored + self.size * (biases + norms + ends)
 
     def _adapters(self) -> int:

@@ -12,13 +12,14 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..request.architecture import LIVE, Architecture, Projection, family_projections, slug
+from ..request.bases import BASES
 from ..request.errors import SpecError, shorten
 from ..request.groups import ATTENTION, OTHERS
 
@@ -41,8 +42,6 @@ TAKEN_WITHOUT_A_CALL = {
 SAME_AS_LINEAR = ("transformers.models.falcon.modeling_falcon.FalconLinear",)
 #: Direct children that classify sequences, as PEFT knows them.
 _HEADS = ("score", "classifier")
-#: Why a linear is left out that is stored in another way than those that are taken, by whether it is plain.
-_OTHER_BASE = {False: "quantized to 4 bits", True: "not quantized"}
 #: What wrappers put into the names of the modules below them.
 _WRAPPED = re.compile(r"\b(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 
@@ -127,7 +126,7 @@ def read_model(model: nn.Module, *, name: str | None = None, base: str | None = 
     bases = tuple(b for b, _ in Counter([x.base for x in every if x.adapters] or [x.base for x in every]).most_common())
     base = bases[0] if base is None and bases else base or "plain"
     linears = [linear for linear in every if linear.base == base]
-    others = [x if isinstance(x, _Other) else _Other(x.path, _OTHER_BASE[x.base == "plain"]) for x in found]
+    others = [x if isinstance(x, _Other) else _Other(x.path, _otherwise(x.base)) for x in found]
     left_out = _left_out([other for other, x in zip(others, found, strict=True) if x not in linears])
     config = _config(root)
     kind = config.get("model_type")
@@ -151,7 +150,12 @@ def read_model(model: nn.Module, *, name: str | None = None, base: str | None = 
     ranks = sorted({adapter.rank for adapter in groups})
     return LiveModel(
         architecture=architecture(linears),
-        dtypes=tuple(dtype for dtype, _ in Counter(linear.dtype for linear in linears).most_common()),
+        dtypes=tuple(
+            dtype
+            for dtype, _ in Counter(
+                _computed_in(root, config) if linear.dtype.itemsize == 1 else linear.dtype for linear in linears
+            ).most_common()
+        ),
         adapters=tuple(
             replace(adapter, projections=_projections(members, family)) for adapter, members in groups.items()
         ),
@@ -284,7 +288,7 @@ def _layout(module: nn.Module, conv1d: type | None) -> str | None:
     """How the weight lies if the module's own class computes as ``nn.Linear`` or ``Conv1D``, else None."""
     kind = type(module)
     same = kind.forward is nn.Linear.forward or f"{kind.__module__}.{kind.__qualname__}" in SAME_AS_LINEAR
-    if isinstance(module, nn.Linear) and (same or _is_4_bits(module)):
+    if isinstance(module, nn.Linear) and (same or _kind_of_codes(module)):
         return "out_in"
     if conv1d is not None and isinstance(module, conv1d) and kind.forward is vars(conv1d)["forward"]:
         return "in_out"
@@ -293,13 +297,30 @@ def _layout(module: nn.Module, conv1d: type | None) -> str | None:
 
 def _stored(module: Any) -> str:
     """How a linear that is taken stores its weight."""
-    return "plain" if module.weight.is_floating_point() and not _is_4_bits(module) else str(module.weight.quant_type)
+    kind = _kind_of_codes(module)
+    return str(module.weight.quant_type) if kind == "4 bits" else kind or "plain"
 
 
-def _is_4_bits(module: Any) -> bool:
-    """Whether it computes as ``Linear4bit`` of bitsandbytes."""
-    kind = _known("bitsandbytes.nn.modules", "Linear4bit")
-    return kind is not None and isinstance(module, kind) and type(module).forward is vars(kind)["forward"]
+def _otherwise(base: str) -> str:
+    """Why a linear is left out that is stored in another way than those that are taken."""
+    return "not quantized" if base == "plain" else f"quantized to {BASES[base].title}"
+
+
+def _kind_of_codes(module: Any) -> str:
+    """How a linear whose class is one of those of quantized bases stores its weight, or nothing."""
+    forward = type(module).forward
+    name = f"{forward.__module__}.{getattr(forward, '__qualname__', '')}"
+    kind = next((base.kind for base in BASES.values() if name in base.forwards), "")
+    # One class is for both.
+    return "fp8-block" if kind == "fp8" and getattr(module, "block_size", None) is not None else kind
+
+
+def _is_uncoded(module: Any, kind: str) -> bool:
+    """Whether it has no codes yet: bitsandbytes makes them when a linear is moved to its device."""
+    weight = module.weight
+    if weight.device.type == "meta":
+        return False
+    return _quant_state(module) is None if kind == "4 bits" else weight.dtype.itemsize > 1
 
 
 def _quant_state(module: Any) -> Any:
@@ -316,9 +337,9 @@ def _reason(
     if getattr(module, "parametrizations", None):
         return "its weight is parametrized"
     assert isinstance(weight, torch.Tensor)
-    coded = _is_4_bits(module)
-    if coded and _quant_state(module) is None and weight.device.type != "meta":
-        return "quantized (Linear4bit), but not yet: move it to its device first"
+    coded = _kind_of_codes(module)
+    if coded and _is_uncoded(module, coded):
+        return f"quantized ({type(module).__name__}), but not yet: move it to its device first"
     if not coded and (not weight.is_floating_point() or weight.dtype.itemsize == 1 or _is_packed(weight)):
         return f"quantized ({type(weight).__name__} of {_dtype_name(weight.dtype)})"
     if weight.dim() != 2:
@@ -388,10 +409,12 @@ def _what(module: nn.Module, weights: Sequence[torch.Tensor]) -> str:
 def _linear(path: str, module: nn.Module, layout: str, tuner: nn.Module | None) -> _Linear:
     weight: Any = module.weight
     adapters = () if tuner is None else tuple(_adapters(tuner))
-    if _is_4_bits(module):
-        linear: Any = module
-        state = _quant_state(module)
-        dtype = linear.compute_dtype or (torch.get_default_dtype() if state is None else state.dtype)
+    kind, linear = _kind_of_codes(module), cast(Any, module)
+    if kind:
+        state = _quant_state(module) if kind == "4 bits" else None
+        own = getattr(linear, "compute_dtype", None)  # of 4 bits
+        coded = torch.get_default_dtype() if kind == "4 bits" else torch.int8
+        dtype = own or (coded if state is None else state.dtype)
         sizes = (linear.in_features, linear.out_features)
     else:
         rows, columns = weight.shape
@@ -498,6 +521,17 @@ def _config(root: nn.Module) -> Mapping[str, object]:
     config: Any = getattr(root, "config", None)
     pretrained = _known("transformers.configuration_utils", "PreTrainedConfig")
     return config.to_dict() if pretrained is not None and isinstance(config, pretrained) else {}
+
+
+def _computed_in(root: nn.Module, config: Mapping[str, object]) -> torch.dtype:
+    """The dtype of activations where the linears do not say it: as the config has it, else that of other weights."""
+    said = getattr(torch, str(config.get("dtype")), None)
+    if isinstance(said, torch.dtype) and said.is_floating_point and said.itemsize > 1:
+        return said
+    others = (p.dtype for name, p in root.named_parameters() if "lora_" not in name and "scale" not in name)
+    return next(
+        (dtype for dtype in others if dtype.is_floating_point and dtype.itemsize > 1), torch.get_default_dtype()
+    )
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -103,8 +103,8 @@ def of_rank(layer: Any, packages: Sequence[Any]) -> int:
     The first for its base if none is; the first if none is for that.
     """
     active = [layer.r[name] for name in layer.active_adapters if name in layer.r]
-    quantized = packages[0].peft_layers.of_4_bits(layer)
-    fitting = [at for at, package in enumerate(packages) if quantized == package.shapes.QUANTIZED]
+    base = packages[0].peft_layers.base_of(layer)
+    fitting = [at for at, package in enumerate(packages) if base == package.shapes.BASE]
     known = {packages[at].shapes.RANK: at for at in reversed(fitting)}
     return next((known[rank] for rank in [*active, *layer.r.values()] if rank in known), (fitting or [0])[0])
 

@@ -27,6 +27,7 @@ import hypothesis
 import pytest
 
 from ..emit.render import SHARED, render_test
+from ..request.bases import BASES
 from ..request.errors import one_line
 from .interpreter import quicken
 
@@ -105,8 +106,9 @@ def checks(modules: Sequence[str], part: str, examples: int) -> Iterator[Check]:
     groups = [_Group(name, _function_of(module)) for name, module in loaded.items() if hasattr(module, "LINEARS")]
     lone = [name for name, module in loaded.items() if hasattr(module, "lora_linear")]
     dropout = any("dropout" in inspect.signature(loaded[name].lora_linear).parameters for name in lone)
-    quantized = any(hasattr(module, "Quantized") for module in loaded.values())
-    source = render_test(lone, groups=groups, dropout=dropout, quantized=quantized, shared=shared)
+    coded = [module.Quantized for module in loaded.values() if hasattr(module, "Quantized")]
+    base = BASES[sys.modules[coded[0].__module__].BASE if coded else "plain"]
+    source = render_test(lone, groups=groups, dropout=dropout, base=base, shared=shared)
     exec(compile(ast.parse(source), "<properties>", "exec"), tests.__dict__)
     properties = [value for name, value in vars(tests).items() if name.startswith("test_") and name not in _LEFT_OUT]
     for function in properties:

@@ -350,10 +350,16 @@ def _build(
 
 
 def _stored(values: Mapping[str, object]) -> str | None:
-    """What ``quantization_config`` says: a code of bitsandbytes' 4 bits, or a method of another kind."""
+    """What ``quantization_config`` says: one of ``BASES``, or a method of another kind."""
     found = values.get("quantization_config")
     if not isinstance(found, dict):
         return None
+    if found.get("load_in_8bit"):
+        return "int8"
+    if found.get("quant_method") == "fp8":  # Transformers' fine-grained fp8; without blocks it has one scale
+        return "fp8-block" if found.get("weight_block_size", (128, 128)) else "fp8"
+    if found.get("quant_method") == "fbgemm_fp8":
+        return "fp8"
     if found.get("load_in_4bit"):
         return shorten(found.get("bnb_4bit_quant_type") or "fp4").strip("'")  # bitsandbytes' default
     return shorten(found.get("quant_method") or "another way").strip("'")

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from .architecture import Architecture, slug
+from .bases import BASES, Base
 from .errors import SpecError, nearest, shorten
 
 #: The dtypes that layers are generated for.
 DTYPE_NAMES = ("bf16", "fp16", "fp32")
 #: Torch's names of them.
 DTYPE_ALIASES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+TORCH_NAMES = {name: alias for alias, name in DTYPE_ALIASES.items()}
 #: What fields with names allow.
 CHOICES = {
     "criterion": ("time", "flops", "memory"),
@@ -22,7 +24,7 @@ CHOICES = {
     "launch": ("eager", "compile", "graph"),
     "groups": ("auto", "none"),
     "bias": ("none", "all", "lora_only", "lora_bias"),
-    "base": ("plain", "nf4", "fp4"),
+    "base": tuple(BASES),
 }
 MAX_SAVED_BYTES = 2**50
 #: Above this, byte counts of a layer leave 64 bits; no training step is near it.
@@ -56,8 +58,9 @@ class Workload:
             ``lora_bias``, of an adapter on every linear. It is priced: modules give the gradient in any case.
         dropout: the probability with which the adapter's input is dropped while training, from 0 up to but not 1. Above
             0 the modules take it as an argument, whatever it is then.
-        base: how the frozen weights are stored: ``plain``, in ``dtype``; or ``nf4`` or ``fp4``, quantized to 4 bits by
-            bitsandbytes, and computed with in ``dtype``.
+        base: how the frozen weights are stored: ``plain``, in ``dtype``; ``nf4`` or ``fp4``, quantized to 4 bits by
+            bitsandbytes, ``int8``, to 8 bits by bitsandbytes; ``fp8``, in float8_e4m3fn with a scale for each row, or
+            ``fp8-block``, with one for each block. All are computed with in ``dtype``.
     """
 
     tokens: tuple[int, ...] = (4096,)
@@ -83,6 +86,11 @@ class Workload:
     def quantized(self) -> bool:
         """Whether the frozen weights are codes, of which a weight is made wherever it is read."""
         return self.base != "plain"
+
+    @property
+    def stored(self) -> Base:
+        """What is known of the base."""
+        return BASES[self.base]
 
 
 def parse_counts(option: str, values: Iterable[str], *, maximum: int, kilo: bool = False) -> tuple[int, ...]:

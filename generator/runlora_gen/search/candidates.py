@@ -37,7 +37,7 @@ def setting_of(workload: Workload, site: Site, rank: int, tokens: int) -> Settin
         linears, widths = site.linears, site.out_features
         return _setting(
             workload,
-            group(linears, dropout=workload.dropout > 0, quantized=workload.quantized),
+            group(linears, dropout=workload.dropout > 0, base=workload.stored.form),
             site.in_features,
             sum(widths),
             rank,
@@ -51,7 +51,7 @@ def setting_of(workload: Workload, site: Site, rank: int, tokens: int) -> Settin
 
 def setting_for(workload: Workload, in_features: int, out_features: int, rank: int, bias: bool, tokens: int) -> Setting:
     """The setting in which a layer shape of this workload is priced; ``bias``: whether its base has one."""
-    derivation = lone_linear(dropout=workload.dropout > 0, quantized=workload.quantized)
+    derivation = lone_linear(dropout=workload.dropout > 0, base=workload.stored.form)
     return _setting(workload, derivation, in_features, out_features, rank, bias, tokens)
 
 
