@@ -18,8 +18,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypeVar
 
-from .derivation import CAST_ADAPTER, KEEPS_WEIGHTS, SAVED, Argument, Derivation, Term, derive, row, rows_of_sum
 from ..request.bases import Form
+from .derivation import CAST_ADAPTER, KEEPS_WEIGHTS, SAVED, Argument, Derivation, Term, derive, row, rows_of_sum
 from .operations import Store, Symbol
 
 _Entry = TypeVar("_Entry")

@@ -230,8 +230,10 @@ class Reduce(_Applied):
 
 @dataclass(frozen=True)
 class Convert(_Applied):
-    """``out = cast(operand)``, in the dtype of the activations; likewise ``out = dequantize(codes)``, of codes that name
-    elements of a table, and ``out = rescale(codes)``, of codes that are numbers.
+    """``out = cast(operand)``, in the dtype of the activations.
+
+    Likewise ``out = dequantize(codes)``, of codes that name elements of a table, and ``out = rescale(codes)``, of codes
+    that are numbers.
     """
 
     __hash__ = _Hashed.__hash__

@@ -1,4 +1,4 @@
-"""How frozen weights are stored: a new way is a row here, with its form in the algebra and its class in the templates."""
+"""How frozen weights are stored: a new way is a row here, with its form in the algebra and a class in the templates."""
 
 from __future__ import annotations
 
