@@ -85,7 +85,14 @@ _SPEC_OPTIONS = (
         type=click.Choice(CHOICES["base"]),
         default="plain",
         show_default=True,
-        help="How the frozen weights are stored: in --dtype, or in 4 bits by bitsandbytes (QLoRA).",
+        help="How the frozen weights are stored: in --dtype, in 4 or 8 bits by bitsandbytes, or in float8.",
+    ),
+    click.option(
+        "--float8",
+        type=click.Choice(CHOICES["float8"]),
+        default="both",
+        show_default=True,
+        help="With --base fp8: which large products round their input to float8 too.",
     ),
     click.option("--train", metavar="a,b|a|b", default="a,b", show_default=True, help="Which factors train."),
     click.option(
@@ -149,7 +156,7 @@ def _spec_options(command: Command) -> Command:
 #: Options that are fields of a workload as they are.
 _AS_GIVEN = (
     *("dtype", "adapter_dtype", "train", "criterion", "max_saved_bytes", "allow_lossy_merge", "merge_rounding"),
-    *("base", "bias", "device", "dropout", "groups", "launch", "model_type"),
+    *("base", "bias", "device", "dropout", "float8", "groups", "launch", "model_type"),
 )
 
 

@@ -19,6 +19,8 @@ CAST_ADAPTER = "cast adapter"
 #: Weights that are made of codes may be kept for the backward: all of them are the model in 16 bits, so that this is
 #: where the memory for it was named.
 KEEPS_WEIGHTS = "keeps weights"
+#: Activations may be rounded to float8 for the product with the base's codes, and likewise gradients.
+FLOAT8_FORWARD, FLOAT8_BACKWARD = "float8 forward", "float8 backward"
 
 
 def holds(when: tuple[str, ...], facts: Facts) -> bool:

@@ -6,7 +6,7 @@ once for all dA_j, and dX is summed where it is made, instead of by autograd.
 It follows from the table of the lone linear: each of its symbols, arguments and rows there is for every linear j, with
 j in the names of all but X and dX. A row says how all linears come to a symbol: one program computes each of them in
 the same way. What gains nothing by company is left to the lone linear: merged weights, and the gradients of whole
-weights.
+weights; and products of float8.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _OWN = {
     "s",
 }.difference(_SHARED)
 #: What a group makes no use of.
-_LEFT_OUT = frozenset({"M", "D", "G"})
+_LEFT_OUT = frozenset({"M", "D", "G", "mX", "Xq", "mdY", "dYq", "Qt"})
 #: What a group is on, by the form of its bases.
 _ON: Mapping[Form, str] = {"plain": "", "codes": " on quantized bases", "scaled": " on bases of 8 bits"}
 #: Kernels that do for all linears, in one, what a way of the lone linear does: by its target and its name the name of

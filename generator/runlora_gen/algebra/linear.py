@@ -10,6 +10,11 @@ The backward has the mask from the forward, or draws it again from a seed, withi
 On a quantized base W is made of its codes Q wherever it is read, and let go. M = W + D is then made in the same pass,
 before its one rounding: scale · code lies on no grid of 16 bits, so that the rounding dithers, and no update is lost.
 
+Where the codes are float8 with a scale c for each row, the large products may be of float8 themselves, at twice the
+rate: Xq is X in float8, each row by a scale that its largest magnitude mX gives, and Y = Xq Qᵀ, scaled by both. dX sums
+over the rows of W: dYq is dY with each column times c, and is multiplied with Qt, the codes transposed as they are, so
+that W itself is rounded no further.
+
 The paper is "Run LoRA Run" (arXiv 2312.03415); it writes W as I×O, U for Aᵀ and V for Bᵀ.
 """
 
@@ -19,7 +24,20 @@ from collections.abc import Mapping
 from typing import TypeVar
 
 from ..request.bases import Form
-from .derivation import CAST_ADAPTER, KEEPS_WEIGHTS, SAVED, Argument, Derivation, Term, derive, row, rows_of_sum
+from .derivation import (
+    CAST_ADAPTER,
+    FLOAT8_BACKWARD,
+    FLOAT8_FORWARD,
+    KEEPS_WEIGHTS,
+    SAVED,
+    Argument,
+    Derivation,
+    Row,
+    Term,
+    derive,
+    row,
+    rows_of_sum,
+)
 from .operations import Store, Symbol
 
 _Entry = TypeVar("_Entry")
@@ -42,6 +60,10 @@ def _linear(
     def plain(*entries: _Entry) -> tuple[_Entry, ...]:
         """What there is where the base is not quantized: updates made as a whole come from the paper."""
         return () if quantized else entries
+
+    def scaled(*entries: _Entry) -> tuple[_Entry, ...]:
+        """What there is where the codes are numbers."""
+        return entries if base == "scaled" else ()
 
     def dropped(*entries: _Entry) -> tuple[_Entry, ...]:
         """What there is with dropout alone."""
@@ -77,6 +99,17 @@ def _linear(
             Symbol("dA", ("R", "I"), store="adapter"),
             Symbol("dB", ("O", "R"), store="adapter"),
             Symbol("db", ("O",)),
+            *scaled(
+                Symbol("mX", ("T",), store="acc32"),  # the largest magnitude of each row of X
+                Symbol("Xq", ("T", "I"), store="code8"),  # X in float8
+            ),
+            *scaled(
+                *merged(
+                    Symbol("mdY", ("T",), store="acc32"),  # the same of dY, whose columns are scaled as rows of W are
+                    Symbol("dYq", ("T", "O"), store="code8"),
+                    Symbol("Qt", ("I", "O"), store="code8"),  # the codes, transposed
+                )
+            ),
             *dropped(
                 Symbol("dropout", (), store="seed"),  # the rate, at which torch's generator draws
                 Symbol("seed", (), store="seed"),  # that it gave, of a mask that is drawn wherever it is read
@@ -86,7 +119,7 @@ def _linear(
             ),
         ),
         # Where the adapter is not cast, A and B are lora_A and lora_B themselves.
-        facts=(CAST_ADAPTER, *coded(KEEPS_WEIGHTS)),
+        facts=(CAST_ADAPTER, *coded(KEEPS_WEIGHTS), *scaled(FLOAT8_FORWARD, FLOAT8_BACKWARD)),
         arguments=(
             Argument("X", gradient="dX", activation=True),
             *plain(Argument("W")),
@@ -140,6 +173,7 @@ def _linear(
             row("Y", "fused", "fused_gemm: Y = S @ B.T + b; Y += X @ W.T"),
             # Left out by the paper.
             *merged(*plain(*rows_of_sum("Y", Term("X @ W.T", first="delta"), Term("X @ D.T"), bias="b"))),
+            *scaled(*_float8(dropout)),
             # The backward.
             row("P", "dy_b", "P = s * dY @ B"),
             row("G", "dyt_x", f"G = dY.T @ {read}"),
@@ -188,6 +222,31 @@ def _linear(
         },
         evaluated=evaluated,
     )
+
+
+def _float8(dropout: bool) -> tuple[Row, ...]:
+    """The rows of products of float8. dX with dropout begins with what is dropped: there W is made."""
+    forward, backward = (FLOAT8_FORWARD,), (FLOAT8_BACKWARD,)
+    rows = [
+        row("mX", "largest", "largest: mX = largest(X)", when=forward),
+        row("Xq", "quantize", "quantize: Xq = quantize(X, mX)", when=forward),
+        row("Y", "float8", "fused_gemm_8: Y = S @ B.T + b; Y += Xq @ Q.T", when=forward),
+    ]
+    if not dropout:
+        rows += [
+            row("S mX", "one_pass", "x_at_largest: S = s * X @ A.T; mX = largest(X)", when=forward),
+            row("mdY", "largest", "largest: mdY = largest(dY, Q)", when=backward),
+            row(
+                "P dB mdY",
+                "one_pass",
+                "p_db_largest: P = s * dY @ B; dB = dY.T @ S; mdY = largest(dY, Q)",
+                when=backward,
+            ),
+            row("dYq", "quantize", "quantize: dYq = quantize(dY, mdY, Q)", when=backward),
+            row("Qt", "transpose", "transpose: Qt = transpose(Q)", when=backward),
+            row("dX", "float8", "fused_gemm_8: dX = P @ A; dX += dYq @ Qt.T", when=backward),
+        ]
+    return tuple(rows)
 
 
 LINEAR = _linear("linear")

@@ -215,17 +215,21 @@ class _Applied(_Hashed):
 
 @dataclass(frozen=True)
 class Reduce(_Applied):
-    """``out = sum(operand)`` over the operand's first index."""
+    """``out = sum(operand)`` over the operand's first index, or ``out = largest(operand)``, the magnitude, over its last.
+
+    ``largest(operand, codes)``: of the operand with each column times the scale that the codes have for it.
+    """
 
     __hash__ = _Hashed.__hash__
 
     def __post_init__(self) -> None:
-        self._check(self.out.shape == self.operands[0].shape[1:])
+        shape = self.operands[0].shape
+        self._check(self.out.shape == (shape[1:] if self.function == "sum" else shape[:1]))
 
     @property
     def formula(self) -> str:
         """The formula as docstrings and documentation print it."""
-        return f"{self.out} = Σₜ {self.operands[0]}"
+        return f"{self.out} = Σₜ {self.operands[0]}" if self.function == "sum" else str(self)
 
 
 @dataclass(frozen=True)
@@ -233,13 +237,16 @@ class Convert(_Applied):
     """``out = cast(operand)``, in the dtype of the activations.
 
     Likewise ``out = dequantize(codes)``, of codes that name elements of a table, and ``out = rescale(codes)``, of codes
-    that are numbers.
+    that are numbers; ``out = quantize(operand, largest)``, in float8, each row divided by a scale that its largest
+    magnitude gives, and first each column multiplied by the scale that codes have for it, if those are given, too;
+    ``out = transpose(codes)``, as they are multiplied.
     """
 
     __hash__ = _Hashed.__hash__
 
     def __post_init__(self) -> None:
-        self._check(self.out.shape == self.operands[0].shape)
+        shape = self.operands[0].shape
+        self._check(self.out.shape == (shape[::-1] if self.function == "transpose" else shape))
 
 
 @dataclass(frozen=True)
@@ -275,13 +282,16 @@ class Draw(_Applied):
 #: One step of arithmetic.
 Step: TypeAlias = Contract | Reduce | Convert | Map | Draw
 #: What a formula may apply, and to how many symbols.
-FUNCTIONS: Mapping[str, tuple[type[Reduce | Convert | Map | Draw], int]] = {
-    "sum": (Reduce, 1),
-    "cast": (Convert, 1),
-    "dequantize": (Convert, 1),
-    "rescale": (Convert, 1),
-    "drop": (Map, 2),
-    "draw": (Draw, 1),
+FUNCTIONS: Mapping[str, tuple[type[Reduce | Convert | Map | Draw], tuple[int, ...]]] = {
+    "sum": (Reduce, (1,)),
+    "largest": (Reduce, (1, 2)),
+    "cast": (Convert, (1,)),
+    "dequantize": (Convert, (1,)),
+    "rescale": (Convert, (1,)),
+    "quantize": (Convert, (2, 3)),
+    "transpose": (Convert, (1,)),
+    "drop": (Map, (2,)),
+    "draw": (Draw, (1,)),
 }
 
 
@@ -396,11 +406,12 @@ def parse(formula: str, symbols: Mapping[str, Symbol]) -> Operation:
 def _parse_step(formula: str, symbols: Mapping[str, Symbol]) -> Step:
     if match := _APPLIED.fullmatch(formula):
         function, operands = match["function"], match["operands"].split(", ")
-        kind, count = FUNCTIONS.get(function, (None, 0))
+        kind, counts = FUNCTIONS.get(function, (None, ()))
         if kind is None:
             raise ValueError(f"unknown function {function!r} in {formula!r}; known are {', '.join(FUNCTIONS)}")
-        if len(operands) != count:
-            raise ValueError(f"{function} takes {count} symbols, not {len(operands)}, in {formula!r}")
+        if len(operands) not in counts:
+            taken = " or ".join(map(str, counts))
+            raise ValueError(f"{function} takes {taken} symbols, not {len(operands)}, in {formula!r}")
         out, given = _named(match["out"], symbols, formula), tuple(_named(name, symbols, formula) for name in operands)
         if match["assign"] == "=":
             return kind(out, function, given)

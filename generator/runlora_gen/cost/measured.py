@@ -60,7 +60,7 @@ def _kernels_of(done: str) -> tuple[str, ...]:
     return tuple(
         work(other)
         for other in OPERATIONS
-        if isinstance(other, Fused) and not other.products and KERNELS[other.kernel].replaces == done
+        if isinstance(other, Fused) and not other.products and done in KERNELS[other.kernel].replaces
     )
 
 

@@ -13,7 +13,7 @@
     compiled_kernel_host_us = 52      # of one Triton kernel there; absent where none run
     measured_on = "h200"              # another profile whose tables stand in, as ratios to that machine's roofline
 
-    [tflops]                          # by dtype
+    [tflops]                          # by dtype; fp8 only where it is multiplied
     bf16 = 806.1
     …
 
@@ -55,6 +55,8 @@ from ..kernels.sites import WORKS
 from ..request.errors import shorten
 from ..request.workload import DTYPE_NAMES
 
+#: What the rate of products of float8 is called.
+FLOAT8 = "fp8"
 #: What files with tables say in ``format``; those of format 1 said nothing.
 FORMAT = 2
 #: A hundred times the largest profile that was measured.
@@ -150,6 +152,11 @@ def _check_format(data: Mapping[str, Any]) -> None:
         )
 
 
+def _rates(found: Mapping[str, Any]) -> tuple[str, ...]:
+    """The dtypes that a device has rates of: those of every one, and of float8 where it multiplies that."""
+    return (*DTYPE_NAMES, FLOAT8) if FLOAT8 in found else DTYPE_NAMES
+
+
 def _profile(data: Mapping[str, Any]) -> Profile:
     profile = Profile(
         title=check_title(data["title"]),
@@ -157,7 +164,7 @@ def _profile(data: Mapping[str, Any]) -> Profile:
         memory_gb_per_s=_positive("memory_gb_per_s", data["memory_gb_per_s"]),
         launch_us=_positive("launch_us", data["launch_us"]),
         host_us=_positive("host_us", data["host_us"]),
-        tflops={dtype: _positive(f"tflops.{dtype}", data["tflops"][dtype]) for dtype in DTYPE_NAMES},
+        tflops={dtype: _positive(f"tflops.{dtype}", data["tflops"][dtype]) for dtype in _rates(data["tflops"])},
         date=str(data["date"]) if "date" in data else None,
         compute_capability=_capability(data["compute_capability"]) if "compute_capability" in data else None,
         multiprocessors=_count(data["multiprocessors"]) if "multiprocessors" in data else None,
@@ -333,7 +340,7 @@ def render_profile(profile: Profile) -> str:
     }
     parts = [
         "".join(f"{name} = {_scalar(value)}\n" for name, value in scalars.items() if value is not None),
-        "[tflops]\n" + "".join(f"{dtype} = {_scalar(profile.tflops[dtype])}\n" for dtype in DTYPE_NAMES),
+        "[tflops]\n" + "".join(f"{dtype} = {_scalar(rate)}\n" for dtype, rate in profile.tflops.items()),
     ]
     comment = "# Microseconds, by tokens and rank across and by I x O down.\n"
     for dtype, times in profile.times.items():

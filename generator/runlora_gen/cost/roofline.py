@@ -4,8 +4,20 @@ from __future__ import annotations
 
 from typing import assert_never
 
-from ..algebra.operations import Contract, Convert, Draw, Fused, Map, Operation, Reduce, biases
+from ..algebra.operations import (
+    Contract,
+    Convert,
+    Draw,
+    Fused,
+    Map,
+    Operation,
+    Reduce,
+    Symbol,
+    biases,
+    products,
+)
 from ..kernels.registry import KERNELS
+from .profile import FLOAT8
 from .setting import Setting
 from .vector import OperationCost
 
@@ -23,8 +35,8 @@ def roofline(operation: Operation, setting: Setting) -> OperationCost:
     is busy for whole waves of them, however few the last one has.
     """
     dims, device = setting.dims, setting.device
-    moved = sum(setting.bytes_of(symbol) for symbol in (*operation.reads, *operation.outputs))
-    launches, flops, host_s, idle = 1, 0, device.host_s, 1.0
+    moved = sum(setting.bytes_of(symbol) for symbol in (*_read_whole(operation), *operation.outputs))
+    launches, flops, counted_s, host_s, idle = 1, 0, 0.0, device.host_s, 1.0
     match operation:
         case Fused():
             if device.kernel_host_s is None:
@@ -32,6 +44,7 @@ def roofline(operation: Operation, setting: Setting) -> OperationCost:
             for product in operation.products:
                 m, n, k = product.mnk(dims)
                 flops += 2 * m * n * k
+                counted_s += 2 * m * n * k / device.flops_per_s[_rate(product, setting)]
             kernel = KERNELS[operation.kernel]
             launches, host_s = kernel.launches, device.kernel_host_s
             if kernel.persistent and device.multiprocessors is not None:
@@ -41,6 +54,7 @@ def roofline(operation: Operation, setting: Setting) -> OperationCost:
         case Contract():
             m, n, k = operation.mnk(dims)
             flops = 2 * m * n * k
+            counted_s = flops / device.flops_per_s[_rate(operation, setting)]
             if operation.accumulate:
                 moved += setting.bytes_of(operation.out)
             # A result that is wider than its factors is scaled by itself.
@@ -57,5 +71,21 @@ def roofline(operation: Operation, setting: Setting) -> OperationCost:
             assert_never(operation)
     if setting.bias:
         moved += sum(map(setting.bytes_of, biases(operation)))
-    busy = max(flops / device.flops_per_s[setting.dtype.name] * idle, moved / device.bytes_per_s)
+    busy = max(counted_s * idle, moved / device.bytes_per_s)
     return OperationCost(flops, moved, launches, busy + launches * device.launch_s, launches * host_s)
+
+
+def _read_whole(operation: Operation) -> tuple[Symbol, ...]:
+    """What an operation reads, but for codes of which it reads the scales alone."""
+    whole = {
+        symbol
+        for step in products(operation)
+        for place, symbol in enumerate(step.reads)
+        if isinstance(step, Contract) or place == 0 or not symbol.coded
+    }
+    return tuple(symbol for symbol in operation.reads if symbol in whole)
+
+
+def _rate(product: Contract, setting: Setting) -> str:
+    """What a product goes by in a device's peak rates."""
+    return FLOAT8 if product.left.symbol.coded and product.right.symbol.coded else setting.dtype.name

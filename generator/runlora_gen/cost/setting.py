@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import assert_never
 
-from ..algebra.derivation import CAST_ADAPTER, KEEPS_WEIGHTS, Derivation, Facts
+from ..algebra.derivation import CAST_ADAPTER, FLOAT8_BACKWARD, FLOAT8_FORWARD, KEEPS_WEIGHTS, Derivation, Facts
 from ..algebra.linear import LINEAR
 from ..algebra.operations import BITS, Dims, Store, Symbol
 from .device import DeviceProfile
@@ -49,6 +49,7 @@ class Setting:
         derivation: of the site that is computed.
         sizes: of indices that this site has beside T, I, O and R, or in their place.
         keeps_weights: whether weights that are made of codes may be kept for the backward.
+        float8: of ``forward`` and ``backward`` those whose large product may be of float8.
     """
 
     tokens: int
@@ -63,6 +64,7 @@ class Setting:
     derivation: Derivation = field(default=LINEAR, repr=False)
     sizes: Dims = field(default_factory=dict, repr=False)
     keeps_weights: bool = False
+    float8: frozenset[str] = frozenset()
 
     @cached_property
     def dims(self) -> Dims:
@@ -88,7 +90,12 @@ class Setting:
     @cached_property
     def facts(self) -> Facts:
         """What is so here, of what conditions in the derivation may ask."""
-        holding = {CAST_ADAPTER: self.casts, KEEPS_WEIGHTS: self.keeps_weights}
+        holding = {
+            CAST_ADAPTER: self.casts,
+            KEEPS_WEIGHTS: self.keeps_weights,
+            FLOAT8_FORWARD: "forward" in self.float8,
+            FLOAT8_BACKWARD: "backward" in self.float8,
+        }
         return frozenset(fact for fact, holds in holding.items() if holds) & self.derivation.facts
 
     def bytes_of(self, symbol: Symbol) -> int:

@@ -51,6 +51,8 @@ def _helpers(step: Step) -> frozenset[str]:
             return frozenset({"dropped"})
         case Map(function="drop"):
             return frozenset({"masked"})
+        case Reduce(function="largest") | Convert(function="quantize"):
+            return frozenset({"quantized"})
         case Reduce() | Convert() | Map():
             return frozenset()
         case _:
@@ -82,8 +84,12 @@ def line(operation: Operation, owner: str = "", *, tiles: str | None = None) -> 
     match operation:
         case Fused():
             return f"{results_of(operation)} = {_call(operation, tiles or tiles_key(operation, owner))}"
+        case Reduce(function="largest"):
+            return f"{operation.out} = _largest_of({', '.join(map(str, operation.operands))})"
         case Reduce():
             return f"{operation.out} = {operation.operands[0]}.sum(0)"
+        case Convert(function="quantize"):
+            return f"{operation.out} = _quantized({', '.join(map(str, operation.operands))})"
         case Convert(function="dequantize" | "rescale"):
             return f"{operation.out} = _dequantized({operation.operands[0]})"
         case Convert(function="cast"):
@@ -137,6 +143,10 @@ def _call(operation: Fused, tiles: str) -> str:
     for name, kind_of in (("codes", Convert), ("seed", Draw), ("dropped", Map)):
         values |= {f"{name}{number}": str(symbol) for number, symbol in enumerate(read[kind_of])}
         values[f"*{name}0"] = f"({', '.join(map(str, read[kind_of]))})"
+    for reduced in (p for p in operation.parts if isinstance(p, Reduce) and len(p.operands) > 1):
+        values["scales"] = str(reduced.operands[1])
+    if not isinstance(operation.parts[0], Contract):
+        values["operands"] = ", ".join(map(str, operation.parts[0].operands))
     alike: dict[str, list[Contract]] = {}
     for number, part in enumerate(operation.products):
         values |= {name.format(number): text for name, text in _arguments(part).items()}

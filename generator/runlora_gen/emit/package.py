@@ -190,9 +190,12 @@ def _command(
         words += ["--model-type", workload.model_type]
     if workload.tokens != default.tokens:
         words += ["--tokens", ",".join(map(str, workload.tokens))]
-    for name in ("dtype", "adapter_dtype", "criterion", "device", "launch", "merge_rounding", "groups", "bias", "base"):
+    for name in ("dtype", "adapter_dtype", "criterion", "device", "launch", "merge_rounding", "groups", "bias"):
         if getattr(workload, name) != getattr(default, name):
             words += [f"--{name.replace('_', '-')}", getattr(workload, name)]
+    for name in ("base", "float8"):
+        if getattr(workload, name) != getattr(default, name):
+            words += [f"--{name}", getattr(workload, name)]
     if workload.dropout:
         words += ["--dropout", str(workload.dropout)]
     if workload.train != default.train:

@@ -16,7 +16,7 @@ from .code import drawn_line, line, seeds_line
 
 @dataclass(frozen=True)
 class Block:
-    """Statements under one condition, or under it where the condition before it did not hold (``elif``)."""
+    """Statements under one condition, or under it, or none, where that before it did not hold (``elif``, ``else``)."""
 
     guard: str
     lines: tuple[str, ...]
@@ -150,8 +150,12 @@ def backward_blocks(
                     (line(step.operation, owner),),
                 )
             )
-            for product in products(step.operation):
-                blocks.append(Block(guards[product.outputs[0]], (line(product, owner),), "elif"))
+            single = [(guards[part.outputs[0]], line(part, owner)) for part in products(step.operation)]
+            if len(single) == 2:  # of which one is wanted at most
+                blocks += [Block(condition, (text,), "elif") for condition, text in single]
+            else:
+                inner = (text for condition, each in single for text in (f"if {condition}:", f"    {each}"))
+                blocks.append(Block("", tuple(inner), "else"))
         for symbol in step.frees:
             add(guard(needed_by[symbol], phase.derivation), f"del {symbol}")
     return tuple(blocks)

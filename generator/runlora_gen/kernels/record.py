@@ -60,7 +60,8 @@ class Kernel:
             operand of the first product as the formula has it, ``left0T`` its transpose; likewise ``right``,
             ``addend``, ``bias`` and ``scaling``; ``seed0`` is what the first mask is drawn from, ``dropped0`` what is
             dropped first, ``codes0`` what is
-            dequantized; ``dtypes`` are those of results that are gradients of parameters, ``needs`` whether each
+            dequantized; ``operands`` are those of a single operation that is no product, ``scales`` the codes whose
+            scales multiply columns; ``dtypes`` are those of results that are gradients of parameters, ``needs`` whether each
             result is wanted, where it is told. Where it is of
             several linears, ``*left0`` is the tuple of the left operands of all parts that do what the first one does,
             one a linear, ``*left1`` that of the next kind of part; likewise the others.
@@ -76,8 +77,8 @@ class Kernel:
         largest_rank: above it the kernel is no candidate.
         helpers: what it uses of the helpers in ``support.jinja`` and ``tiles.jinja``, which kernels share, and ``F``
             for torch.nn.functional.
-        replaces: the work, see ``algebra/work.py``, of the single products whose place it may take, whatever a site
-            calls their symbols. A kernel of several products replaces none: it is in a row of the table.
+        replaces: the work, see ``algebra/work.py``, of the single operations whose place it may take, whatever a site
+            calls their symbols. A kernel of several replaces none: it is in a row of the table.
         when: it takes the place of these.
         priced_as: the kernel whose measured efficiency, and whose tuned constants, stand for its own; for those of a
             kernel of several linears, those of one that is as large as all are together.
@@ -88,6 +89,9 @@ class Kernel:
             after it: they are priced as such.
         persistent: whether its programs walk over tiles of BM×BN of the result, those of the last wave cut into PARTS:
             then it is busy for whole waves.
+        float8: whether it is one of those that products of float8 take: on GPUs that have them.
+        largest: whether it also gives the largest magnitudes of the rows that it reads: the templates that it has in
+            common with another kernel ask for it.
     """
 
     launches: int
@@ -100,13 +104,15 @@ class Kernel:
     dtypes: frozenset[str] = frozenset({"bf16", "fp16", "fp32"})
     largest_rank: int | None = None
     helpers: frozenset[str] = frozenset()
-    replaces: str | None = None
+    replaces: tuple[str, ...] = ()
     when: When = "cheaper"
     priced_as: str | None = None
     seeded: bool = False
     drops: bool = False
     then: bool = False
     persistent: bool = False
+    float8: bool = False
+    largest: bool = False
 
     def __post_init__(self) -> None:
         for constants in (self.tiles, self.small_tiles, *self.candidates):

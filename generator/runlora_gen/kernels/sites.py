@@ -35,7 +35,7 @@ def alternatives(derivation: Derivation, when: When) -> tuple[Fused, ...]:
     found: dict[Step, Fused] = {}
     for product in sorted(products, key=lambda product: "T" not in dimensions(product)):
         for name, kernel in KERNELS.items():
-            if kernel.when == when and work(product) == kernel.replaces:
+            if kernel.when == when and work(product) in kernel.replaces:
                 if product in found:
                     raise ValueError(f"{found[product].kernel} and {name} both take the place of {product}")
                 found[product] = Fused(name, (product,))

@@ -24,6 +24,7 @@ class Base:
         takes: the linears that hold such weights, as docstrings say it.
         forwards: by these of their classes they are known.
         codes: torch's dtype of numbers of 8 bits.
+        rows: whether they are of float8 and every row has one scale, so that products of float8 may read them.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Base:
     takes: str = ""
     forwards: tuple[str, ...] = ()
     codes: str = ""
+    rows: bool = False
 
 
 _LINEAR_4_BIT = ("a ``Linear4bit`` of bitsandbytes", ("bitsandbytes.nn.modules.Linear4bit.forward",))
@@ -59,6 +61,7 @@ BASES: Mapping[str, Base] = {
             "an ``FP8Linear`` without blocks or an ``FbgemmFp8Linear`` of Transformers",
             (_FP8_LINEAR, _FBGEMM),
             _E4M3,
+            rows=True,
         ),
         Base(
             "fp8-block",

@@ -25,6 +25,7 @@ CHOICES = {
     "groups": ("auto", "none"),
     "bias": ("none", "all", "lora_only", "lora_bias"),
     "base": tuple(BASES),
+    "float8": ("both", "forward", "none"),
 }
 MAX_SAVED_BYTES = 2**50
 #: Above this, byte counts of a layer leave 64 bits; no training step is near it.
@@ -61,6 +62,8 @@ class Workload:
         base: how the frozen weights are stored: ``plain``, in ``dtype``; ``nf4`` or ``fp4``, quantized to 4 bits by
             bitsandbytes, ``int8``, to 8 bits by bitsandbytes; ``fp8``, in float8_e4m3fn with a scale for each row, or
             ``fp8-block``, with one for each block. All are computed with in ``dtype``.
+        float8: with the base ``fp8`` on a GPU that multiplies float8, which of a linear's large products may be of it:
+            ``both``, that of the ``forward`` alone, or ``none``. Their inputs are rounded to it, row by row.
     """
 
     tokens: tuple[int, ...] = (4096,)
@@ -81,11 +84,18 @@ class Workload:
     bias: str = "none"
     dropout: float = 0.0
     base: str = "plain"
+    float8: str = "both"
 
     @property
     def quantized(self) -> bool:
         """Whether the frozen weights are codes, of which a weight is made wherever it is read."""
         return self.base != "plain"
+
+    @property
+    def of_float8(self) -> frozenset[str]:
+        """The passes, of ``forward`` and ``backward``, whose large product may be of float8."""
+        wanted = {"both": ("forward", "backward"), "forward": ("forward",), "none": ()}[self.float8]
+        return frozenset(wanted if self.stored.rows else ())
 
     @property
     def stored(self) -> Base:

@@ -14,8 +14,10 @@ from ..algebra.operations import Fused, Symbol
 from ..cost.device import device_for
 from ..cost.lower import cheaper, lowered, lowered_phase, phase_with_kernels, with_kernels
 from ..cost.measured import is_priced
+from ..cost.profile import FLOAT8
 from ..cost.setting import DTYPES, Setting
 from ..cost.vector import DEVICE_BOUND
+from ..kernels.registry import KERNELS
 from ..kernels.sites import alternatives, serves
 from ..request.groups import Group
 from ..request.layers import Layer
@@ -85,6 +87,7 @@ def _setting(
             **{f"R_{linear}": rank for linear in linears},
         },
         keeps_weights=workload.max_saved_bytes is not None,
+        float8=workload.of_float8,
     )
 
 
@@ -164,9 +167,17 @@ def rows_for(workload: Workload, setting: Setting) -> tuple[Way, ...]:
 
     def candidate(operation: Fused) -> bool:
         taken = kernels and serves(operation, dtype=dtype.name, rank=setting.rank)
-        return taken and is_priced(operation, dtype, setting.device)
+        return taken and is_priced(operation, dtype, setting.device) and _float8_serves(operation, setting)
 
     return setting.derivation.rows(candidate)
+
+
+def _float8_serves(operation: Fused, setting: Setting) -> bool:
+    """Whether an operation is no part of products of float8, or the device has those and rows are on 16 bytes."""
+    sizes = (size for name, size in setting.dims.items() if name[0] in "IO")
+    return not KERNELS[operation.kernel].float8 or (
+        FLOAT8 in setting.device.flops_per_s and all(size % 16 == 0 for size in sizes)
+    )
 
 
 def stochastic_for(workload: Workload, setting: Setting) -> tuple[Fused, ...]:

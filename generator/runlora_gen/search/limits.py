@@ -25,6 +25,8 @@ def check_request(architecture: Architecture, ranks: Sequence[int], workload: Wo
     check_ranks(ranks, architecture)
     device_for(workload)
     check_merge_rounding(workload)
+    if workload.float8 != Workload.float8 and not workload.stored.rows:
+        raise SpecError(f"--float8: {workload.float8} needs --base fp8: other codes are multiplied in --dtype")
     check_saved_limit(architecture, ranks, workload)
 
 

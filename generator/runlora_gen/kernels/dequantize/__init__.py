@@ -11,5 +11,5 @@ KERNEL = Kernel(
     tiles={"BLOCK": 2048, "WARPS": 4},
     bounds={"BLOCK": Bounds(32, 2**14)},
     helpers=frozenset({"codes"}),
-    replaces="OI->OI dequantize",
+    replaces=("OI->OI dequantize",),
 )

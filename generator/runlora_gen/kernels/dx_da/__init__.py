@@ -14,7 +14,7 @@ KERNEL = replace(
     small_tiles={"BT": 64, "BI": 64, "BESIDE": 8, "WARPS": 4, "STAGES": 3},
     candidates=(),
     helpers=PT_X.helpers | {"drop", "store_sum"},
-    replaces=None,
+    replaces=(),
     priced_as="pt_x",
     then=True,
 )

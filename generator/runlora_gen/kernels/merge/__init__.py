@@ -10,5 +10,5 @@ KERNEL = Kernel(
     tiles={"BO": 32, "BI": 128, "WARPS": 4, "STAGES": 3},
     candidates=({"BO": 64}, {"BI": 256}),
     helpers=frozenset({"merged_tile", "update_tile"}),
-    replaces="OR,RI->OI scaled added",
+    replaces=("OR,RI->OI scaled added",),
 )

@@ -12,5 +12,5 @@ KERNEL = Kernel(
     candidates=({"BT": 64, "BI": 128, "STAGES": 5}, {"BT": 128, "BI": 64}),
     largest_rank=128,
     helpers=frozenset({"descriptors", "fitting", "multiprocessors", "splits", "sum_parts"}),
-    replaces="TR,TI->RI",
+    replaces=("TR,TI->RI",),
 )

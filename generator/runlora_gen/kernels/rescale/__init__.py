@@ -9,5 +9,5 @@ KERNEL = Kernel(
     call="{codes0}",
     tiles={"BO": 16, "BI": 256, "WARPS": 4},
     helpers=frozenset({"scaled"}),
-    replaces="OI->OI rescale",
+    replaces=("OI->OI rescale",),
 )

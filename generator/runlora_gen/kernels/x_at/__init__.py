@@ -12,5 +12,5 @@ KERNEL = Kernel(
     candidates=({"BI": 128}, {"BT": 128, "BI": 128}),
     largest_rank=128,
     helpers=frozenset({"descriptors", "fitting", "multiprocessors", "rank_wide", "splits", "sum_parts"}),
-    replaces="TI,RI->TR scaled",
+    replaces=("TI,RI->TR scaled",),
 )

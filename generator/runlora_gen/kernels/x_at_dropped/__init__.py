@@ -14,7 +14,7 @@ KERNEL = replace(
     small_tiles={"BT": 32, "BI": 64, "BESIDE": 4, "WARPS": 4, "STAGES": 3},
     candidates=(),
     helpers=X_AT.helpers | {"drop"},
-    replaces=None,
+    replaces=(),
     priced_as="x_at",
     drops=True,
 )

@@ -12,6 +12,6 @@ KERNEL = replace(
     # Above it the accumulators of three linears leave the registers.
     largest_rank=64,
     helpers=X_AT.helpers | {"several", "store_sum"},
-    replaces=None,
+    replaces=(),
     priced_as="x_at",
 )

@@ -1,0 +1,14 @@
+"""Activations in float8, row by row: each divided by a scale that its largest magnitude gives."""
+
+from __future__ import annotations
+
+from ..record import Kernel
+
+KERNEL = Kernel(
+    launches=1,
+    call="{operands}",
+    tiles={"BT": 16, "BI": 512, "WARPS": 4},
+    dtypes=frozenset({"bf16", "fp16"}),
+    helpers=frozenset({"float8"}),
+    float8=True,
+)
