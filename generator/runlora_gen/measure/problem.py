@@ -75,6 +75,19 @@ def random_codes(quantized: Any, shape: tuple[int, int], device: torch.device, d
     )
 
 
+def random_float8(quantized: Any, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Any:
+    """A random matrix of float8, each of whose rows has a scale.
+
+    Args:
+        quantized: the class of a generated module that holds one.
+        shape: rows and columns.
+        device, dtype: of what is made of it.
+    """
+    codes = torch.randn(shape, device=device).to(torch.float8_e4m3fn)
+    scale = torch.rand(shape[0], 1, device=device) + 0.5
+    return quantized(codes, scale, (1, shape[1]), 1.0, dtype)
+
+
 class Problem:
     """Operands of a LoRA linear and an output gradient, all random: zeros are faster than numbers."""
 

@@ -40,12 +40,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..algebra.enumerate import Program, enumerate_programs
-from ..algebra.linear import LINEAR, QUANTIZED
+from ..algebra.linear import LINEAR, QUANTIZED, SCALED
 from ..algebra.liveness import wanted_operations
 from ..algebra.lookup import Asked
 from ..algebra.operations import Convert, Fused, Operation, Symbol, dimensions
 from ..algebra.work import work
-from ..cost.profile import MAX_PROFILE_BYTES, Profile, Size, check_title, parse_toml, read_profile, render_profile
+from ..cost.profile import FLOAT8, MAX_PROFILE_BYTES, Profile, Size, check_title, parse_toml, read_profile, render_profile
 from ..emit.code import line, tiles_key
 from ..kernels.registry import KERNELS
 from ..kernels.sites import draws, operations_of, serves
@@ -56,7 +56,7 @@ from ..search.candidates import goals
 from .clock import Key, Run, captured, interleaved, repeated, seconds
 from .machine import machine_name
 from .modules import module_of_everything
-from .problem import TORCH_DTYPES, Point, Problem, random_codes
+from .problem import TORCH_DTYPES, Point, Problem, random_codes, random_float8
 
 #: Rounds of a batch, whose median is one figure.
 ROUNDS = 3
@@ -239,13 +239,16 @@ class _Workbench:
         self.on_gpu = device.type == "cuda"
         self.kernels = self.on_gpu and importlib.util.find_spec("triton") is not None
         self._folder = tempfile.TemporaryDirectory()
-        device_name = "h200" if self.on_gpu else "cpu"
+        # One whose rates are of all dtypes.
+        device_name = "h100" if self.on_gpu else "cpu"
         # Everything in one dtype: then there is nothing to cast.
         self.workload = Workload(adapter_dtype="bf16", device=device_name, launch="graph", kernels=self.kernels)
-        self.module = module_of_everything(self.workload, Path(self._folder.name) / f"everything_{os.getpid()}")
+        self._modules: dict[str, ModuleType] = {}
+        self.module = self.module_on("plain")
         timed = [op for op in operations_of(LINEAR) if not draws(op) and not isinstance(op, Convert)]
         if self.kernels:
-            timed += [op for op in operations_of(QUANTIZED) if isinstance(op, Fused) and _decodes(op)]
+            coded = [op for site in (QUANTIZED, SCALED) for op in operations_of(site) if _base_of(op) != "plain"]
+            timed += [op for op in coded if isinstance(op, Fused) and self._able(op)]
         # One for all that do the same work.
         self._operations = tuple({work(op): op for op in reversed(timed)}.values())
         #: A square linear whose launches take longest. Operators of a CPU wait for their results: there calls count.
@@ -254,11 +257,16 @@ class _Workbench:
         #: Rate of a copy of memory on this machine at rest; None before it was measured.
         self.bytes_per_s: float | None = None
 
-    @cached_property
-    def of_codes(self) -> ModuleType:
-        """A module with all operations of a quantized base."""
-        workload = replace(self.workload, base="nf4")
-        return module_of_everything(workload, Path(self._folder.name) / f"of_codes_{os.getpid()}")
+    def module_on(self, base: str) -> ModuleType:
+        """A module with all operations of a base."""
+        if base not in self._modules:
+            folder = Path(self._folder.name) / f"everything_on_{base}_{os.getpid()}"
+            self._modules[base] = module_of_everything(replace(self.workload, base=base), folder)
+        return self._modules[base]
+
+    def _able(self, operation: Fused) -> bool:
+        """Whether this GPU has what a kernel needs."""
+        return not KERNELS[operation.kernel].float8 or torch.cuda.get_device_capability(self.device) >= (8, 9)
 
     def __enter__(self) -> _Workbench:
         return self
@@ -330,7 +338,7 @@ class _Workbench:
     def runner(self, trial: Trial, sets: Sequence[Mapping[Symbol, Any]], dtype: torch.dtype) -> Callable[[], None]:
         """A call that runs a trial once on each set of buffers."""
         operation = trial.operation
-        module = self.of_codes if _decodes(operation) else self.module
+        module = self.module_on(_base_of(operation))
         symbols = sorted({*operation.reads, *(operation.outputs if operation.accumulate else ())})
         key = None
         if isinstance(operation, Fused) and trial.constants:
@@ -357,16 +365,25 @@ class _Workbench:
 
         def drawn(symbol: Symbol) -> Any:
             shape = [point.dims[d] for d in symbol.shape]
-            if symbol.store == "code":
-                return random_codes(self.of_codes.Quantized, (shape[0], shape[1]), self.device, dtype)
+            match symbol.store:
+                case "code":
+                    return random_codes(self.module_on("nf4").Quantized, (shape[0], shape[1]), self.device, dtype)
+                case "code8":
+                    made = random_float8(self.module_on("fp8").Quantized, (shape[0], shape[1]), self.device, dtype)
+                    return made.codes if symbol == SCALED["Qt"] else made
+                case "acc32":
+                    return torch.rand(shape, device=self.device) + 3
             return torch.randn(shape, device=self.device, dtype=dtype)
 
         return [{symbol: drawn(symbol) for symbol in symbols} for _ in range(count)]
 
 
-def _decodes(operation: Operation) -> bool:
-    """Whether it reads the codes of a quantized base."""
-    return any(symbol.store == "code" for symbol in operation.reads)
+def _base_of(operation: Operation) -> str:
+    """A base whose modules have an operation."""
+    stores = {symbol.store for symbol in (*operation.reads, *operation.outputs)}
+    if "code8" in stores or (isinstance(operation, Fused) and KERNELS[operation.kernel].float8):
+        return "fp8"
+    return "nf4" if "code" in stores else "plain"
 
 
 def _measure(bench: _Workbench, profile: Profile, dtype: str, point: Point) -> dict[Trial, list[float]]:
@@ -499,6 +516,17 @@ def _basics(bench: _Workbench, title: str) -> Profile:
         left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
         product_s = _basic(bench, f"a product in {name}", lambda: left @ right, device)  # noqa: B023
         rates[name] = float(f"{2 * size**3 / product_s / 1e12:.4g}")
+    if on_gpu and torch.cuda.get_device_capability(device) >= (8, 9):
+        size = SQUARE[device.type][2]
+        codes = [torch.randn(size, size, device=device).to(torch.float8_e4m3fn) for _ in range(2)]
+        one = torch.ones((), device=device)
+        product_s = _basic(
+            bench,
+            "a product in fp8",
+            lambda: torch._scaled_mm(codes[0], codes[1].t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True),
+            device,
+        )
+        rates[FLOAT8] = float(f"{2 * size**3 / product_s / 1e12:.4g}")
     tiny = torch.randn(8, 8, device=device)
     calls = 500
     run = repeated(lambda: torch.add(tiny, tiny, out=tiny), calls)
