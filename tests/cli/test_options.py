@@ -229,7 +229,7 @@ class TestBase:
         assert manifest["workload"]["base"] == base and f" --base {base} " in manifest["command"]
         text = (folder / "linear_128x128_r8.py").read_text()
         assert f" --base {base} " in text.partition('"""')[0] and "class Quantized(NamedTuple):" in text
-        assert "\nQUANTIZED = True\n" in (folder / "shapes.py").read_text()
+        assert '\nBASE = "4 bits"\n' in (folder / "shapes.py").read_text()
         run(*manifest["command"].split()[1:-1], tmp_path, "--check").ok()
 
     def test_plain_is_what_is_taken_unless_it_is_given(self, generate) -> None:

@@ -450,7 +450,7 @@ def test_one_base_is_read_at_a_time() -> None:
     assert {p.name for p in read.architecture.projections} == {"q_proj", "k_proj"}
     assert dict(read.left_out) == {"layers.*.o_proj": "not quantized"} and read.dtype == torch.float16
     assert shapes(plain) == {("o_proj", 8, 4, True): 2} and plain.dtype == torch.float32
-    assert set(plain.left_out.values()) == {"quantized to 4 bits"}
+    assert set(plain.left_out.values()) == {"quantized to 4 bits by bitsandbytes"}
     with pytest.raises(SpecError, match=r"no linear that LoRA can be generated for; left out: .*quantized to 4 bits"):
         read_model(model, base="fp4")
     with_adapters = read_model(adapted(model, r=2, target_modules=["o_proj"]))

@@ -25,6 +25,7 @@ from runlora_gen.emit.kernel_notes import KernelCall
 from runlora_gen.emit.nodes import SharedNode
 from runlora_gen.emit.render import Header, render
 from runlora_gen.kernels.registry import KERNELS
+from runlora_gen.request.bases import BASES
 from runlora_gen.measure.modules import import_file
 from torch import Tensor
 
@@ -75,7 +76,8 @@ def alone(folder: Path, operations_of: Mapping[Derivation, Sequence[Fused]], *, 
         wide_adapter=False,
         lossy_merge=False,
         dropout=dropout,
-        quantized=False,
+        base=BASES["plain"],
+        dtype="torch.float16",
         helpers=frozenset[str]().union(*(KERNELS[op.kernel].helpers for op in found), *map(helpers_of, found)),
         calls=calls,
         function="lora_qkv",
