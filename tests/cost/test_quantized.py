@@ -154,7 +154,9 @@ def test_a_table_without_columns_is_read_as_it_was_written() -> None:
 
 @every_base
 def test_weights_are_kept_only_where_memory_is_named(base: str) -> None:
-    free = Workload(base=base, device="a100")  # which has no measured times: beside those, only what was measured counts
+    free = Workload(
+        base=base, device="a100"
+    )  # which has no measured times: beside those, only what was measured counts
     limited = replace(free, max_saved_bytes=2**40)
     for workload in (free, limited):
         where = setting_for(workload, 512, 512, 8, False, 1024)

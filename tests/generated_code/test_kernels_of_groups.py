@@ -25,8 +25,8 @@ from runlora_gen.emit.kernel_notes import KernelCall
 from runlora_gen.emit.nodes import SharedNode
 from runlora_gen.emit.render import Header, render
 from runlora_gen.kernels.registry import KERNELS
-from runlora_gen.request.bases import BASES
 from runlora_gen.measure.modules import import_file
+from runlora_gen.request.bases import BASES
 from torch import Tensor
 
 from ..kernels.several import operations

@@ -177,7 +177,9 @@ def test_the_merging_kernel_rounds_once(
         assert one.dtype == dtype and ((one.double() - merged).abs() <= allowed).all()
 
 
-@pytest.mark.parametrize(("shape", "block"), [((24, 40), None), ((40, 513), None), ((24, 40), (7, 24)), ((9, 8), (1, 4))])
+@pytest.mark.parametrize(
+    ("shape", "block"), [((24, 40), None), ((40, 513), None), ((24, 40), (7, 24)), ((9, 8), (1, 4))]
+)
 def test_what_kernels_do_not_take_torch_makes(
     modules: Callable[[str], ModuleType], shape: tuple[int, int], block: tuple[int, int] | None
 ) -> None:

@@ -84,9 +84,7 @@ def float8(linear: nn.Linear, base: str, **options: Any) -> Any:
         made.weight_scale = nn.Parameter(scale)
     else:
         size = BLOCK if base == "fp8-block" else None
-        made = fp8.FP8Linear(
-            linear.in_features, linear.out_features, size, has_bias=linear.bias is not None, **options
-        )
+        made = fp8.FP8Linear(linear.in_features, linear.out_features, size, has_bias=linear.bias is not None, **options)
         made.weight_scale_inv = nn.Parameter(scale if size else scale.view(()))
     made.weight, made.bias = nn.Parameter(codes), linear.bias
     return made
@@ -276,7 +274,7 @@ def test_disabled_restored_and_with_other_adapters(saved: Path, out: Path, base:
 
 
 def test_merging_is_peft_s(saved: Path, out: Path) -> None:
-    """It quantizes the sum anew: while the adapter is merged PEFT's own code runs, and ours of what it left after it."""
+    """It quantizes the sum anew; while it is merged PEFT's own code runs, and ours afterwards, on what that left."""
     theirs, ours = pair(saved, out, "int8", layers=1)
     for change in ("merge_adapter", "unmerge_adapter"):
         with warnings.catch_warnings():
@@ -395,12 +393,14 @@ def test_codes_are_never_merged(saved: Path, out: Path, base: str) -> None:
 
 @pytest.mark.parametrize("base", [*BASES, "fbgemm"])
 def test_a_state_has_what_the_base_s_has(saved: Path, out: Path, base: str) -> None:
-    """Under the same names: what is saved of an injected model is a checkpoint of its base, and its adapter beside it."""
+    """Under the same names: what is saved of an injected model is a checkpoint of its base, beside its adapter."""
     build = functools.partial(quantized, saved, base, layers=1)
     plain, model, again = build(), injected(build(), out, base), injected(build(), out, base)
     state, stored = model.state_dict(), plain.state_dict()
     assert {name for name in state if "lora_" not in name} == stored.keys()
-    assert all(state[name].dtype == t.dtype and torch.equal(state[name].float(), t.float()) for name, t in stored.items())
+    assert all(
+        state[name].dtype == t.dtype and torch.equal(state[name].float(), t.float()) for name, t in stored.items()
+    )
     with torch.no_grad():
         for tensor in again.state_dict().values():
             tensor.zero_()  # also codes and scales: all of it is loaded
