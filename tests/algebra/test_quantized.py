@@ -96,12 +96,12 @@ def test_a_weight_is_made_in_the_forward_and_again_in_the_backward(site: Derivat
 def test_where_weights_may_be_kept_they_are_kept_or_made_again(site: Derivation) -> None:
     found = enumerate_programs(site, ALL, facts=KEPT)
     weights = {name: site[name] for name in ("W", "M") if name in site.symbols}
-    seen = set()
+    seen = set[str | None]()
     for program in found:
         held = [name for name, symbol in weights.items() if symbol in program.kept]
         assert len(held) <= 1
         assert any(map(makes_weights, program.backward.operations)) == (not held) == (site["Q"] in program.saved_inputs)
-        seen.update(held or [None])
+        seen.add(held[0] if held else None)
     assert seen == {*weights, None}
     free = {program.id for program in enumerate_programs(site, ALL)}
     assert free == {p.id for p in found if not set(weights.values()) & set(p.kept)}, "the fact adds programs alone"

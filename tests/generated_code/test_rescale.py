@@ -95,7 +95,8 @@ def expanded(Q: Any) -> Tensor:
 
 def exact(Q: Any) -> Tensor:
     """The weight in float32: the scale times the unit is rounded, then its product with the code."""
-    return Q.codes.float() * (expanded(Q) * Q.unit)
+    weight: Tensor = Q.codes.float() * (expanded(Q) * Q.unit)
+    return weight
 
 
 @every_base
