@@ -7,22 +7,36 @@ from runlora_gen.algebra.count import count_programs
 from runlora_gen.algebra.derivation import CAST_ADAPTER, KEEPS_WEIGHTS, NO_FACTS, Derivation, Facts
 from runlora_gen.algebra.enumerate import enumerate_programs
 from runlora_gen.algebra.group import group
-from runlora_gen.algebra.linear import DROPPED, LINEAR, QUANTIZED, QUANTIZED_DROPPED, lone_linear
-from runlora_gen.algebra.operations import Convert, Fused, Operation
+from runlora_gen.algebra.linear import (
+    DROPPED,
+    LINEAR,
+    QUANTIZED,
+    QUANTIZED_DROPPED,
+    SCALED,
+    SCALED_DROPPED,
+    lone_linear,
+)
+from runlora_gen.algebra.operations import BITS, Convert, Fused, Operation
 from runlora_gen.algebra.sites import DERIVATIONS
+from runlora_gen.request.bases import BASES, Form
 
 ALL = ("dX", "dA", "dB")
 WIDE = frozenset({CAST_ADAPTER})
 KEPT = frozenset({KEEPS_WEIGHTS})
-SITES = (QUANTIZED, QUANTIZED_DROPPED)
+SITES = (QUANTIZED, QUANTIZED_DROPPED, SCALED, SCALED_DROPPED)
+#: The function that makes a weight of its codes, by the form of those.
+MADE: dict[Form, str] = {"codes": "dequantize", "scaled": "rescale"}
 every_site = pytest.mark.parametrize("site", SITES, ids=lambda site: site.site)
+every_form = pytest.mark.parametrize("form", MADE)
+MERGING = {f"{made}_merged" for made in MADE.values()}
 
 
 def makes_weights(operation: Operation) -> bool:
     """Whether it reads the codes."""
-    return any(symbol.store == "code" for symbol in operation.reads)
+    return any(symbol.coded for symbol in operation.reads)
 
 
+@every_form
 @pytest.mark.parametrize(
     ("facts", "goals", "count"),
     [
@@ -38,10 +52,26 @@ def makes_weights(operation: Operation) -> bool:
         (WIDE, ALL, 608),
     ],
 )
-def test_exact_counts(facts: Facts, goals: tuple[str, ...], count: int) -> None:
-    found = enumerate_programs(QUANTIZED, goals, facts=facts)
-    assert len(found) == count == count_programs(QUANTIZED, goals, facts=facts)
+def test_exact_counts(facts: Facts, goals: tuple[str, ...], count: int, form: Form) -> None:
+    site = lone_linear(base=form)
+    found = enumerate_programs(site, goals, facts=facts)
+    assert len(found) == count == count_programs(site, goals, facts=facts)
     assert len({program.id for program in found}) == count
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("facts", [NO_FACTS, WIDE | KEPT], ids=lambda facts: " ".join(sorted(facts)))
+def test_numbers_of_8_bits_have_the_programs_of_4_bits(dropout: bool, facts: Facts) -> None:
+    """Forms differ in how a weight is made of its codes, and in nothing that a choice is about."""
+
+    def texts(form: Form) -> list[list[str]]:
+        site = lone_linear(dropout=dropout, base=form)
+        programs = enumerate_programs(site, ALL, facts=facts)
+        return [[str(op).replace(MADE[form], "make") for op in program.operations] for program in programs]
+
+    assert texts("codes") == texts("scaled")
+    ids = [[p.id for p in enumerate_programs(lone_linear(dropout=dropout, base=form), ALL)] for form in MADE]
+    assert ids[0] == ids[1]
 
 
 @every_site
@@ -56,7 +86,7 @@ def test_a_weight_is_made_in_the_forward_and_again_in_the_backward(site: Derivat
     for program in enumerate_programs(site, ALL):
         for phase in (program.forward, program.backward):
             (made,) = filter(makes_weights, phase.operations)
-            assert isinstance(made, Convert) or (isinstance(made, Fused) and made.kernel == "dequantize_merged")
+            assert isinstance(made, Convert) or (isinstance(made, Fused) and made.kernel in MERGING)
         assert site["Q"] in program.saved_inputs and not any(symbol.store == "weight" for symbol in program.kept)
     for program in enumerate_programs(site, ("dA", "dB")):
         assert not any(map(makes_weights, program.backward.operations)) and site["Q"] not in program.saved_inputs
@@ -66,42 +96,64 @@ def test_a_weight_is_made_in_the_forward_and_again_in_the_backward(site: Derivat
 def test_where_weights_may_be_kept_they_are_kept_or_made_again(site: Derivation) -> None:
     found = enumerate_programs(site, ALL, facts=KEPT)
     weights = {name: site[name] for name in ("W", "M") if name in site.symbols}
-    seen = set()
+    seen = set[str | None]()
     for program in found:
         held = [name for name, symbol in weights.items() if symbol in program.kept]
         assert len(held) <= 1
         assert any(map(makes_weights, program.backward.operations)) == (not held) == (site["Q"] in program.saved_inputs)
-        seen.update(held or [None])
+        seen.add(held[0] if held else None)
     assert seen == {*weights, None}
     free = {program.id for program in enumerate_programs(site, ALL)}
     assert free == {p.id for p in found if not set(weights.values()) & set(p.kept)}, "the fact adds programs alone"
 
 
-def test_the_update_is_merged_before_the_one_rounding() -> None:
-    """absmax · code lies on no grid of 16 bits: what is merged in the same pass is rounded as W itself would be."""
-    assert not QUANTIZED.lossy and not QUANTIZED.deltas and "D" not in QUANTIZED.symbols and LINEAR.lossy
-    found = enumerate_programs(QUANTIZED, ALL, facts=KEPT)
-    merged = [program for program in found if QUANTIZED["M"] in program.made]
+@every_form
+def test_the_update_is_merged_before_the_one_rounding(form: Form) -> None:
+    """scale · code lies on no grid of 16 bits: what is merged in the same pass is rounded as W itself would be."""
+    site, make = lone_linear(base=form), MADE[form]
+    assert not site.lossy and not site.deltas and "D" not in site.symbols and LINEAR.lossy
+    found = enumerate_programs(site, ALL, facts=KEPT)
+    merged = [program for program in found if site["M"] in program.made]
     assert merged and not any(program.lossy_in_16_bit for program in found)
     for program in merged:
-        kernels = [operation for operation in program.operations if QUANTIZED["M"] in operation.outputs]
+        kernels = [operation for operation in program.operations if site["M"] in operation.outputs]
         # Made once where it is kept, or where one phase alone reads it.
         assert 1 <= len(kernels) <= 2
         for kernel in kernels:
-            assert isinstance(kernel, Fused) and kernel.inner == (QUANTIZED["W"],), "W is never written"
-            assert str(kernel) == "dequantize_merged: W := dequantize(Q); M = W + s * B @ A"
+            assert isinstance(kernel, Fused) and kernel.inner == (site["W"],), "W is never written"
+            assert str(kernel) == f"{make}_merged: W := {make}(Q); M = W + s * B @ A"
 
 
 def test_sites_by_what_is_asked_for() -> None:
     assert lone_linear() is LINEAR and lone_linear(dropout=True) is DROPPED
-    assert lone_linear(quantized=True) is QUANTIZED and lone_linear(dropout=True, quantized=True) is QUANTIZED_DROPPED
-    assert set(SITES) < set(DERIVATIONS) and QUANTIZED_DROPPED.evaluated is QUANTIZED
-    assert [str(operation) for operation in QUANTIZED.base] == [
-        "W = dequantize(Q)",
-        *map(str, LINEAR.base),
-    ]
-    assert [str(symbol) for symbol in QUANTIZED.inputs()] == ["X", "Q", "A", "B"]
-    assert "M" not in QUANTIZED_DROPPED.symbols
+    assert lone_linear(base="plain") is LINEAR and lone_linear(dropout=True, base="plain") is DROPPED
+    assert lone_linear(base="codes") is QUANTIZED and lone_linear(dropout=True, base="codes") is QUANTIZED_DROPPED
+    assert lone_linear(base="scaled") is SCALED and lone_linear(dropout=True, base="scaled") is SCALED_DROPPED
+    assert {LINEAR, DROPPED, *SITES} == set(DERIVATIONS)
+    assert len({site.site for site in DERIVATIONS}) == len(DERIVATIONS)
+
+
+@every_form
+def test_what_a_site_is_given(form: Form) -> None:
+    site, dropped = lone_linear(base=form), lone_linear(dropout=True, base=form)
+    assert dropped.evaluated is site and site.coded and dropped.coded and not LINEAR.coded
+    assert [str(operation) for operation in site.base] == [f"W = {MADE[form]}(Q)", *map(str, LINEAR.base)]
+    assert [str(symbol) for symbol in site.inputs()] == ["X", "Q", "A", "B"]
+    assert "M" not in dropped.symbols
+    codes = [symbol for symbol in site.symbols.values() if symbol.coded]
+    assert codes == [site["Q"]] and BITS[site["Q"].store] == {"codes": 4, "scaled": 8}[form]
+
+
+def test_every_base_has_a_form_of_its_own_kind() -> None:
+    """What generated code knows by one name is of one form, and what a linear's class says is of one kind, or two."""
+    assert list(BASES) == [base.name for base in BASES.values()] and BASES["plain"].form == "plain"
+    for base in BASES.values():
+        assert (base.form == "plain") == (not base.forwards) == (not base.takes)
+        assert (base.form == "scaled") == bool(base.codes)
+        assert {other.form for other in BASES.values() if other.kind == base.kind} == {base.form}
+        assert base.bits >= {"plain": 16, "codes": 4, "scaled": 8}[base.form]
+    shared = {base.kind for base in BASES.values() if any("FP8Linear" in forward for forward in base.forwards)}
+    assert shared == {"fp8", "fp8-block"}, "their class does not tell them apart: its block_size does"
 
 
 def rows(site: Derivation, *targets: str) -> dict[str, list[str]]:
@@ -110,15 +162,18 @@ def rows(site: Derivation, *targets: str) -> dict[str, list[str]]:
     return {way.name: [str(operation) for operation in way.operations] for way in site.table if way.targets == sought}
 
 
+@every_form
 @pytest.mark.parametrize("dropout", [False, True])
-def test_rows_of_a_group(dropout: bool) -> None:
-    site = group(("q", "k"), dropout=dropout, quantized=True)
-    assert site.site.startswith("group of q, k on quantized bases")
-    made = ["W_q = dequantize(Q_q)", "W_k = dequantize(Q_k)"]
+def test_rows_of_a_group(dropout: bool, form: Form) -> None:
+    site = group(("q", "k"), dropout=dropout, base=form)
+    on = {"codes": "quantized bases", "scaled": "bases of 8 bits"}[form]
+    assert site.site == f"group of q, k on {on}{' with dropout' if dropout else ''}"
+    made = [f"W_q = {MADE[form]}(Q_q)", f"W_k = {MADE[form]}(Q_k)"]
+    assert site["Q_q"].coded and site["Q_q"].store == lone_linear(base=form)["Q"].store
     assert rows(site, "W_q", "W_k")["dequantize"] == made and [str(op) for op in site.base][:2] == made
     assert rows(site, "Y_q", "Y_k").keys() == {"base_first", "lowrank_first", "fused", "in_one"}
     assert not any(name.startswith(("M", "D")) for name in site.symbols), "a group merges nothing"
-    assert site.evaluated == (group(("q", "k"), quantized=True) if dropout else None)
+    assert site.evaluated == (group(("q", "k"), base=form) if dropout else None)
     assert site is not group(("q", "k"), dropout=dropout)
     goals = ("dX", "dA_q", "dA_k", "dB_q", "dB_k")
     for facts in (NO_FACTS, KEPT):

@@ -49,6 +49,11 @@ KEYS = {
     "dequantize_merged: W := dequantize(Q); M = W + s * B @ A": (
         "dequantize_merged: OI->OI dequantize inner; OR,RI->OI scaled added"
     ),
+    "W = rescale(Q)": "OI->OI rescale",
+    "rescale: W = rescale(Q)": "rescale: OI->OI rescale",
+    "rescale_merged: W := rescale(Q); M = W + s * B @ A": (
+        "rescale_merged: OI->OI rescale inner; OR,RI->OI scaled added"
+    ),
     "K = draw(dropout)": "->TI draw",
     "H = drop(X, K)": "TI,TI->TI drop",
     "dX = drop(dH, K)": "TI,TI->TI drop",

@@ -55,6 +55,19 @@ def test_the_table_has_the_same(run, data: dict) -> None:
             assert f" {text} " in line
 
 
+@pytest.mark.parametrize(("base", "bits"), [("nf4", 4.5), ("int8", 8), ("fp8", 8), ("fp8-block", 8)])
+def test_codes_are_what_weights_take(run, data: dict, base: str, bits: float) -> None:
+    """But for embeddings and the head, which are never quantized; making weights of them takes time."""
+    coded = json.loads(run("estimate", *STEP, "--base", base, "--json").ok().out)
+    assert coded["base"] == base and data["base"] == "plain"
+    ends = 2 * 32000 * 5120
+    for way in ("frozen", "peft", "ours"):
+        plain, less = (one[way]["memory"]["weights"] for one in (data, coded))
+        assert less - 2 * ends == pytest.approx((plain - 2 * ends) * bits / 16, rel=1e-3)
+        if way != "peft":  # whose adapters read their input as it is over some bases
+            assert coded[way]["device_us"] > data[way]["device_us"]
+
+
 def test_checkpointing_is_said(run) -> None:
     text = run("estimate", *STEP, "--checkpointing").ok().out
     assert text.startswith("llama-13b, rank 8, 2 x 2048 tokens, checkpointing\n")

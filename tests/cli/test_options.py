@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from runlora_gen.cost.device import device_names
 from runlora_gen.emit.style import Style
+from runlora_gen.request.bases import BASES
 
 #: Adapters in the activations' dtype: without casts there are fewer programs to choose from.
 NARROW = ("--adapter-dtype", "bf16")
@@ -220,7 +221,7 @@ def test_all_variants_holds_every_pair_and_every_paper_label(
 
 
 class TestBase:
-    @pytest.mark.parametrize("base", ["nf4", "fp4"])
+    @pytest.mark.parametrize("base", [name for name in BASES if name != "plain"])
     def test_it_is_in_the_command_and_in_what_is_generated(self, run, tmp_path: Path, base: str) -> None:
         spec = ("--arch", "llama-9m", "--target-modules", "q_proj", "--rank", "8", *NARROW, "--no-kernels")
         run(*spec, "--base", base, "-o", tmp_path).ok()
@@ -229,7 +230,8 @@ class TestBase:
         assert manifest["workload"]["base"] == base and f" --base {base} " in manifest["command"]
         text = (folder / "linear_128x128_r8.py").read_text()
         assert f" --base {base} " in text.partition('"""')[0] and "class Quantized(NamedTuple):" in text
-        assert "\nQUANTIZED = True\n" in (folder / "shapes.py").read_text()
+        assert f'\nBASE = "{BASES[base].kind}"\n' in (folder / "shapes.py").read_text()
+        assert f'\nBASE = "{base}"\n' in text
         run(*manifest["command"].split()[1:-1], tmp_path, "--check").ok()
 
     def test_plain_is_what_is_taken_unless_it_is_given(self, generate) -> None:
@@ -248,6 +250,18 @@ class TestBase:
             ({"load_in_4bit": True}, "nf4", "(fp4), the base here is nf4: --base fp4"),
             ({"quant_method": "gptq"}, "plain", "(gptq), the base here is plain: those are not covered"),
             ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "nf4", ""),
+            ({"load_in_8bit": True, "load_in_4bit": False}, "plain", "(int8), the base here is plain: --base int8"),
+            ({"quant_method": "fp8"}, "nf4", "(fp8-block), the base here is nf4: --base fp8-block"),
+            (
+                {"quant_method": "fp8", "weight_block_size": [128, 128]},
+                "fp8",
+                "(fp8-block), the base here is fp8: --base fp8-block",
+            ),
+            ({"quant_method": "fp8", "weight_block_size": None}, "int8", "(fp8), the base here is int8: --base fp8"),
+            ({"quant_method": "fbgemm_fp8"}, "plain", "(fp8), the base here is plain: --base fp8"),
+            ({"load_in_8bit": True}, "int8", ""),
+            ({"quant_method": "fp8", "weight_block_size": [64, 64]}, "fp8-block", ""),
+            ({"quant_method": "fbgemm_fp8"}, "fp8", ""),
         ],
     )
     def test_a_config_of_another_base_is_told(self, run, tmp_path: Path, quantization, base: str, said: str) -> None:
@@ -264,16 +278,18 @@ class TestBase:
         )
 
     def test_what_is_allowed_is_named(self, run, tmp_path: Path) -> None:
-        spec = ("--arch", "llama-9m", "--rank", "8", "--base", "int8", "-o", tmp_path / "out")
-        assert run(*spec).error() == "Invalid value for '--base': 'int8' is not one of 'plain', 'nf4', 'fp4'."
+        spec = ("--arch", "llama-9m", "--rank", "8", "--base", "int4", "-o", tmp_path / "out")
+        names = "'plain', 'nf4', 'fp4', 'int8', 'fp8', 'fp8-block'"
+        assert run(*spec).error() == f"Invalid value for '--base': 'int4' is not one of {names}."
         assert not (tmp_path / "out").exists()
 
-    def test_explain_prices_what_is_made_of_codes(self, run) -> None:
+    @pytest.mark.parametrize("base", ["nf4", "int8", "fp8-block"])
+    def test_explain_prices_what_is_made_of_codes(self, run, base: str) -> None:
         spec = ("explain", "--arch", "llama-13b", "--target-modules", "q_proj", "--rank", "8", *NARROW)
-        plain, coded = (json.loads(run(*spec, *more, "--json").ok().out) for more in ((), ("--base", "nf4")))
+        plain, coded = (json.loads(run(*spec, *more, "--json").ok().out) for more in ((), ("--base", base)))
         for of in ("frozen", "peft"):
             assert coded["model"][of]["device_us"] > plain["model"][of]["device_us"]
         (layer,) = coded["layers"]
         assert layer["variants"] and not any("W" in variant["keeps"] for variant in layer["variants"])
-        text = run(*spec, "--base", "nf4").ok().out
+        text = run(*spec, "--base", base).ok().out
         assert "× frozen" in text and "× PEFT" in text

@@ -161,7 +161,7 @@ def test_functions_are_formatted_as_in_the_whole() -> None:
     setting = choice.ranges[-1].decision.setting
     group = Group(("q", "k"), 128, (128, 128), False, 1, (("q_proj", "k_proj"),))
     settings = [setting, *(setting_of(replace(workload, dropout=rate), group, 4, 4096) for rate in (0.0, 0.1))]
-    of_one = [replace(workload, dropout=0.1), replace(workload, base="nf4")]
+    of_one = [replace(workload, dropout=0.1), replace(workload, base="nf4"), replace(workload, base="fp8-block")]
     settings += [setting_for(each, 128, 128, 4, False, 4096) for each in of_one]
     calls = tuple(KernelCall(op, of) for of in settings for op in operations_of(of.derivation) if isinstance(op, Fused))
     node = replace(node, calls=calls, helpers=node.helpers | helpers)

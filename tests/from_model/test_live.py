@@ -450,7 +450,7 @@ def test_one_base_is_read_at_a_time() -> None:
     assert {p.name for p in read.architecture.projections} == {"q_proj", "k_proj"}
     assert dict(read.left_out) == {"layers.*.o_proj": "not quantized"} and read.dtype == torch.float16
     assert shapes(plain) == {("o_proj", 8, 4, True): 2} and plain.dtype == torch.float32
-    assert set(plain.left_out.values()) == {"quantized to 4 bits"}
+    assert set(plain.left_out.values()) == {"quantized to 4 bits by bitsandbytes"}
     with pytest.raises(SpecError, match=r"no linear that LoRA can be generated for; left out: .*quantized to 4 bits"):
         read_model(model, base="fp4")
     with_adapters = read_model(adapted(model, r=2, target_modules=["o_proj"]))
@@ -465,4 +465,104 @@ def test_a_subclass_with_a_forward_of_its_own_is_no_linear_of_4_bits() -> None:
             return 2 * super().forward(x)
 
     read = read_model(Plain(taken=lambda: nn.Linear(8, 4), other=lambda: Other(64, 4, quant_type="nf4").to("cpu")))
+    assert read.base == "plain" and list(read.left_out) == ["layers.*.other"]
+
+
+# Bases of 8 bits
+
+
+def linear_of_8_bits(
+    base: str, *, device: str | None = "cpu", bias: bool = False, out_features: int = 4, wide: bool = False
+) -> Any:
+    """``wide``: an int8 that keeps its 16-bit weights, as for training without adapters."""
+    with torch.device("meta" if device == "meta" else "cpu"):  # as models are built to look at their shapes
+        if base == "int8":
+            modules = pytest.importorskip("bitsandbytes.nn", reason="needs bitsandbytes")
+            linear = modules.Linear8bitLt(64, out_features, bias=bias, has_fp16_weights=wide)
+            return linear.to("cpu") if device == "cpu" else linear
+        if base == "fbgemm":
+            fbgemm = pytest.importorskip("transformers.integrations.fbgemm_fp8", reason="needs Transformers")
+            return fbgemm.FbgemmFp8Linear(64, out_features, bias)
+        fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8", reason="needs Transformers")
+        return fp8.FP8Linear(64, out_features, (16, 16) if base == "fp8-block" else None, has_bias=bias)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    ("kind", "base"), [("int8", "int8"), ("fp8", "fp8"), ("fbgemm", "fp8"), ("fp8-block", "fp8-block")]
+)
+def test_bases_of_8_bits_are_read_by_their_class(kind: str, base: str, device: str) -> None:
+    read = read_model(
+        Plain(
+            q_proj=lambda: linear_of_8_bits(kind, device=device, bias=True),
+            v_proj=lambda: linear_of_8_bits(kind, device=device, out_features=8),
+        )
+    )
+    assert shapes(read) == {("q_proj", 64, 4, True): 2, ("v_proj", 64, 8, False): 2}
+    assert read.base == base and read.bases == (base,) and not read.left_out
+
+
+@pytest.mark.parametrize("base", ["int8", "fp8", "fp8-block"])
+@pytest.mark.parametrize("said", [torch.bfloat16, torch.float16, None], ids=str)
+def test_what_8_bits_are_computed_in_is_what_the_config_says(base: str, said: torch.dtype | None) -> None:
+    """Codes don't say it: the config does, or else what is not quantized."""
+    model = tiny_llama().to(torch.bfloat16)
+    model.config.dtype = said
+    for layer in model.model.layers:
+        layer.self_attn.q_proj = linear_of_8_bits(base)
+    read = read_model(model, base=base)
+    assert read.base == base and read.dtypes == (said or torch.bfloat16,)
+    assert set(read_model(model, base="plain").dtypes) == {torch.bfloat16}, "plain linears are what they are"
+
+
+@pytest.mark.parametrize("others", ["in bf16", "none"])
+def test_without_a_config_it_is_what_is_not_quantized(others: str) -> None:
+    """Neither scales nor adapters, which are in float32."""
+    model = Plain(q_proj=lambda: linear_of_8_bits("fp8-block"), norm=lambda: nn.LayerNorm(8, dtype=torch.bfloat16))
+    if others == "none":
+        model = Plain(q_proj=lambda: linear_of_8_bits("fp8-block"))
+    adapted_to = adapted(model, r=2, target_modules=["q_proj"])
+    expected = torch.bfloat16 if others == "in bf16" else torch.get_default_dtype()
+    assert read_model(model).dtype == read_model(adapted_to).dtype == expected
+
+
+def test_what_of_8_bits_is_not_quantized_yet_is_named() -> None:
+    fp8 = linear_of_8_bits("fp8")
+    fp8.weight = nn.Parameter(torch.zeros(4, 64))  # as ``float()`` of a whole model makes it
+    others = iter([linear_of_8_bits("int8", device=None), fp8])
+    read = read_model(Plain(taken=lambda: nn.Linear(8, 4), other=lambda: next(others)))
+    assert set(read.left_out.values()) == {
+        f"quantized ({kind}), but not yet: move it to its device first" for kind in ("Linear8bitLt", "FP8Linear")
+    }
+    assert read.bases == ("plain",)
+    wide = read_model(Plain(taken=lambda: nn.Linear(8, 4), other=lambda: linear_of_8_bits("int8", wide=True)))
+    assert wide.bases == ("plain",) and set(wide.left_out) == {"layers.*.other"}
+
+
+def test_each_base_of_a_mixed_model_is_read() -> None:
+    """Those of most linears first; what is of another is left out with how it is stored."""
+    model = Plain(
+        q_proj=lambda: linear_of_8_bits("fp8"),
+        k_proj=lambda: linear_of_8_bits("fbgemm"),
+        v_proj=lambda: linear_of_8_bits("fp8-block"),
+        o_proj=lambda: linear_of_8_bits("int8"),
+        up_proj=lambda: nn.Linear(8, 4),
+    )
+    read = read_model(model)
+    assert read.base == "fp8" and set(read.bases) == {"fp8", "fp8-block", "int8", "plain"}
+    names = {base: {p.name for p in read_model(model, base=base).architecture.projections} for base in read.bases}
+    assert names == {"fp8": {"q_proj", "k_proj"}, "fp8-block": {"v_proj"}, "int8": {"o_proj"}, "plain": {"up_proj"}}
+    assert dict(read.left_out) == {
+        "layers.*.v_proj": "quantized to float8_e4m3fn, with a scale for each block",
+        "layers.*.o_proj": "quantized to 8 bits by bitsandbytes",
+        "layers.*.up_proj": "not quantized",
+    }
+
+
+@pytest.mark.parametrize("base", ["int8", "fp8-block"])
+def test_a_subclass_with_a_forward_of_its_own_is_no_linear_of_8_bits(base: str) -> None:
+    plain = linear_of_8_bits(base)
+    other = type("Other", (type(plain),), {"forward": lambda self, x: 2 * x})
+    plain.__class__ = other
+    read = read_model(Plain(taken=lambda: nn.Linear(8, 4), other=lambda: plain))
     assert read.base == "plain" and list(read.left_out) == ["layers.*.other"]

@@ -250,6 +250,8 @@ def test_a_gpu_counts_the_launches_and_the_bytes_that_are_priced() -> None:
         "dx_da: K = draw(seed), H = drop(X, K), dA = Pᵀ H, dH = P A, dX = drop(dH, K) + dY W",
         "dequantize: W = dequantize(Q)",
         "dequantize_merged: W = dequantize(Q), M = W + s B A",
+        "rescale: W = rescale(Q)",
+        "rescale_merged: W = rescale(Q), M = W + s B A",
     }
     assert operations.keys() - {row["operation"] for row in data["rows"]} == not_counted
     setting = setting_at(data["at"], DTYPES[data["dtype"]], load_device("h100"))

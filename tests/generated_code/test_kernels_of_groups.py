@@ -26,6 +26,7 @@ from runlora_gen.emit.nodes import SharedNode
 from runlora_gen.emit.render import Header, render
 from runlora_gen.kernels.registry import KERNELS
 from runlora_gen.measure.modules import import_file
+from runlora_gen.request.bases import BASES
 from torch import Tensor
 
 from ..kernels.several import operations
@@ -75,7 +76,8 @@ def alone(folder: Path, operations_of: Mapping[Derivation, Sequence[Fused]], *, 
         wide_adapter=False,
         lossy_merge=False,
         dropout=dropout,
-        quantized=False,
+        base=BASES["plain"],
+        dtype="torch.float16",
         helpers=frozenset[str]().union(*(KERNELS[op.kernel].helpers for op in found), *map(helpers_of, found)),
         calls=calls,
         function="lora_qkv",

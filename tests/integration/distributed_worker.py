@@ -54,7 +54,7 @@ class Setting:
 
     def base(self) -> Any:
         """A frozen model, whose linears are those of the package: of 4 bits if that is for such."""
-        return (coded(llama()) if self.package.shapes.QUANTIZED else llama()).to(self.device)
+        return (coded(llama()) if self.package.shapes.BASE == "4 bits" else llama()).to(self.device)
 
     def peft(self) -> Any:
         """A PeftModel, its layers as PEFT has them."""

@@ -1,4 +1,4 @@
-"""Bases that bitsandbytes quantized, as Transformers loads them: those of 4 bits run on generated modules."""
+"""Bases that bitsandbytes quantized to 4 bits, as Transformers loads them, on generated modules."""
 
 from __future__ import annotations
 
@@ -455,44 +455,6 @@ def test_codes_of_another_size_or_without_a_state_are_named(generated: Any) -> N
         generated.Quantized.of(linear(moved=False).weight)
     with pytest.raises(ValueError, match="must be of 4 bits, with bitsandbytes' quant_state: move it to its device"):
         generated.Quantized.of(torch.zeros(96, 64))
-
-
-# Eight bits
-
-
-def test_eight_bits_are_left_to_peft_with_one_warning(saved: Path, tmp_path: Path) -> None:
-    model = with_lora(load(saved, load_in_8bit=True))
-    classes = {name: type(module) for name, module in model.named_modules()}
-    with pytest.warns(UserWarning, match="^PEFT's own code runs in: 14 left: a bnb.") as warned:
-        report = runlora_gen.accelerate(model, tmp_path)
-    assert len(warned) == 1 and str(warned[0].message).count("Linear8bitLt") == 1
-    assert not report.accelerated and not report.folders and len(report.left) == ALL
-    assert str(report).startswith("0 of 14 LoRA linears run on generated modules\n14 left: a bnb.")
-    assert classes == {name: type(module) for name, module in model.named_modules()} and not list(tmp_path.iterdir())
-    with pytest.raises(ValueError, match=r"14 left: a bnb\.Linear8bitLt is not covered"):
-        runlora_gen.accelerate(model, tmp_path, strict=True)
-
-
-def test_what_is_not_of_eight_bits_is_accelerated(saved: Path, tmp_path: Path) -> None:
-    model = with_lora(load(saved, load_in_8bit=True, llm_int8_skip_modules=["down_proj", "lm_head"]))
-    plain = copy.deepcopy(model)
-    with pytest.warns(UserWarning, match="12 left: a bnb.Linear8bitLt is not covered"):
-        report = runlora_gen.accelerate(model, tmp_path, **OPTIONS)
-    assert len(report.accelerated) == 2 and all("down_proj" in name for name in report.accelerated)
-    near(gradients(model, FEW), gradients(plain, FEW))
-
-
-def test_nothing_of_eight_bits_is_injected(saved: Path, tmp_path: Path) -> None:
-    model = load(saved, load_in_8bit=True)
-    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    for entry in (
-        lambda: runlora_gen.inject_lora(model, RANK, output=tmp_path),
-        lambda: runlora_gen.generate(model, rank=RANK, output=tmp_path),
-    ):
-        with pytest.raises(ValueError, match=r"no linear that LoRA can be generated for; .*quantized \(Linear8bitLt\)"):
-            entry()
-    assert trained == {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    assert not any("lora" in name for name in trained) and not list(tmp_path.iterdir())
 
 
 # Nothing of it

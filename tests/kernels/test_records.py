@@ -20,7 +20,17 @@ from runlora_gen.kernels.registry import FOLDER, KERNELS
 
 NAMES = list(KERNELS)
 GEMM = KERNELS["fused_gemm"]
-QUANTIZED = (FOLDER.parents[2] / "templates" / "parts" / "quantized.jinja").read_text(encoding="utf-8")
+#: The classes that hold codes, by the kernels that read them: a name, and how many parts it has.
+HOLDS = {"dequantize": ("quantized_codes", 11), "rescale": ("quantized_scaled", 5)}
+
+
+def parts_of(name: str) -> list[str]:
+    """What the class holds that a kernel's Q is of, in order."""
+    template, count = HOLDS[name.removesuffix("_merged")]
+    text = (FOLDER.parents[2] / "templates" / "parts" / f"{template}.jinja").read_text(encoding="utf-8")
+    found = re.findall(r"^    (\w+): ", text.partition("\n    @staticmethod")[0], re.MULTILINE)
+    assert len(found) == count
+    return found
 
 
 def rendered(name: str, template: str) -> str:
@@ -49,8 +59,8 @@ def test_every_template_renders(name: str) -> None:
     arguments = [argument.arg for argument in functions[f"_launch_{name}"].args.args]
     taken = [text.split()[-1] for text in re.findall(r"\((.*)\) ->", schema)[0].split(", ")]
     if "Q" in arguments:  # an operator takes the parts of what codes are held in, one by one
-        parts = re.findall(r"^    (\w+): ", QUANTIZED.partition("\n    @staticmethod")[0], re.MULTILINE)
-        assert arguments[0] == "Q" and taken[: len(parts)] == parts and len(parts) == 11
+        parts = parts_of(name)
+        assert arguments[0] == "Q" and taken[: len(parts)] == parts
         taken[: len(parts)] = "Q"
     assert taken == [*arguments[:-1], "*", "tiles"] and arguments[-1] == "tiles"
     # A kernel of several linears may be called with a dtype for each, and give all the same. One that is told what is
@@ -66,7 +76,7 @@ def test_every_template_renders(name: str) -> None:
 def test_records_are_whole(name: str) -> None:
     kernel = KERNELS[name]
     # Where there is no loop, there are no stages of one.
-    assert kernel.launches > 0 and {"WARPS", *(() if name == "dequantize" else ("STAGES",))} <= kernel.tiles.keys()
+    assert kernel.launches > 0 and {"WARPS", *(() if name in HOLDS else ("STAGES",))} <= kernel.tiles.keys()
     assert bool(kernel.small_tiles) == ("descriptors" in kernel.helpers)
     assert kernel.priced_as is None or KERNELS[kernel.priced_as].tiles.keys() <= kernel.tiles.keys()
     assert kernel.seeded == ("seed" in kernel.call.split(", "))

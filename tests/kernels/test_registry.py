@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 import pytest
 from runlora_gen.algebra.group import group as group_of
-from runlora_gen.algebra.linear import DROPPED, LINEAR, QUANTIZED
+from runlora_gen.algebra.linear import DROPPED, LINEAR, QUANTIZED, SCALED
 from runlora_gen.algebra.operations import Fused
 from runlora_gen.algebra.sites import DERIVATIONS
 from runlora_gen.algebra.work import work
@@ -27,10 +27,11 @@ DROPPING = {
     for operation in operations_of(site)
     if isinstance(operation, Fused)
 }
-FUSED, DECODING = (
+FUSED, OF_TABLES, OF_NUMBERS = (
     {operation.kernel: operation for operation in operations_of(site) if isinstance(operation, Fused)}
-    for site in (LINEAR, QUANTIZED)
+    for site in (LINEAR, QUANTIZED, SCALED)
 )
+DECODING = {**OF_TABLES, **OF_NUMBERS}
 
 
 def test_every_folder_is_a_kernel_with_all_its_files() -> None:
@@ -44,19 +45,20 @@ def test_every_folder_is_a_kernel_with_all_its_files() -> None:
 
 def test_every_kernel_is_of_a_site() -> None:
     assert FUSED.keys() | DECODING.keys() | operations(("q", "k")).keys() | DROPPING.keys() == KERNELS.keys()
-    assert DECODING.keys() - FUSED.keys() == {"dequantize", "dequantize_merged"}
+    assert OF_TABLES.keys() - FUSED.keys() == {"dequantize", "dequantize_merged"}
+    assert OF_NUMBERS.keys() - FUSED.keys() == {"rescale", "rescale_merged"}
     for name, kernel in KERNELS.items():
         if name not in FUSED and name not in DECODING:
             assert kernel.priced_as in FUSED and not kernel.replaces, "of several linears, or of what is left of X"
             continue
-        rows = (*LINEAR.operations, *QUANTIZED.operations)
+        rows = (*LINEAR.operations, *QUANTIZED.operations, *SCALED.operations)
         in_rows = any(isinstance(op, Fused) and op.kernel == name for op in rows)
         assert in_rows != bool(kernel.replaces), "of several products, in a row, or in the place of a single one"
 
 
 def test_what_is_shared_has_every_helper() -> None:
     parts = FOLDER.parents[2] / "templates" / "parts"
-    files = (FOLDER / "support.jinja", FOLDER / "tiles.jinja", parts / "quantized.jinja")
+    files = (FOLDER / "support.jinja", FOLDER / "tiles.jinja", *sorted(parts.glob("quantized*.jinja")))
     shared = "".join(file.read_text(encoding="utf-8") for file in files)
     for kernel in KERNELS.values():
         assert all(f'"{helper}" in module.helpers' in shared for helper in kernel.helpers - {"F"})
@@ -78,6 +80,8 @@ def test_calls_that_read_codes() -> None:
     assert {line(operation) for operation in DECODING.values() if operation.kernel not in FUSED} == {
         'W = _dequantize(Q, tiles="W")',
         'M = _dequantize_merged(Q, A, B, scaling, tiles="M")',
+        'W = _rescale(Q, tiles="W")',
+        'M = _rescale_merged(Q, A, B, scaling, tiles="M")',
     }
 
 
@@ -147,7 +151,7 @@ def test_two_kernels_for_one_product_are_refused(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(
-    ("room", "allowed"), [("algebra", {"algebra"}), ("kernels", {"algebra", "kernels", "request"})]
+    ("room", "allowed"), [("algebra", {"algebra", "request"}), ("kernels", {"algebra", "kernels", "request"})]
 )
 def test_what_the_rooms_import(room: str, allowed: set[str]) -> None:
     """Kernels know the algebra, and never the other way round."""
