@@ -34,7 +34,8 @@ def coded(model: Any, storage: torch.dtype = torch.float32) -> Any:
             made: Any = Linear4bit(
                 linear.in_features, linear.out_features, bias=False, compute_dtype=torch.float32, **options
             )
-            made.weight = Params4bit(linear.weight.data, requires_grad=False, module=made, **options)
+            # Blocks that end where rows do: of others bitsandbytes reads wrong scales on some CPUs.
+            made.weight = Params4bit(linear.weight.data, requires_grad=False, module=made, blocksize=32, **options)
             parent, _, child = name.rpartition(".")
             setattr(model.model.get_submodule(parent), child, made.to("cpu"))
     model.is_loaded_in_4bit = True  # by which PEFT knows

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,20 @@ DTYPES = [torch.float32, torch.bfloat16]
 every_kind = pytest.mark.parametrize(("kind", "nested"), KINDS, ids=["nf4-nested", "fp4"])
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _not_packed() -> Iterator[None]:
+    """On CPUs with AVX512-BF16 bitsandbytes packs codes in evaluation, and multiplies in bfloat16 whatever was asked."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: False)
+        yield
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saved")
-    llama().save_pretrained(folder)
-    llama(num_hidden_layers=1).save_pretrained(folder / "short")
+    # Blocks of 64 end where rows do: of others bitsandbytes reads wrong scales on some CPUs.
+    llama(intermediate_size=128).save_pretrained(folder)
+    llama(intermediate_size=128, num_hidden_layers=1).save_pretrained(folder / "short")
     return folder
 
 
@@ -165,7 +175,7 @@ def test_under_autocast_the_dtype_is_peft_s(saved: Path, out: Path, compute: tor
         assert found.dtype == wanted.dtype == torch.bfloat16
         torch.testing.assert_close(found, wanted, rtol=0.05, atol=0.02)
         nearly(gradients(ours, TOKENS), gradients(theirs, TOKENS))
-        path, x = "base_model.model.model.layers.0.mlp.down_proj", torch.randn(200, 96)
+        path, x = "base_model.model.model.layers.0.mlp.down_proj", torch.randn(200, 128)
         for given in (x, x.bfloat16()):
             assert ours.get_submodule(path)(given).dtype == theirs.get_submodule(path)(given).dtype
 
