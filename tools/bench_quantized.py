@@ -63,7 +63,7 @@ STEPS = 4
 CALLS = 8
 
 
-class _FrozenStep(torch.autograd.Function):
+class FrozenStep(torch.autograd.Function):
     """Y = X Wᵀ and dX = dY W, W made of its codes in both."""
 
     @staticmethod
@@ -86,7 +86,7 @@ class Frozen(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features)."""
-        output: Tensor = _FrozenStep.apply(x, self._made)  # type: ignore[no-untyped-call]
+        output: Tensor = FrozenStep.apply(x, self._made)  # type: ignore[no-untyped-call]
         return output
 
 

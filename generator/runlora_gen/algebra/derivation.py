@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
 
+from ..request.bases import Form
 from .operations import Convert, Fused, Operation, Symbol, parse
 
 #: The name of the ways that take what the forward saved, in place of computing it.
@@ -144,6 +145,7 @@ class Derivation:
         deltas: updates that are made as a whole, and rounded.
         paper_backwards: the paper's names for the ways of the gradients that these label, in this order.
         paper_goals: those gradients.
+        form: of its frozen weights.
         evaluated: what the site computes in evaluation, where that is something else.
     """
 
@@ -160,6 +162,7 @@ class Derivation:
     deltas: frozenset[Symbol]
     paper_goals: tuple[Symbol, ...]
     paper_backwards: Mapping[tuple[str, ...], str]
+    form: Form = "plain"
     evaluated: Derivation | None = None
 
     def __getitem__(self, name: str) -> Symbol:
@@ -186,10 +189,10 @@ class Derivation:
         """The gradients that the function may give, in the order in which it returns them."""
         return tuple(self[a.gradient] for a in self.arguments if a.gradient is not None)
 
-    @cached_property
+    @property
     def coded(self) -> bool:
         """Whether it is given codes, of which weights are made."""
-        return any(symbol.coded for symbol in self.symbols.values())
+        return self.form != "plain"
 
     @cached_property
     def activations(self) -> frozenset[Symbol]:
@@ -262,6 +265,7 @@ def derive(
     deltas: Iterable[str] = (),
     paper_goals: Iterable[str] = (),
     paper_backwards: Mapping[tuple[str, ...], str] | None = None,
+    form: Form = "plain",
     evaluated: Derivation | None = None,
 ) -> Derivation:
     """The derivation of a site from its texts; see there for the arguments.
@@ -291,6 +295,7 @@ def derive(
         deltas=frozenset(known[name] for name in deltas),
         paper_goals=tuple(known[name] for name in paper_goals),
         paper_backwards=paper_backwards or {},
+        form=form,
         evaluated=evaluated,
     )
 

@@ -33,7 +33,7 @@ _OWN = {
 #: What a group makes no use of.
 _LEFT_OUT = frozenset({"M", "D", "G", "mX", "Xq", "mdY", "dYq", "Qt"})
 #: What a group is on, by the form of its bases.
-_ON: Mapping[Form, str] = {"plain": "", "codes": " on quantized bases", "scaled": " on bases of 8 bits"}
+_ON: Mapping[Form, str] = {"plain": "", "codes": " on quantized bases", "scaled": " on bases of int8", "float8": " on bases of float8"}
 #: Kernels that do for all linears, in one, what a way of the lone linear does: by its target and its name the name of
 #: the group's way, and the kernel.
 _TOGETHER: Mapping[tuple[str, str], tuple[str, str]] = {
@@ -68,6 +68,7 @@ def _group(linears: tuple[str, ...], dropout: bool, base: Form) -> Derivation:
         arguments=sorted(arguments, key=lambda argument: argument.once),  # after those of all linears
         outputs=_names(lone.outputs, linears),
         output_gradients=_names(lone.output_gradients, linears),
+        form=base,
         base=[formula for operation in lone.base for formula in _formulas(_steps(operation), linears)],
         table=list(_rows(lone, left_out, linears)),
         evaluated=group(linears, base=base) if dropout else None,

@@ -9,6 +9,7 @@ The backward has the mask from the forward, or draws it again from a seed, withi
 
 On a quantized base W is made of its codes Q wherever it is read, and let go. M = W + D is then made in the same pass,
 before its one rounding: scale · code lies on no grid of 16 bits, so that the rounding dithers, and no update is lost.
+But where the codes are of float8: those have a few hundred values, which by scales of powers of two lie on the grid.
 
 Where the codes are float8 with a scale c for each row, the large products may be of float8 themselves, at twice the
 rate: Xq is X in float8, each row by a scale that its largest magnitude mX gives, and Y = Xq Qᵀ, scaled by both. dX sums
@@ -42,7 +43,11 @@ from .operations import Store, Symbol
 
 _Entry = TypeVar("_Entry")
 #: By the form of a quantized base what its codes are stored as, and the function that makes its weight of them.
-_CODES: Mapping[Form, tuple[Store, str]] = {"codes": ("code", "dequantize"), "scaled": ("code8", "rescale")}
+_CODES: Mapping[Form, tuple[Store, str]] = {
+    "codes": ("code", "dequantize"),
+    "scaled": ("code8", "rescale"),
+    "float8": ("code8", "rescale"),
+}
 
 
 def _linear(
@@ -61,9 +66,9 @@ def _linear(
         """What there is where the base is not quantized: updates made as a whole come from the paper."""
         return () if quantized else entries
 
-    def scaled(*entries: _Entry) -> tuple[_Entry, ...]:
-        """What there is where the codes are numbers."""
-        return entries if base == "scaled" else ()
+    def float8(*entries: _Entry) -> tuple[_Entry, ...]:
+        """What there is where the codes are of float8."""
+        return entries if base == "float8" else ()
 
     def dropped(*entries: _Entry) -> tuple[_Entry, ...]:
         """What there is with dropout alone."""
@@ -99,11 +104,11 @@ def _linear(
             Symbol("dA", ("R", "I"), store="adapter"),
             Symbol("dB", ("O", "R"), store="adapter"),
             Symbol("db", ("O",)),
-            *scaled(
+            *float8(
                 Symbol("mX", ("T",), store="acc32"),  # the largest magnitude of each row of X
                 Symbol("Xq", ("T", "I"), store="code8"),  # X in float8
             ),
-            *scaled(
+            *float8(
                 *merged(
                     Symbol("mdY", ("T",), store="acc32"),  # the same of dY, whose columns are scaled as rows of W are
                     Symbol("dYq", ("T", "O"), store="code8"),
@@ -119,7 +124,7 @@ def _linear(
             ),
         ),
         # Where the adapter is not cast, A and B are lora_A and lora_B themselves.
-        facts=(CAST_ADAPTER, *coded(KEEPS_WEIGHTS), *scaled(FLOAT8_FORWARD, FLOAT8_BACKWARD)),
+        facts=(CAST_ADAPTER, *coded(KEEPS_WEIGHTS), *float8(FLOAT8_FORWARD, FLOAT8_BACKWARD)),
         arguments=(
             Argument("X", gradient="dX", activation=True),
             *plain(Argument("W")),
@@ -134,6 +139,7 @@ def _linear(
         ),
         outputs=("Y",),
         output_gradients=("dY",),
+        form=base,
         base=(*coded(f"W = {made}(Q)"), "Y = X @ W.T + b", "dX = dY @ W"),
         table=(
             *coded(row("W", "dequantize", f"W = {made}(Q)"), row("W", SAVED, when=(KEEPS_WEIGHTS,))),
@@ -173,7 +179,7 @@ def _linear(
             row("Y", "fused", "fused_gemm: Y = S @ B.T + b; Y += X @ W.T"),
             # Left out by the paper.
             *merged(*plain(*rows_of_sum("Y", Term("X @ W.T", first="delta"), Term("X @ D.T"), bias="b"))),
-            *scaled(*_float8(dropout)),
+            *float8(*_float8(dropout)),
             # The backward.
             row("P", "dy_b", "P = s * dY @ B"),
             row("G", "dyt_x", f"G = dY.T @ {read}"),
@@ -206,7 +212,8 @@ def _linear(
             row("P dB", "one_pass", "p_db: P = s * dY @ B; dB = dY.T @ S"),
             row("db", "sum", "db = sum(dY)"),
         ),
-        lossy=merged(*plain("M")),
+        # A number of float8 takes so few places between two of 16 bits that rounding them dithers too little.
+        lossy=merged(*plain("M"), *float8("M")),
         deltas=merged(*plain("D")),
         # It recomputes S and M, and never saves them.
         paper_goals=("dX", "dA", "dB"),
@@ -253,8 +260,10 @@ LINEAR = _linear("linear")
 DROPPED = _linear("linear with dropout", dropout=True, evaluated=LINEAR)
 QUANTIZED = _linear("linear on a quantized base", base="codes")
 QUANTIZED_DROPPED = _linear("linear on a quantized base with dropout", dropout=True, base="codes", evaluated=QUANTIZED)
-SCALED = _linear("linear on a base of 8 bits", base="scaled")
-SCALED_DROPPED = _linear("linear on a base of 8 bits with dropout", dropout=True, base="scaled", evaluated=SCALED)
+SCALED = _linear("linear on a base of int8", base="scaled")
+SCALED_DROPPED = _linear("linear on a base of int8 with dropout", dropout=True, base="scaled", evaluated=SCALED)
+FLOAT8 = _linear("linear on a base of float8", base="float8")
+FLOAT8_DROPPED = _linear("linear on a base of float8 with dropout", dropout=True, base="float8", evaluated=FLOAT8)
 _LONE: Mapping[tuple[Form, bool], Derivation] = {
     ("plain", False): LINEAR,
     ("plain", True): DROPPED,
@@ -262,6 +271,8 @@ _LONE: Mapping[tuple[Form, bool], Derivation] = {
     ("codes", True): QUANTIZED_DROPPED,
     ("scaled", False): SCALED,
     ("scaled", True): SCALED_DROPPED,
+    ("float8", False): FLOAT8,
+    ("float8", True): FLOAT8_DROPPED,
 }
 
 

@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from .derivation import Derivation
-from .linear import DROPPED, LINEAR, QUANTIZED, QUANTIZED_DROPPED, SCALED, SCALED_DROPPED
+from .linear import (
+    DROPPED,
+    FLOAT8,
+    FLOAT8_DROPPED,
+    LINEAR,
+    QUANTIZED,
+    QUANTIZED_DROPPED,
+    SCALED,
+    SCALED_DROPPED,
+)
 
 DERIVATIONS: tuple[Derivation, ...] = (
     LINEAR,
@@ -12,4 +21,6 @@ DERIVATIONS: tuple[Derivation, ...] = (
     QUANTIZED_DROPPED,
     SCALED,
     SCALED_DROPPED,
+    FLOAT8,
+    FLOAT8_DROPPED,
 )

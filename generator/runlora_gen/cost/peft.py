@@ -5,8 +5,9 @@ its backward is autograd's. Where the adapter has another dtype than the activat
 (``_cast_input_dtype``), and autocast, under which trainers run this, casts X and the adapter back for the
 products: every linear then keeps a copy of X of its own. Dropout is one pass that writes what it leaves of X and a mask
 of bytes, both of which every linear keeps; without it there is no operator. ``lora.bnb.Linear4bit`` does the same, but
-for a copy of what the base gives, and under autocast it does not cast X; the base makes its weight of the codes in the
-forward, and again for dX.
+for a copy of what the base gives, and under autocast it does not cast X; ``Linear8bitLt`` does not cast X either. The
+base makes its weight of the codes in the forward, and again for dX. (Where it is of 8 bits, bitsandbytes and
+Transformers make it for dX alone, and multiply in the forward by kernels of their own: those have no price here.)
 """
 
 from __future__ import annotations
@@ -51,13 +52,14 @@ def price_peft(setting: Setting) -> PeftCost:
 
     forward = ["Y = X @ W.T + b", "S = s * X @ A.T", "Y = S @ B.T + b"]
     passes = [2 * y * size, 3 * y * size]  # * scaling, base(x) +
-    quantized = setting.derivation.coded
-    widens = casts and not quantized
+    form = setting.derivation.form
+    quantized, widens = form != "plain", casts and form in ("plain", "float8")
     pass_of_dropout = [x * (2 * (adapter_size if widens else size) + 1)] if drops else []
     passes += pass_of_dropout
     if quantized:
         made = str(setting.derivation.base[0])  # the weight, of its codes
         forward.insert(0, made)
+    if form == "codes":
         passes.append(2 * y * size)
     casts_forward = [*(2 * cast(x) if widens else []), *cast(adapter["dA"]), *cast(adapter["dB"])]
     backward: list[str] = []

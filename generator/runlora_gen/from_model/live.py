@@ -339,7 +339,10 @@ def _reason(
     assert isinstance(weight, torch.Tensor)
     coded = _kind_of_codes(module)
     if coded and _is_uncoded(module, coded):
-        return f"quantized ({type(module).__name__}), but not yet: move it to its device first"
+        kind, dtype = type(module).__name__, _dtype_name(weight.dtype)
+        if coded in ("4 bits", "int8") and not getattr(getattr(module, "state", None), "has_fp16_weights", False):
+            return f"quantized ({kind}), but not yet: move it to its device first"
+        return f"a {kind} that keeps a weight of {dtype}"
     if not coded and (not weight.is_floating_point() or weight.dtype.itemsize == 1 or _is_packed(weight)):
         return f"quantized ({type(weight).__name__} of {_dtype_name(weight.dtype)})"
     if weight.dim() != 2:

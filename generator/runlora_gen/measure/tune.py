@@ -40,12 +40,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..algebra.enumerate import Program, enumerate_programs
-from ..algebra.linear import LINEAR, QUANTIZED, SCALED
+from ..algebra.linear import FLOAT8, LINEAR, QUANTIZED
 from ..algebra.liveness import wanted_operations
 from ..algebra.lookup import Asked
 from ..algebra.operations import Convert, Fused, Operation, Symbol, dimensions
 from ..algebra.work import work
-from ..cost.profile import FLOAT8, MAX_PROFILE_BYTES, Profile, Size, check_title, parse_toml, read_profile, render_profile
+from ..cost.profile import FLOAT8 as FLOAT8_RATE
+from ..cost.profile import MAX_PROFILE_BYTES, Profile, Size, check_title, parse_toml, read_profile, render_profile
 from ..emit.code import line, tiles_key
 from ..kernels.registry import KERNELS
 from ..kernels.sites import draws, operations_of, serves
@@ -247,7 +248,7 @@ class _Workbench:
         self.module = self.module_on("plain")
         timed = [op for op in operations_of(LINEAR) if not draws(op) and not isinstance(op, Convert)]
         if self.kernels:
-            coded = [op for site in (QUANTIZED, SCALED) for op in operations_of(site) if _base_of(op) != "plain"]
+            coded = [op for site in (QUANTIZED, FLOAT8) for op in operations_of(site) if _base_of(op) != "plain"]
             timed += [op for op in coded if isinstance(op, Fused) and self._able(op)]
         # One for all that do the same work.
         self._operations = tuple({work(op): op for op in reversed(timed)}.values())
@@ -370,7 +371,7 @@ class _Workbench:
                     return random_codes(self.module_on("nf4").Quantized, (shape[0], shape[1]), self.device, dtype)
                 case "code8":
                     made = random_float8(self.module_on("fp8").Quantized, (shape[0], shape[1]), self.device, dtype)
-                    return made.codes if symbol == SCALED["Qt"] else made
+                    return made.codes if symbol == FLOAT8["Qt"] else made
                 case "acc32":
                     return torch.rand(shape, device=self.device) + 3
             return torch.randn(shape, device=self.device, dtype=dtype)
@@ -526,7 +527,7 @@ def _basics(bench: _Workbench, title: str) -> Profile:
             lambda: torch._scaled_mm(codes[0], codes[1].t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True),
             device,
         )
-        rates[FLOAT8] = float(f"{2 * size**3 / product_s / 1e12:.4g}")
+        rates[FLOAT8_RATE] = float(f"{2 * size**3 / product_s / 1e12:.4g}")
     tiny = torch.randn(8, 8, device=device)
     calls = 500
     run = repeated(lambda: torch.add(tiny, tiny, out=tiny), calls)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 #: What the algebra knows of a base: weights in the activations' dtype; codes that name an element of a table, two to a
-#: byte, with a scale for each of their blocks; or numbers of 8 bits, with a scale for each block of rows and columns.
-Form = Literal["plain", "codes", "scaled"]
+#: byte, with a scale for each of their blocks; or numbers of 8 bits, with a scale for each block of rows and columns:
+#: whole ones, or of float8.
+Form = Literal["plain", "codes", "scaled", "float8"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ BASES: Mapping[str, Base] = {
         Base("int8", "scaled", "int8", "8 bits by bitsandbytes", 8, *_LINEAR_8_BIT, "torch.int8"),
         Base(
             "fp8",
-            "scaled",
+            "float8",
             "fp8",
             "float8_e4m3fn, with a scale for each row or one for all",
             8,
@@ -65,7 +66,7 @@ BASES: Mapping[str, Base] = {
         ),
         Base(
             "fp8-block",
-            "scaled",
+            "float8",
             "fp8-block",
             "float8_e4m3fn, with a scale for each block",
             8,

@@ -16,8 +16,8 @@ KERNEL = Kernel(
     bounds=FUSED_GEMM.bounds,
     candidates=({"GROUP_M": 8},),
     dtypes=FUSED_GEMM.dtypes,
-    # The low-rank operands lie beside three stages of the large ones.
-    largest_rank=128,
+    # The low-rank operands lie beside three stages of the large ones: at rank 128 there is no room for them.
+    largest_rank=64,
     persistent=True,
     helpers=frozenset({"F", "descriptors", "gemm", "multiprocessors", "rank_wide", "float8"}),
     float8=True,
