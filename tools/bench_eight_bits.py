@@ -35,6 +35,7 @@ import torch
 import torch.nn.functional as F
 from bench_linear import environment, peft_linear, spread, train
 from bench_quantized import CALLS, STEPS, FrozenStep
+from coded import float8_codes
 from runlora_gen.cost.device import load_device
 from runlora_gen.measure.clock import Run, captured, interleaved, repeated
 from runlora_gen.measure.memory import peak_bytes, saved_bytes
@@ -46,8 +47,6 @@ from torch import Tensor, nn
 
 FLOOR = "frozen bf16"
 OWN_FLOOR = "frozen, weight by the generated kernel"
-#: Of float8, the largest number.
-MOST = 448
 
 
 class Frozen(nn.Module):
@@ -81,15 +80,10 @@ class Ours(nn.Module):
 
 def codes_of(weight: Tensor, base: str) -> tuple[Tensor, Tensor, tuple[int, int], float, torch.dtype]:
     """A weight's codes as a generated module takes them, each block's largest magnitude as the largest code."""
-    rows, columns = weight.shape
     if base == "int8":
-        scale = weight.abs().amax(1, keepdim=True)
+        scale, columns = weight.abs().amax(1, keepdim=True), weight.shape[1]
         return (weight * (127 / scale)).round().to(torch.int8), scale, (1, columns), 1 / 127, torch.bfloat16
-    down, across = (128, 128) if base == "fp8-block" else (1, columns)
-    blocks = weight.view(rows // down, down, columns // across, across)
-    scale = blocks.abs().amax((1, 3)) / MOST
-    codes = (blocks / scale[:, None, :, None]).view(rows, columns).to(torch.float8_e4m3fn)
-    return codes, scale, (down, across), 1.0, torch.bfloat16
+    return *float8_codes(weight, base), 1.0, torch.bfloat16
 
 
 def generated(point: Point, workload: Workload, folder: Path) -> tuple[dict[str, ModuleType], dict[str, str]]:

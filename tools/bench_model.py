@@ -11,7 +11,9 @@ frozen step of the same round and mode (median, least, most), and the peak memor
 gradients are from PEFT's says whether a contender computes the same. Rows of the same day, machine and versions that a
 result file has already are kept, so that a long measurement can be made in several runs.
 
-``--base nf4``: linears that bitsandbytes quantized to 4 bits, in all contenders and in the frozen step.
+``--base nf4``: linears that bitsandbytes quantized, to 4 bits or to int8, in all contenders and in the frozen step.
+``--base fp8``: generated modules on linears of float8; the others, and the frozen step, on the same weights in bf16, as
+the kernels of Transformers' linears of float8 come from a hub.
 
 ``--alone``: also what host and device need of a step by themselves (the host: until everything is launched; the device:
 the replay of a CUDA graph), and the same of the frozen linears alone, whose difference to the frozen step is what the
@@ -43,17 +45,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from coded import coded, decoded
 from contenders import CONTENDERS, FROZEN, Contender, Setup, Unavailable, adapters, causal, fill_adapters, from_folder
 from runlora_gen.generation import profile_of
 from runlora_gen.measure.clock import Run, captured, interleaved, repeated, seconds
 from runlora_gen.measure.machine import machine_name
 from runlora_gen.measure.memory import peak_bytes
+from runlora_gen.request.workload import CHOICES
 from torch import Tensor, nn
 
 #: Steps back to back in one timing: as in training, the host may run ahead of the device.
 STEPS = 3
 #: Outputs or gradients that are further than this from PEFT's are of something else: bf16 alone makes some 0.01.
 MOST_DEVIATION = 0.1
+#: What the titles of generated contenders begin with.
+OURS = ("ours", "generated")
 _START = time.perf_counter()
 #: The frozen model, eager and without checkpointing, in the rounds of the other modes.
 _PLAIN = "frozen, eager"
@@ -130,23 +136,7 @@ def llama(
     torch.manual_seed(0)
     with device:
         model: nn.Module = transformers.LlamaModel(config).to(dtype)
-    return (model if base == "plain" else quantized(model, base, device, dtype, storage)).requires_grad_(False)
-
-
-def quantized(model: nn.Module, base: str, device: torch.device, dtype: torch.dtype, storage: torch.dtype) -> nn.Module:
-    """The model with the linears of bitsandbytes in place of its own: as Transformers loads it for QLoRA."""
-    modules: Any = import_module("bitsandbytes.nn.modules")
-    for name, linear in list(model.named_modules()):
-        if isinstance(linear, nn.Linear):
-            size = linear.in_features, linear.out_features
-            how = {"quant_type": base, "quant_storage": storage}
-            coded = modules.Linear4bit(*size, bias=False, compute_dtype=dtype, **how)
-            coded.weight = modules.Params4bit(linear.weight.data.cpu(), requires_grad=False, module=coded, **how)
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, coded.to(device))
-    loaded: Any = model
-    loaded.is_loaded_in_4bit = True  # by which PEFT knows
-    return model
+    return (model if base == "plain" else coded(model, base, device, dtype, storage)).requires_grad_(False)
 
 
 class Step:
@@ -312,7 +302,11 @@ class Bench:
         self.results |= {title: dict(step.facts) for title, step in self.steps.items()}
 
     def _step(self, contender: Contender) -> Step:
-        layers = llama(self.shape, self.device, self.dtype, self.options.base)
+        base = self.options.base
+        if base.startswith("fp8") and not contender.title.startswith(OURS):
+            layers = decoded(llama(self.shape, self.device, self.dtype), base).requires_grad_(False)
+        else:
+            layers = llama(self.shape, self.device, self.dtype, base)
         profile = self.options.profile or profile_of(layers)[0]
         setup = Setup(self.shape.rank, self.shape.tokens, self._folder, profile, axolotl=self.options.axolotl)
         return Step(contender, layers, setup, self._x, self._grad_output)
@@ -471,7 +465,7 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shapes", default="13b,8b", help="comma list of " + ", ".join(SHAPES))
     parser.add_argument("--contenders", default=default, help="comma list of " + ", ".join(CONTENDERS))
     parser.add_argument("--modes", default="eager,checkpointing,compiled", help="comma list of " + ", ".join(MODES))
-    parser.add_argument("--base", default="plain", choices=("plain", "nf4", "fp4"), help="how weights are stored")
+    parser.add_argument("--base", default="plain", choices=CHOICES["base"], help="how weights are stored")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--profile", help="device profile that the choice is made for [this device's]")
@@ -513,7 +507,9 @@ def main() -> None:
         "profile": options.profile or profile_of(nn.Linear(1, 1, device=device))[0],
     }
     if options.base != "plain":
-        report |= {"base": options.base, "bitsandbytes": importlib.metadata.version("bitsandbytes")}
+        report["base"] = options.base
+        if not options.base.startswith("fp8"):
+            report["bitsandbytes"] = importlib.metadata.version("bitsandbytes")
     rows = measured_before(options.json, report)
     problems = []
     with tempfile.TemporaryDirectory() as folder:

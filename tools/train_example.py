@@ -7,6 +7,9 @@
 The text is made here, and tokens are its bytes: the base learns sums in words, with all its weights; then the adapters
 learn products, over the frozen base. Every contender starts from the same base and adapters, and sees the same batches.
 
+``--base nf4`` (or int8, fp8, ...): the frozen base is quantized after it has learnt. Where that is to float8, PEFT runs
+on the same weights in ``--dtype``, as the kernels of Transformers' linears of float8 come from a hub.
+
 What a training script needs is two lines: ``get_peft_model``, and ``runlora_gen.accelerate``. Needs transformers and
 peft (the bench extra), for the picture matplotlib.
 """
@@ -28,12 +31,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contenders import Setup, accelerated, peft_model
+from coded import coded, decoded
+from contenders import Setup, accelerated, adapters, peft_model
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from runlora_gen.generation import profile_of
 from runlora_gen.measure.machine import machine_name
 from runlora_gen.measure.memory import peak_bytes
+from runlora_gen.request.workload import CHOICES
 from torch import Tensor, nn
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -133,11 +138,22 @@ def finetune(adapter: str, base: nn.Module, options: argparse.Namespace, report:
     """One contender: losses, tokens a second, peak memory of a step with the weights."""
     torch.manual_seed(options.seed + 1)
     frozen = copy.deepcopy(base).to(DTYPES[options.dtype]).requires_grad_(False)
+    dtype, ours = DTYPES[options.dtype], adapter != "peft"
+    if options.base in ("fp8", "fp8-block") and not ours:
+        frozen = decoded(frozen, options.base)
+    elif options.base != "plain":
+        frozen = coded(frozen, options.base, options.device, dtype)
     model: Any = peft_model(frozen, options.rank, wide=options.adapter_dtype == "fp32")
+    generator = torch.Generator().manual_seed(options.seed + 1)
+    for lora_A, _ in adapters(model):  # on float8 PEFT rounds what it draws
+        bound = lora_A.shape[1] ** -0.5
+        lora_A.data = (torch.rand(lora_A.shape, generator=generator) * 2 * bound - bound).to(lora_A)
     with tempfile.TemporaryDirectory() as folder:
-        if adapter == "ours":
+        if ours:
+            workload = {"float8": options.float8, "launch": options.launch}
             tokens = options.batch * options.sequence
-            accelerated(model, Setup(options.rank, tokens, Path(folder), profile_of(model)[0]), "packages")
+            setup = Setup(options.rank, tokens, Path(folder), profile_of(model)[0], workload=workload)
+            accelerated(model, setup, "packages")
         losses: list[float] = []
 
         def told(step: int, loss: float) -> None:
@@ -190,6 +206,9 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--pretrain", type=int, default=100, metavar="STEPS", help="of the base on sums")
     parser.add_argument("--dtype", default="fp32", choices=DTYPES, help="of the frozen base")
+    parser.add_argument("--base", default="plain", choices=CHOICES["base"], help="how its weights are stored")
+    parser.add_argument("--float8", default="both", choices=CHOICES["float8"], help="see runlora-gen --help")
+    parser.add_argument("--launch", default="eager", choices=CHOICES["launch"], help="see runlora-gen --help")
     parser.add_argument("--adapter-dtype", default="fp32", choices=("fp32", "same"), help="of the adapters")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=128)
