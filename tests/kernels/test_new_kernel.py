@@ -32,7 +32,7 @@ KERNEL = Kernel(
     tiles={"BT": 64, "BO": 64, "WARPS": 4, "STAGES": 3},
     largest_rank=64,
     helpers=frozenset({"rank_wide"}),
-    replaces="TO,OR->TR scaled",
+    replaces=("TO,OR->TR scaled",),
 )
 ''',
     "device.jinja": """

@@ -33,7 +33,12 @@ _OWN = {
 #: What a group makes no use of.
 _LEFT_OUT = frozenset({"M", "D", "G", "mX", "Xq", "mdY", "dYq", "Qt"})
 #: What a group is on, by the form of its bases.
-_ON: Mapping[Form, str] = {"plain": "", "codes": " on quantized bases", "scaled": " on bases of int8", "float8": " on bases of float8"}
+_ON: Mapping[Form, str] = {
+    "plain": "",
+    "codes": " on quantized bases",
+    "scaled": " on bases of int8",
+    "float8": " on bases of float8",
+}
 #: Kernels that do for all linears, in one, what a way of the lone linear does: by its target and its name the name of
 #: the group's way, and the kernel.
 _TOGETHER: Mapping[tuple[str, str], tuple[str, str]] = {

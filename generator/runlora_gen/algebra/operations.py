@@ -215,9 +215,10 @@ class _Applied(_Hashed):
 
 @dataclass(frozen=True)
 class Reduce(_Applied):
-    """``out = sum(operand)`` over the operand's first index, or ``out = largest(operand)``, the magnitude, over its last.
+    """``out = sum(operand)`` over the operand's first index.
 
-    ``largest(operand, codes)``: of the operand with each column times the scale that the codes have for it.
+    Or ``out = largest(operand)``, the largest magnitude, over its last; ``largest(operand, codes)``: of the operand
+    with each column times the scale that the codes have for it.
     """
 
     __hash__ = _Hashed.__hash__

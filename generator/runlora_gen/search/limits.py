@@ -51,7 +51,7 @@ def check_merge_rounding(workload: Workload) -> None:
     if workload.dropout:
         needs = "--dropout 0: under dropout nothing is merged while training"
     elif workload.quantized:
-        needs = "--base plain: a weight of codes is merged before its one rounding, which loses nothing"
+        needs = "--base plain: a weight of codes is merged before its one rounding, which is to the nearest"
     elif not workload.allow_lossy_merge:
         needs = "--allow-lossy-merge: without it nothing is merged into 16 bits"
     elif not DTYPES[workload.dtype].half:
