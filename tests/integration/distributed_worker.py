@@ -31,9 +31,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 if __package__:
-    from .models import RANK, VOCABULARY, checkpointed, coded, gradients, llama, with_lora
+    from .models import RANK, VOCABULARY, checkpointed, coded, gradients, in_float8, llama, with_lora
 else:  # torchrun
-    from models import RANK, VOCABULARY, checkpointed, coded, gradients, llama, with_lora
+    from models import RANK, VOCABULARY, checkpointed, coded, gradients, in_float8, llama, with_lora
 
 #: What float32 sums in another order differ by, of the largest value.
 NEAR = 1e-4
@@ -53,8 +53,11 @@ class Setting:
         self.tokens = torch.randint(VOCABULARY, (ROWS, LENGTH), generator=generator).to(device)
 
     def base(self) -> Any:
-        """A frozen model, whose linears are those of the package: of 4 bits if that is for such."""
-        return (coded(llama()) if self.package.shapes.BASE == "4 bits" else llama()).to(self.device)
+        """A frozen model, whose linears are those of the package: quantized if that is for such."""
+        base = self.package.shapes.BASE
+        if base.startswith("fp8"):
+            return in_float8(llama(), base).to(self.device)
+        return (coded(llama()) if base == "4 bits" else llama()).to(self.device)
 
     def peft(self) -> Any:
         """A PeftModel, its layers as PEFT has them."""
@@ -187,6 +190,17 @@ def fsdp(setting: Setting) -> Finding:
             model = sharded(model, setting.mesh, **options)
             off = near({plain(n): whole(g) for n, g in gradients(model, setting.tokens).items()}, wanted)
             found[f"{kind}, {case}"] = max(off, near(two_steps(setting, model), trained, 1e-3))
+    return found
+
+
+def fsdp_alone(setting: Setting) -> Finding:
+    """Gradients against those in one process, where PEFT's own layers can't run."""
+    found: Finding = {}
+    whole_ones, sharded_ones = dict(setting.ours()), dict(setting.ours())
+    for kind, model in whole_ones.items():
+        wanted = {plain(name): gradient for name, gradient in gradients(model, setting.tokens).items()}
+        model = sharded(sharded_ones[kind], setting.mesh)
+        found[kind] = near({plain(n): whole(g) for n, g in gradients(model, setting.tokens).items()}, wanted)
     return found
 
 
@@ -351,6 +365,7 @@ CHECKS = {
         ddp,
         biases,
         fsdp,
+        fsdp_alone,
         groups,
         fsdp_mixed_precision,
         fsdp_adapter_files,

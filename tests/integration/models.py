@@ -13,6 +13,8 @@ import transformers
 from torch import Tensor, nn
 
 RANK = 4
+#: Rows and columns that have one scale where float8 has blocks.
+BLOCK = (16, 32)
 VOCABULARY = 50
 
 
@@ -40,6 +42,38 @@ def coded(model: Any, storage: torch.dtype = torch.float32) -> Any:
             setattr(model.model.get_submodule(parent), child, made.to("cpu"))
     model.is_loaded_in_4bit = True  # by which PEFT knows
     return model
+
+
+def float8(linear: nn.Linear, base: str, **options: Any) -> Any:
+    """A linear of Transformers with a plain one's weight in float8_e4m3fn."""
+    weight = linear.weight.data.float()
+    rows, columns = {"fp8-block": BLOCK, "fp8": tuple(weight.shape), "fbgemm": (1, weight.shape[1])}[base]
+    blocks = weight.view(weight.shape[0] // rows, rows, weight.shape[1] // columns, columns)
+    scale = blocks.abs().amax((1, 3)) / torch.finfo(torch.float8_e4m3fn).max
+    codes = (blocks / scale[:, None, :, None]).view(weight.shape).to(torch.float8_e4m3fn)
+    made: Any
+    if base == "fbgemm":
+        from transformers.integrations.fbgemm_fp8 import FbgemmFp8Linear
+
+        made = FbgemmFp8Linear(linear.in_features, linear.out_features, linear.bias is not None)
+        made.weight_scale = nn.Parameter(scale)
+    else:
+        from transformers.integrations.finegrained_fp8 import FP8Linear
+
+        size = BLOCK if base == "fp8-block" else None
+        made = FP8Linear(linear.in_features, linear.out_features, size, has_bias=linear.bias is not None, **options)
+        made.weight_scale_inv = nn.Parameter(scale if size else scale.view(()))
+    made.weight, made.bias = nn.Parameter(codes), linear.bias
+    return made
+
+
+def in_float8(model: Any, base: str) -> Any:
+    """The same with such linears."""
+    for name, linear in list(model.model.named_modules()):
+        if isinstance(linear, nn.Linear):
+            parent, _, child = name.rpartition(".")
+            setattr(model.model.get_submodule(parent), child, float8(linear, base))
+    return model.requires_grad_(False)
 
 
 def filled(model: nn.Module) -> Any:

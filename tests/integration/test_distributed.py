@@ -15,7 +15,7 @@ from runlora_gen.into_model.packages import imported
 from torch import multiprocessing
 
 from . import distributed_worker as worker
-from .models import RANK, coded, llama
+from .models import RANK, coded, in_float8, llama
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs torch's gloo")
 
@@ -49,7 +49,7 @@ def found_by(world: int, package: Any, names: list[str], folder: Path) -> Any:
 
 
 def test_two_processes_compute_what_one_does(package: Any, tmp_path: Path) -> None:
-    names = [name for name in worker.CHECKS if not name.endswith("_distributed")]
+    names = [name for name in worker.CHECKS if not name.endswith(("_distributed", "_alone"))]
     found = found_by(2, package, names, tmp_path)
     assert list(found) == names and all(found.values())
 
@@ -71,6 +71,14 @@ def test_shards_of_codes(tmp_path: Path) -> None:
     (folder,) = runlora_gen.generate(coded(llama()), rank=RANK, tokens=64, output=tmp_path / "generated")
     found = found_by(2, imported(folder), ["ddp", "fsdp", "groups", "fsdp_adapter_files"], tmp_path)
     assert found["groups"]["PEFT, DDP"] == 4 and found["groups"]["PEFT, FSDP2 checkpointed"] == 8
+
+
+def test_shards_of_float8(tmp_path: Path) -> None:
+    """Codes and the scales of their blocks are sharded as other parameters are."""
+    pytest.importorskip("transformers.integrations.finegrained_fp8", reason="needs Transformers with FP8Linear")
+    model = in_float8(llama(), "fp8-block")
+    (folder,) = runlora_gen.generate(model, rank=RANK, tokens=64, output=tmp_path / "generated")
+    assert found_by(2, imported(folder), ["fsdp_alone"], tmp_path)["fsdp_alone"].keys() == {"PEFT", "injected"}
 
 
 def test_a_checkpoint_of_four_ranks_is_loaded_on_two(package: Any, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from runlora_gen.into_model.packages import imported
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .models import RANK, VOCABULARY, checkpointed, filled, gradients, llama, with_lora
+from .models import RANK, VOCABULARY, checkpointed, filled, float8, gradients, llama, with_lora
 
 fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8", reason="needs Transformers with FP8Linear")
 fbgemm = pytest.importorskip("transformers.integrations.fbgemm_fp8", reason="needs Transformers with FbgemmFp8Linear")
@@ -32,7 +32,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::Deprec
 
 ALL = 14
 E4M3 = torch.float8_e4m3fn
-BLOCK = (16, 32)
 BASES = ["int8", "fp8", "fp8-block"]
 every_base = pytest.mark.parametrize("base", BASES)
 DTYPES = [torch.float32, torch.bfloat16]
@@ -69,25 +68,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where packages are generated: what is there and up to date is used as it is."""
     return tmp_path_factory.mktemp("packages")
-
-
-def float8(linear: nn.Linear, base: str, **options: Any) -> Any:
-    """A linear of Transformers with a plain one's weight in float8_e4m3fn."""
-    weight = linear.weight.data.float()
-    rows, columns = {"fp8-block": BLOCK, "fp8": tuple(weight.shape), "fbgemm": (1, weight.shape[1])}[base]
-    blocks = weight.view(weight.shape[0] // rows, rows, weight.shape[1] // columns, columns)
-    scale = blocks.abs().amax((1, 3)) / torch.finfo(E4M3).max
-    codes = (blocks / scale[:, None, :, None]).view(weight.shape).to(E4M3)
-    made: Any
-    if base == "fbgemm":
-        made = fbgemm.FbgemmFp8Linear(linear.in_features, linear.out_features, linear.bias is not None)
-        made.weight_scale = nn.Parameter(scale)
-    else:
-        size = BLOCK if base == "fp8-block" else None
-        made = fp8.FP8Linear(linear.in_features, linear.out_features, size, has_bias=linear.bias is not None, **options)
-        made.weight_scale_inv = nn.Parameter(scale if size else scale.view(()))
-    made.weight, made.bias = nn.Parameter(codes), linear.bias
-    return made
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:
