@@ -133,6 +133,11 @@ class Contract(_Hashed):
     __hash__ = _Hashed.__hash__
 
     @property
+    def coded(self) -> bool:
+        """Whether both operands are codes: then it is of float8."""
+        return self.left.symbol.coded and self.right.symbol.coded
+
+    @property
     def _stacks(self) -> tuple[Symbol, ...]:
         operands = tuple(operand.symbol for operand in (self.left, self.right) if operand.stacked)
         return (*operands, self.out) if self.stacked else operands

@@ -88,4 +88,4 @@ def _read_whole(operation: Operation) -> tuple[Symbol, ...]:
 
 def _rate(product: Contract, setting: Setting) -> str:
     """What a product goes by in a device's peak rates."""
-    return FLOAT8 if product.left.symbol.coded and product.right.symbol.coded else setting.dtype.name
+    return FLOAT8 if product.coded else setting.dtype.name

@@ -9,9 +9,10 @@ from dataclasses import replace
 
 from ..algebra.enumerate import Phase
 from ..algebra.liveness import saved_activations, wanted_operations
-from ..algebra.operations import Operation
+from ..algebra.operations import Contract, Operation, products
 from ..algebra.schedule import schedule
 from ..cost.price import price_frozen, price_operation, price_phase
+from ..cost.rounding import FLOAT8_MANTISSA_BITS, rounding_error
 from ..cost.setting import Setting
 from ..cost.vector import DEVICE_BOUND, HOST_BOUND, OperationCost, PhaseCost
 from ..request.workload import Workload
@@ -42,6 +43,7 @@ def program_text(candidate: Priced, decision: Decision, workload: Workload, reas
     ]
     if cost.update_error:
         sentences.append(f"Relative rounding error of the update: {cost.update_error:.2g}.")
+    sentences += _of_float8(program.operations)
     if reason:
         sentences.append(f"{reason}.")
     for sentence in sentences:
@@ -55,8 +57,22 @@ def forward_text(phase: Phase, decision: ForwardDecision, workload: Workload, wi
     yield from _price_table("Where no gradient is wanted", phase, cost, setting)
     yield ""
     frozen = replace(setting, gradients=frozenset())
-    for sentence in _priced_at(frozen, workload, cost.device_s, cost.host_s, decision.host_share):
+    priced = _priced_at(frozen, workload, cost.device_s, cost.host_s, decision.host_share)
+    for sentence in (*priced, *_of_float8(phase.operations)):
         yield from textwrap.wrap(sentence, width - 4, break_on_hyphens=False)
+
+
+def _of_float8(operations: Iterable[Operation]) -> list[str]:
+    """What is to be said where products round their input to float8."""
+    rounded = [
+        str(operation.outputs[0])
+        for operation in operations
+        if any(isinstance(step, Contract) and step.coded for step in products(operation))
+    ]
+    if not rounded:
+        return []
+    error = rounding_error(1.0, FLOAT8_MANTISSA_BITS)
+    return [f"Relative error of {' and of '.join(rounded)} through what is rounded to float8: {error:.2g}."]
 
 
 def _price_table(title: str, phase: Phase, total: PhaseCost, setting: Setting) -> Iterable[str]:
