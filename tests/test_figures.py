@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +207,35 @@ def test_linears_of_8_bits() -> None:
         f"a step of one linear takes {square} (5120→5120) and {wide} (5120→13824) of the frozen bf16 linear at 8192 "
         "tokens (" in said
     )
+
+
+def test_models_of_float8() -> None:
+    (row,) = results("model_fp8_h100.json")["rows"]
+    said, modes = " ".join(README.split()), ("eager", "compiled", "checkpointing")
+    shown = {"PEFT default (fp32 adapters, autocast)": "PEFT default (fp32 adapters, autocast)"}
+    for name, label in {**shown, "ours for graphs": "**ours on fp8**"}.items():
+        result = row["results"][name]
+        cells = " | ".join(over_frozen(result, mode) for mode in modes)
+        assert f"| {label} | {cells} | {result['eager']['peak_total_bytes'] / 2**20:.0f} MiB |" in README
+    ours = row["results"]["ours for graphs"]
+    ratios = "{}, {} and {}".format(*(over_frozen(ours, mode) for mode in modes))
+    assert f"ours takes {ratios} of the **frozen bf16** step" in said
+    off = ours["deviation"]
+    gradients = sorted(round(100 * off[name]) for name in ("dX", "dA", "dB"))
+    assert f"off by {100 * off['output']:.1f} % of its size, gradients by {gradients[0]} to {gradients[-1]} %" in said
+
+
+def test_losses_on_quantized_bases() -> None:
+    on = {"nf4": ", on bitsandbytes' linears", "int8": ", on bitsandbytes' linears"}
+    for base in ("nf4", "int8", "fp8"):
+        runs = results(f"train_{base}_h100.json")["runs"]
+        theirs, ours = (runs[name]["losses"] for name in ("peft", "ours"))
+        assert len(theirs) == len(ours) == 300
+        last = [f"{statistics.mean(losses[-50:]):.4f}" for losses in (theirs, ours)]
+        apart = statistics.mean(b - a for a, b in zip(theirs, ours, strict=True))
+        label = f"`{base}`{on.get(base, ', PEFT on the same weights in bf16')}"
+        assert f"| {label} | {' | '.join(last)} | {apart:+.4f} |".replace("-0", "−0") in README
+    assert abs(float(last[1]) / float(last[0]) - 1) < 0.002, "as the documents say"
 
 
 def test_errors_on_8_bits() -> None:
