@@ -203,10 +203,7 @@ def test_linears_of_8_bits() -> None:
     rates = [row["kernels"]["torch._scaled_mm"]["tflops"] for row in eight_bits("fp8")]
     assert f"by itself runs at {rates[0]}, {rates[1]} and {rates[2]} TFLOP/s" in said
     square, wide = (over_frozen(row["results"][EIGHT_BITS["fp8"]], "graph") for row in eight_bits("fp8")[1:])
-    assert (
-        f"a step of one linear takes {square} (5120→5120) and {wide} (5120→13824) of the frozen bf16 linear at 8192 "
-        "tokens (" in said
-    )
+    assert f"one linear {square} to {wide} (" in said
 
 
 def test_models_of_float8() -> None:
