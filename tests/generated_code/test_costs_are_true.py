@@ -278,7 +278,7 @@ def test_a_gpu_counts_the_launches_and_the_bytes_that_are_priced() -> None:
 def _peak(run: Any) -> tuple[int, int]:
     """Peak of bytes that torch's allocator hands out while ``run`` runs, above the start, and how many blocks."""
     # oneDNN, which multiplies 16 bits on some CPUs, has room of its own for a product.
-    alone = torch.backends.mkldnn.flags(enabled=False)
+    alone = torch.backends.mkldnn.flags(enabled=False, allow_tf32=False)
     activities = [torch.profiler.ProfilerActivity.CPU]
     with alone, torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
         result = run()
