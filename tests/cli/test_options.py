@@ -302,7 +302,7 @@ class TestFloat8:
     GRAPH = ("--launch", "graph", "--tokens", "8192")
 
     @pytest.mark.parametrize(
-        ("float8", "places"), [("both", ("Y", "dX")), ("forward", ("Y",)), ("none", ())], ids=["both", "forward", "none"]
+        ("float8", "places"), [("both", ("Y", "dX")), ("forward", ("Y",)), ("none", ())], ids=lambda value: str(value)
     )
     def test_it_is_in_the_command_and_in_what_is_generated(
         self, run, tmp_path: Path, float8: str, places: tuple[str, ...]

@@ -167,9 +167,7 @@ def test_the_rank_is_that_of_the_kernels(machine: Callable[..., str], rank: int)
 def test_it_is_chosen_where_it_is_faster(machine: Callable[..., str], device: str, dropout: float) -> None:
     """With many tokens; with few, where making the weight is what takes time, W of 16 bits is not read either."""
     name = machine(RATE) if device == "bare" else device
-    workload = Workload(
-        base="fp8", device=name, adapter_dtype="bf16", launch="graph", tokens=(T,), dropout=dropout
-    )
+    workload = Workload(base="fp8", device=name, adapter_dtype="bf16", launch="graph", tokens=(T,), dropout=dropout)
     where = setting_for(workload, I, O, R, False, T)
     chosen = decide(workload, where).chosen.program
     assert "fused_gemm_8" in chosen.forward.kernels
@@ -228,5 +226,3 @@ def test_what_is_merged_is_allowed_by_form(base: str) -> None:
 
     assert merges(workload) == (base == "int8")
     assert merges(replace(workload, allow_lossy_merge=True))
-
-

@@ -39,7 +39,7 @@ every_kind = pytest.mark.parametrize(("kind", "nested"), KINDS, ids=["nf4-nested
 
 @pytest.fixture(scope="module", autouse=True)
 def _not_packed() -> Iterator[None]:
-    """On CPUs with AVX512-BF16 bitsandbytes packs codes in evaluation, and multiplies in bfloat16 whatever was asked."""
+    """On CPUs with AVX512-BF16 bitsandbytes packs codes in evaluation, and multiplies in bfloat16 anyhow."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: False)
         yield

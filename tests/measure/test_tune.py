@@ -237,7 +237,7 @@ def test_kernels_are_measured_with_all_their_constants(tmp_path: Path, monkeypat
 
 
 def test_what_products_of_float8_take_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each kernel of them is called on what it would be given: codes with scales, codes alone, rows' largest magnitudes.
+    """Each kernel is called on what it would be given: codes with scales, codes alone, the largest of each row.
 
     One that refused its operands would be measured as torch.
     """
@@ -256,15 +256,18 @@ def test_what_products_of_float8_take_is_measured(tmp_path: Path, monkeypatch: p
         bench.module = module = bench.module_on("fp8")
         assert module.BASE == "fp8" and bench.module_on("fp8") is module, "made once"
         assert {bench.module_on(tune._base_of(op)) for op in expected} == {module}
-        for name in {f"_launch_{op.kernel}" for op in expected}:
 
-            def noted(*operands: Any, real: Any = getattr(module, name), name: str = name) -> Any:
+        def noted(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+            def launch(*operands: Any) -> Any:
                 made = real(*operands)
                 assert made is not None, f"{name} refused what it is measured on"
                 launched[name] += 1
                 return made
 
-            monkeypatch.setattr(module, name, noted)
+            return launch
+
+        for name in {f"_launch_{op.kernel}" for op in expected}:
+            monkeypatch.setattr(module, name, noted(name, getattr(module, name)))
         tune._measure(bench, profile, "fp16", tune.Point(24, 16, 32, 8))
     assert profile.times["fp16"].keys() == set(map(work, expected)) and len(launched) == 6
     tune._write(tmp_path / "x.toml", profile)
