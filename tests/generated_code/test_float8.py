@@ -398,7 +398,7 @@ Sides = tuple[int, int]
 
 
 @pytest.fixture
-def resize(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+def resize(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
     """Set the number of multiprocessors that launches divide their work for."""
 
     def set_to(count: int) -> None:
