@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 import re
 
-from runlora_gen.algebra.linear import DROPPED, LINEAR, QUANTIZED
+from runlora_gen.algebra.linear import DROPPED, FLOAT8, LINEAR, QUANTIZED
 from runlora_gen.algebra.operations import Map, Operation, Symbol, parse
 from runlora_gen.algebra.work import work
 from runlora_gen.kernels.sites import OPERATIONS, WORKS
 
-SYMBOLS = {**DROPPED.symbols, **QUANTIZED.symbols, **LINEAR.symbols}
+SYMBOLS = {**DROPPED.symbols, **QUANTIZED.symbols, **FLOAT8.symbols, **LINEAR.symbols}
 #: What stands in the profiles of users: no change of a formula, of its print or of a symbol's name may change it.
 KEYS = {
     "S = s * X @ A.T": "TI,RI->TR scaled",
@@ -54,6 +54,17 @@ KEYS = {
     "rescale_merged: W := rescale(Q); M = W + s * B @ A": (
         "rescale_merged: OI->OI rescale inner; OR,RI->OI scaled added"
     ),
+    "largest: mX = largest(X)": "largest: TI->T largest",
+    "largest: mdY = largest(dY, Q)": "largest: TO,OI->T largest",
+    "quantize: Xq = quantize(X, mX)": "quantize: TI,T->TI quantize",
+    "quantize: dYq = quantize(dY, mdY, Q)": "quantize: TO,T,OI->TO quantize",
+    "transpose: Qt = transpose(Q)": "transpose: OI->IO transpose",
+    "x_at_largest: S = s * X @ A.T; mX = largest(X)": "x_at_largest: TI,RI->TR scaled; TI->T largest",
+    "p_db_largest: P = s * dY @ B; dB = dY.T @ S; mdY = largest(dY, Q)": (
+        "p_db_largest: TO,OR->TR scaled; TO,TR->OR; TO,OI->T largest"
+    ),
+    "fused_gemm_8: Y = S @ B.T + b; Y += Xq @ Q.T": "fused_gemm_8: TR,OR->TO biased; TI,OI->TO accumulated",
+    "fused_gemm_8: dX = P @ A; dX += dYq @ Qt.T": "fused_gemm_8: TR,RI->TI; TO,IO->TI accumulated",
     "K = draw(dropout)": "->TI draw",
     "H = drop(X, K)": "TI,TI->TI drop",
     "dX = drop(dH, K)": "TI,TI->TI drop",

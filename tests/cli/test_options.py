@@ -293,3 +293,56 @@ class TestBase:
         assert layer["variants"] and not any("W" in variant["keeps"] for variant in layer["variants"])
         text = run(*spec, "--base", base).ok().out
         assert "× frozen" in text and "× PEFT" in text
+
+
+class TestFloat8:
+    """--float8: which products round what they read; of a base that has a scale for each row."""
+
+    SPEC = ("--arch", "llama-7b", "--target-modules", "q_proj", "--rank", "8", *NARROW, "--base", "fp8")
+    GRAPH = ("--launch", "graph", "--tokens", "8192")
+
+    @pytest.mark.parametrize(
+        ("float8", "places"), [("both", ("Y", "dX")), ("forward", ("Y",)), ("none", ())], ids=lambda value: str(value)
+    )
+    def test_it_is_in_the_command_and_in_what_is_generated(
+        self, run, tmp_path: Path, float8: str, places: tuple[str, ...]
+    ) -> None:
+        run(*self.SPEC, *self.GRAPH, "--float8", float8, "-o", tmp_path).ok()
+        folder = tmp_path / "llama_7b_r8"
+        manifest = json.loads((folder / "manifest.json").read_text())
+        text = (folder / "linear_4096x4096_r8.py").read_text()
+        assert manifest["workload"]["float8"] == float8
+        option = f" --float8 {float8} "
+        for command in (manifest["command"], text.partition('"""')[0]):
+            assert (option in command) == (float8 != "both") and "--base fp8" in command
+        assert set(re.findall(r"^ +(\w+) = _fused_gemm_8\(", text, re.M)) == {*places}
+        assert ("_fused_gemm_8" in text) == bool(places) and ("_transpose(Q" in text) == ("dX" in places)
+        # Run again as the manifest says, nothing is to be done; asked for other products, everything is.
+        again = run(*self.SPEC, *self.GRAPH, "--float8", float8, "--check", "-o", tmp_path)
+        other = run(*self.SPEC, *self.GRAPH, *(("--float8", "none") if places else ()), "--check", "-o", tmp_path)
+        assert (again.code, other.code) == (0, 1)
+
+    @pytest.mark.parametrize("more", [("--no-kernels",), ("--device", "a100"), ("--dtype", "fp32")], ids=" ".join)
+    def test_what_has_none_is_generated_without(self, run, tmp_path: Path, more: tuple[str, ...]) -> None:
+        adapter = ("--adapter-dtype", "fp32") if "fp32" in more else ()
+        run(*self.SPEC, *self.GRAPH, *more, *adapter, "-o", tmp_path).ok()
+        text = (tmp_path / "llama_7b_r8" / "linear_4096x4096_r8.py").read_text()
+        assert "Quantized" in text and not re.search(r"_8\(|_quantize|_largest", text)
+
+    @pytest.mark.parametrize("base", ["plain", "nf4", "int8", "fp8-block"])
+    @pytest.mark.parametrize("command", [(), ("explain",)], ids=["generate", "explain"])
+    def test_it_is_refused_beside_other_bases(self, run, base: str, command: tuple[str, ...]) -> None:
+        spec = (*command, "--arch", "llama-9m", "--rank", "4", "--base", base)
+        for float8 in ("forward", "none"):
+            message = f"--float8: {float8} needs --base fp8: other codes are multiplied in --dtype"
+            assert run(*spec, "--float8", float8).error() == message
+        assert "'half' is not one of 'both', 'forward', 'none'" in run(*spec, "--float8", "half").error()
+
+    def test_explain_tells_what_it_gains(self, run) -> None:
+        texts = [
+            json.loads(run("explain", *self.SPEC, *self.GRAPH, "--float8", float8, "--json").ok().out)
+            for float8 in ("both", "none")
+        ]
+        assert all(text["base"] == "fp8" for text in texts)
+        chosen = [json.dumps(text) for text in texts]
+        assert "float8-one_pass/float8" in chosen[0] and "float8-one_pass" not in chosen[1]

@@ -277,10 +277,11 @@ def test_a_gpu_counts_the_launches_and_the_bytes_that_are_priced() -> None:
 
 def _peak(run: Any) -> tuple[int, int]:
     """Peak of bytes that torch's allocator hands out while ``run`` runs, above the start, and how many blocks."""
-    # oneDNN, which multiplies 16 bits on some CPUs, has room of its own for a product.
-    alone = torch.backends.mkldnn.flags(enabled=False)
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with alone, torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+    profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+    with pytest.MonkeyPatch.context() as patch, profile as profiler:
+        # oneDNN, which multiplies 16 bits on some CPUs, has room of its own for a product. All of its flags, put back
+        # together, warn of TF32.
+        patch.setattr(torch.backends.mkldnn, "enabled", False)
         result = run()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     live = peak = 0

@@ -12,16 +12,26 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from runlora_gen.algebra.operations import Fused
 from runlora_gen.emit import kernel_notes
 from runlora_gen.emit.kernel_notes import KernelNode
 from runlora_gen.emit.render import render
 from runlora_gen.kernels.record import Bounds, Kernel, block_rank
 from runlora_gen.kernels.registry import FOLDER, KERNELS
+from runlora_gen.kernels.sites import OPERATIONS
 
 NAMES = list(KERNELS)
 GEMM = KERNELS["fused_gemm"]
 #: The classes that hold codes, by the kernels that read them: a name, and how many parts it has.
 HOLDS = {"dequantize": ("quantized_codes", 11), "rescale": ("quantized_scaled", 5)}
+#: What a launch and an operator take of codes that a wrapper is given, where that is not all that is held.
+TAKEN = {
+    "fused_gemm_8": {"left": ("left", "left_scale"), "right": ("right", "scale")},
+    "largest": {"Q": ("scales",)},
+    "p_db_largest": {"Q": ("scales",)},
+    "quantize": {"Q": ("scales",)},
+    "transpose": {"Q": ("codes",)},
+}
 
 
 def parts_of(name: str) -> list[str]:
@@ -65,18 +75,39 @@ def test_every_template_renders(name: str) -> None:
     assert taken == [*arguments[:-1], "*", "tiles"] and arguments[-1] == "tiles"
     # A kernel of several linears may be called with a dtype for each, and give all the same. One that is told what is
     # needed gets nothing to read for the rest.
-    called = [argument.arg for argument in functions[f"_{name}"].args.args]
-    assert ["dtype" if argument == "dtypes" else argument for argument in called if argument != "needs"] == arguments[
-        :-1
-    ]
-    assert len(KERNELS[name].call.split(", ")) == len(called)
+    wrapper = functions[f"_{name}"].args
+    called = [argument.arg for argument in wrapper.args]
+    given = ["dtype" if argument == "dtypes" else argument for argument in called if argument != "needs"]
+    if name in TAKEN:
+        assert sorted(part for arg in given for part in TAKEN[name].get(arg, (arg,))) == sorted(arguments[:-1])
+    else:
+        assert given == arguments[:-1]
+    if KERNELS[name].call == "{operands}":  # of a single operation that is no product
+        counts = {len(op.parts[0].reads) for op in OPERATIONS if isinstance(op, Fused) and op.kernel == name}
+        assert counts == set(range(len(called) - len(wrapper.defaults), len(called) + 1))
+    else:
+        assert len(KERNELS[name].call.split(", ")) == len(called)
+
+
+def test_what_products_of_float8_take_says_so() -> None:
+    """By it they are left out where a GPU has none of them."""
+    names = {name for name, kernel in KERNELS.items() if kernel.float8}
+    assert names == {*TAKEN, "x_at_largest"}
+    assert names == {name for name, kernel in KERNELS.items() if "float8" in kernel.helpers}
+    assert {name for name, kernel in KERNELS.items() if kernel.largest} == {"x_at_largest", "p_db_largest"}
+    for name in ("x_at", "p_db"):
+        one, other = KERNELS[name], KERNELS[f"{name}_largest"]
+        assert one.tiles == other.tiles and one.largest_rank == other.largest_rank and not one.float8
+    assert not any(KERNELS[name].replaces for name in names), "they are in rows of the table"
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_records_are_whole(name: str) -> None:
     kernel = KERNELS[name]
-    # Where there is no loop, there are no stages of one.
-    assert kernel.launches > 0 and {"WARPS", *(() if name in HOLDS else ("STAGES",))} <= kernel.tiles.keys()
+    # Where no loop adds up products, there are no stages of one.
+    single = name in HOLDS or kernel.call == "{operands}"
+    assert kernel.launches > 0 and {"WARPS", *(() if single else ("STAGES",))} <= kernel.tiles.keys()
+    assert single == ("STAGES" not in kernel.tiles)
     assert bool(kernel.small_tiles) == ("descriptors" in kernel.helpers)
     assert kernel.priced_as is None or KERNELS[kernel.priced_as].tiles.keys() <= kernel.tiles.keys()
     assert kernel.seeded == ("seed" in kernel.call.split(", "))

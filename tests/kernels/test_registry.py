@@ -6,8 +6,9 @@ import ast
 from types import MappingProxyType
 
 import pytest
+from runlora_gen.algebra.derivation import Derivation
 from runlora_gen.algebra.group import group as group_of
-from runlora_gen.algebra.linear import DROPPED, LINEAR, QUANTIZED, SCALED
+from runlora_gen.algebra.linear import DROPPED, FLOAT8, FLOAT8_DROPPED, LINEAR, QUANTIZED, SCALED, SCALED_DROPPED
 from runlora_gen.algebra.operations import Fused
 from runlora_gen.algebra.sites import DERIVATIONS
 from runlora_gen.algebra.work import work
@@ -27,11 +28,11 @@ DROPPING = {
     for operation in operations_of(site)
     if isinstance(operation, Fused)
 }
-FUSED, OF_TABLES, OF_NUMBERS = (
+FUSED, OF_TABLES, OF_NUMBERS, OF_FLOAT8 = (
     {operation.kernel: operation for operation in operations_of(site) if isinstance(operation, Fused)}
-    for site in (LINEAR, QUANTIZED, SCALED)
+    for site in (LINEAR, QUANTIZED, SCALED, FLOAT8)
 )
-DECODING = {**OF_TABLES, **OF_NUMBERS}
+DECODING = {**OF_TABLES, **OF_NUMBERS, **OF_FLOAT8}
 
 
 def test_every_folder_is_a_kernel_with_all_its_files() -> None:
@@ -47,11 +48,13 @@ def test_every_kernel_is_of_a_site() -> None:
     assert FUSED.keys() | DECODING.keys() | operations(("q", "k")).keys() | DROPPING.keys() == KERNELS.keys()
     assert OF_TABLES.keys() - FUSED.keys() == {"dequantize", "dequantize_merged"}
     assert OF_NUMBERS.keys() - FUSED.keys() == {"rescale", "rescale_merged"}
+    assert OF_FLOAT8.keys() - FUSED.keys() - OF_NUMBERS.keys() == {n for n, kernel in KERNELS.items() if kernel.float8}
+    assert OF_NUMBERS.keys() <= OF_FLOAT8.keys(), "what does not multiply float8 makes the weight"
     for name, kernel in KERNELS.items():
         if name not in FUSED and name not in DECODING:
             assert kernel.priced_as in FUSED and not kernel.replaces, "of several linears, or of what is left of X"
             continue
-        rows = (*LINEAR.operations, *QUANTIZED.operations, *SCALED.operations)
+        rows = (*LINEAR.operations, *QUANTIZED.operations, *SCALED.operations, *FLOAT8.operations)
         in_rows = any(isinstance(op, Fused) and op.kernel == name for op in rows)
         assert in_rows != bool(kernel.replaces), "of several products, in a row, or in the place of a single one"
 
@@ -76,13 +79,41 @@ def test_calls_follow_from_the_formulas() -> None:
     }
 
 
+def calls_of(*sites: Derivation) -> set[str]:
+    """What is emitted for the kernels of some sites, beside those of the linear whose weight is no codes."""
+    found = {op for site in sites for op in operations_of(site) if isinstance(op, Fused)} - {*operations_of(LINEAR)}
+    return {line(operation) for operation in found}
+
+
 def test_calls_that_read_codes() -> None:
-    assert {line(operation) for operation in DECODING.values() if operation.kernel not in FUSED} == {
+    assert calls_of(QUANTIZED, SCALED) == {
         'W = _dequantize(Q, tiles="W")',
         'M = _dequantize_merged(Q, A, B, scaling, tiles="M")',
         'W = _rescale(Q, tiles="W")',
         'M = _rescale_merged(Q, A, B, scaling, tiles="M")',
     }
+
+
+def test_calls_of_products_of_float8() -> None:
+    """The codes are given where their scales alone are read; what is read as it was transposed has no scales."""
+    forward = {
+        'mX = _largest(X, tiles="mX")',
+        'Xq = _quantize(X, mX, tiles="Xq")',
+        'Y = _fused_gemm_8(Xq, Q, S, B, b, tiles="Y")',
+    }
+    assert calls_of(FLOAT8) == calls_of(SCALED) | forward | {
+        'S, mX = _x_at_largest(X, A, scaling, tiles="S, mX")',
+        'mdY = _largest(dY, Q, tiles="mdY")',
+        'P, dB, mdY = _p_db_largest(dY, B, S, scaling, B_dtype, Q, tiles="P, dB, mdY")',
+        'dYq = _quantize(dY, mdY, Q, tiles="dYq")',
+        'Qt = _transpose(Q, tiles="Qt")',
+        'dX = _fused_gemm_8(dYq, Qt, P, A.t(), None, tiles="dX")',
+    }
+    assert calls_of(FLOAT8_DROPPED) == calls_of(SCALED_DROPPED) | forward
+    # The same by torch, where a kernel is not used or its results are wanted one by one.
+    assert line(FLOAT8.parse("mdY = largest(dY, Q)")) == "mdY = _largest_of(dY, Q)"
+    assert line(FLOAT8.parse("mX = largest(X)")) == "mX = _largest_of(X)"
+    assert line(FLOAT8.parse("dYq = quantize(dY, mdY, Q)")) == "dYq = _quantized(dY, mdY, Q)"
 
 
 def test_calls_for_a_linear_of_a_group_name_its_operands() -> None:
@@ -117,7 +148,7 @@ def test_alternatives_are_of_products_that_the_table_has() -> None:
     assert [operation.kernel for operation in alternatives(LINEAR, "stochastic")] == ["merge_stochastic"]
     for operation in (*alternatives(LINEAR, "cheaper"), *alternatives(LINEAR, "stochastic")):
         (product,) = operation.parts
-        assert product in LINEAR.operations and work(product) == KERNELS[operation.kernel].replaces
+        assert product in LINEAR.operations and work(product) in KERNELS[operation.kernel].replaces
 
 
 def test_a_kernel_serves_a_product_by_its_work() -> None:

@@ -10,17 +10,18 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from runlora_gen.algebra.enumerate import enumerate_programs
-from runlora_gen.algebra.linear import LINEAR
+from runlora_gen.algebra.linear import FLOAT8, LINEAR
 from runlora_gen.algebra.operations import Convert, Fused, dimensions
 from runlora_gen.algebra.work import work
 from runlora_gen.cost.device import load_device
-from runlora_gen.cost.profile import Profile, parse_toml, read_profile
+from runlora_gen.cost.profile import Profile, parse_toml, read_profile, render_profile
 from runlora_gen.kernels.registry import KERNELS
 from runlora_gen.kernels.sites import WORKS, operations_of
 from runlora_gen.measure import clock, tune
@@ -213,6 +214,7 @@ def test_kernels_are_measured_with_all_their_constants(tmp_path: Path, monkeypat
     with tune._Workbench(torch.device("cpu")) as bench:
         bench.kernels = True
         bench.module = module_of_everything(Workload(device="h200", launch="graph"), tmp_path / "kernels")
+        bench._modules["plain"] = bench.module
         tune._measure(bench, profile, "fp16", size)
         assert bench.trials("fp16", size, profile.times["fp16"]) == []
     fused = {work(op): KERNELS[op.kernel] for op in operations_of(LINEAR) if isinstance(op, Fused)}
@@ -232,6 +234,70 @@ def test_kernels_are_measured_with_all_their_constants(tmp_path: Path, monkeypat
     tune._write(tmp_path / "x.toml", profile)
     device = load_device(os.fspath(tmp_path / "x.toml"))
     assert device.tiles_for("bf16") == {key: tuple(best.items()) for key, best in profile.tiles["fp16"].items()}
+
+
+def test_what_products_of_float8_take_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each kernel is called on what it would be given: codes with scales, codes alone, the largest of each row.
+
+    One that refused its operands would be measured as torch.
+    """
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("triton", minversion="3.4")
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    for name, value in (("MOST_SETS", 1), ("LEAST_S", 0)):
+        monkeypatch.setattr(tune, name, value)
+    expected = [op for op in operations_of(FLOAT8) if isinstance(op, Fused) and KERNELS[op.kernel].float8]
+    profile, launched = begun(), Counter[str]()
+    with tune._Workbench(torch.device("cpu")) as bench:
+        bench.kernels = True
+        bench.workload = Workload(adapter_dtype="bf16", device="h100", launch="graph")
+        bench._operations = tuple({work(op): op for op in expected}.values())
+        bench.module = module = bench.module_on("fp8")
+        assert module.BASE == "fp8" and bench.module_on("fp8") is module, "made once"
+        assert {bench.module_on(tune._base_of(op)) for op in expected} == {module}
+
+        def noted(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+            def launch(*operands: Any) -> Any:
+                made = real(*operands)
+                assert made is not None, f"{name} refused what it is measured on"
+                launched[name] += 1
+                return made
+
+            return launch
+
+        for name in {f"_launch_{op.kernel}" for op in expected}:
+            monkeypatch.setattr(module, name, noted(name, getattr(module, name)))
+        tune._measure(bench, profile, "fp16", tune.Point(24, 16, 32, 8))
+    assert profile.times["fp16"].keys() == set(map(work, expected)) and len(launched) == 6
+    tune._write(tmp_path / "x.toml", profile)
+    assert read(tmp_path / "x.toml").times["fp16"].keys() == set(map(work, expected))
+    # A transpose has neither tokens nor a rank.
+    assert profile.times["fp16"]["transpose: OI->IO transpose"].keys() == {(16, 32)}
+
+
+@pytest.mark.parametrize(
+    ("formula", "base"),
+    [
+        ("S = s * X @ A.T", "plain"),
+        ("rescale: W = rescale(Q)", "fp8"),
+        ("largest: mX = largest(X)", "fp8"),
+        ("x_at_largest: S = s * X @ A.T; mX = largest(X)", "fp8"),
+        ("transpose: Qt = transpose(Q)", "fp8"),
+        ("fused_gemm: Y = S @ B.T + b; Y += X @ W.T", "plain"),
+    ],
+)
+def test_the_base_of_an_operation(formula: str, base: str) -> None:
+    """Only of such is there a module that has it."""
+    assert tune._base_of(FLOAT8.parse(formula)) == base
+
+
+def test_rates_are_written_in_one_order() -> None:
+    """Whatever was measured first: a profile that was read and written again is the same file."""
+    profile = begun()
+    turned = replace(profile, tflops=dict(reversed([*profile.tflops.items(), ("fp8", 1446.0)])))
+    text = render_profile(turned)
+    assert render_profile(read_profile(parse_toml(text.encode()))) == text
 
 
 def test_the_host_is_asked_with_and_without_kernels() -> None:
