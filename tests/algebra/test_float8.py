@@ -115,7 +115,6 @@ def test_rows_are_there_under_their_facts(site: Derivation, facts: Facts) -> Non
     assert allowed == {program.id for program in enumerate_programs(other, ALL)}
 
 
-@pytest.mark.xfail(strict=True, reason="P dB mdY of one pass, and mdY beside P dB of one pass, have one id")
 def test_an_id_is_of_one_program() -> None:
     """It is the key of a module's variants."""
     found = enumerate_programs(FLOAT8, ALL, facts=BOTH)

@@ -534,13 +534,13 @@ def test_what_of_8_bits_is_not_quantized_yet_is_named() -> None:
     # bitsandbytes makes codes when a linear is moved; Transformers' linear that has none gets none by that.
     assert set(read.left_out.values()) == {
         "quantized (Linear8bitLt), but not yet: move it to its device first",
-        "a FP8Linear that keeps a weight of float32",
+        "FP8Linear with a weight of float32",
     }
     assert read.bases == ("plain",)
     wide = read_model(Plain(taken=lambda: nn.Linear(8, 4), other=lambda: linear_of_8_bits("int8", wide=True)))
     (reason,) = wide.left_out.values()
     assert wide.bases == ("plain",) and set(wide.left_out) == {"layers.*.other"}
-    assert re.fullmatch(r"a Linear8bitLt that keeps a weight of float\d\d", reason), "has_fp16_weights: it never will"
+    assert re.fullmatch(r"Linear8bitLt with a weight of float\d\d", reason), "has_fp16_weights: it never will"
 
 
 def test_each_base_of_a_mixed_model_is_read() -> None:

@@ -245,7 +245,7 @@ def _float8(dropout: bool) -> tuple[Row, ...]:
             row("mdY", "largest", "largest: mdY = largest(dY, Q)", when=backward),
             row(
                 "P dB mdY",
-                "one_pass",
+                "with_largest",
                 "p_db_largest: P = s * dY @ B; dB = dY.T @ S; mdY = largest(dY, Q)",
                 when=backward,
             ),

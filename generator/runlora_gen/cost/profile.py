@@ -340,7 +340,7 @@ def render_profile(profile: Profile) -> str:
     }
     parts = [
         "".join(f"{name} = {_scalar(value)}\n" for name, value in scalars.items() if value is not None),
-        "[tflops]\n" + "".join(f"{dtype} = {_scalar(rate)}\n" for dtype, rate in profile.tflops.items()),
+        "[tflops]\n" + "".join(f"{dtype} = {_scalar(profile.tflops[dtype])}\n" for dtype in _rates(profile.tflops)),
     ]
     comment = "# Microseconds, by tokens and rank across and by I x O down.\n"
     for dtype, times in profile.times.items():

@@ -135,8 +135,9 @@ def kernels_note(kernels: Sequence[KernelNode]) -> str:
     takes = "16-bit tensors"
     if wide:
         takes += " and float32" if len(wide) == len(kernels) else f", {listed(wide)} with float32 too"
+    least = "8.0 or more, those of float8 8.9," if any(kernel.record.float8 for kernel in kernels) else "8.0 or more,"
     return (
-        f"Fused kernels run where Triton is installed, on GPUs of compute capability 8.0 or more, with {takes}. Set "
+        f"Fused kernels run where Triton is installed, on GPUs of compute capability {least} with {takes}. Set "
         "the environment variable RUNLORA_KERNELS=0 before the import to run everything through torch."
     )
 

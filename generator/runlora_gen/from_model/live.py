@@ -342,7 +342,7 @@ def _reason(
         kind, dtype = type(module).__name__, _dtype_name(weight.dtype)
         if coded in ("4 bits", "int8") and not getattr(getattr(module, "state", None), "has_fp16_weights", False):
             return f"quantized ({kind}), but not yet: move it to its device first"
-        return f"a {kind} that keeps a weight of {dtype}"
+        return f"{kind} with a weight of {dtype}"
     if not coded and (not weight.is_floating_point() or weight.dtype.itemsize == 1 or _is_packed(weight)):
         return f"quantized ({type(weight).__name__} of {_dtype_name(weight.dtype)})"
     if weight.dim() != 2:
