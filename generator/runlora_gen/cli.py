@@ -82,17 +82,15 @@ _SPEC_OPTIONS = (
     ),
     click.option(
         "--base",
-        type=click.Choice(CHOICES["base"]),
+        type=click.Choice((*CHOICES["base"], *DTYPE_NAMES)),
         default="plain",
         show_default=True,
-        help="How the frozen weights are stored: in --dtype, in 4 or 8 bits by bitsandbytes, or in float8.",
+        help="How frozen weights are stored: in --dtype, in 4 or 8 bits by bitsandbytes, or in float8.",
     ),
     click.option(
         "--float8",
         type=click.Choice(CHOICES["float8"]),
-        default="both",
-        show_default=True,
-        help="With --base fp8: which large products round their input to float8 too.",
+        help="With --base fp8: which large products round their input to float8 too. [both, and says so]",
     ),
     click.option("--train", metavar="a,b|a|b", default="a,b", show_default=True, help="Which factors train."),
     click.option(
@@ -176,7 +174,7 @@ def _read_spec(options: dict[str, Any]) -> Request:
         **{name: options[name] for name in _AS_GIVEN},
     )
     if not options.get("quiet"):
-        for line in request.notes():
+        for line in (*request.notes(), *(() if options["float8"] else request.rounding())):
             click.echo(line, err=True)
     return request
 

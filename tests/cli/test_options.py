@@ -279,9 +279,15 @@ class TestBase:
 
     def test_what_is_allowed_is_named(self, run, tmp_path: Path) -> None:
         spec = ("--arch", "llama-9m", "--rank", "8", "--base", "int4", "-o", tmp_path / "out")
-        names = "'plain', 'nf4', 'fp4', 'int8', 'fp8', 'fp8-block'"
+        names = "'plain', 'nf4', 'fp4', 'int8', 'fp8', 'fp8-block', 'bf16', 'fp16', 'fp32'"
         assert run(*spec).error() == f"Invalid value for '--base': 'int4' is not one of {names}."
         assert not (tmp_path / "out").exists()
+
+    def test_the_name_of_the_dtype_is_the_plain_base(self, run) -> None:
+        spec = ("explain", "--arch", "llama-9m", "--rank", "8", "--json")
+        assert json.loads(run(*spec, "--base", "bf16").ok().out)["base"] == "plain"
+        message = "--base: 'fp16' is not allowed beside another dtype; give plain, or that one"
+        assert run(*spec, "--base", "fp16").error() == message
 
     @pytest.mark.parametrize("base", ["nf4", "int8", "fp8-block"])
     def test_explain_prices_what_is_made_of_codes(self, run, base: str) -> None:
@@ -337,6 +343,13 @@ class TestFloat8:
             message = f"--float8: {float8} needs --base fp8: other codes are multiplied in --dtype"
             assert run(*spec, "--float8", float8).error() == message
         assert "'half' is not one of 'both', 'forward', 'none'" in run(*spec, "--float8", "half").error()
+
+    def test_rounding_that_nobody_asked_for_is_told_of(self, run) -> None:
+        spec = ("explain", *self.SPEC, *self.GRAPH)
+        told = "note: activations and gradients are rounded to float8 where that is faster, an error of 2.7 % of each "
+        assert run(*spec).err.startswith(told)
+        for more in (("--float8", "both"), ("--device", "a100"), ("--no-kernels",)):
+            run(*spec, *more).ok()
 
     def test_explain_tells_what_it_gains(self, run) -> None:
         texts = [

@@ -288,6 +288,20 @@ def packages_by_projection(model: nn.Module, report: Any) -> dict[str, str]:
     }
 
 
+def test_rounding_that_nobody_asked_for_is_told_of(saved: Path, tmp_path: Path) -> None:
+    """Where the profile says that products may be of float8, and the user said nothing of them."""
+    model = with_lora(quantized(saved, "fp8", torch.bfloat16, layers=1))
+    options: dict[str, Any] = {"tokens": 64, "device": "h100"}
+    with pytest.warns(UserWarning, match="rounded to float8 where that is faster.*: float8=none keeps them"):
+        runlora_gen.accelerate(model, tmp_path, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for float8 in ("both", "none"):
+            runlora_gen.accelerate(
+                with_lora(quantized(saved, "fp8", torch.bfloat16, layers=1)), tmp_path, float8=float8, **options
+            )
+
+
 def test_a_mixed_model_has_a_package_for_each_base(saved: Path, tmp_path: Path) -> None:
     """Some linears are as they were, and others in int8, in float8 with and without blocks, or by rows."""
     model = quantized(saved, "int8", layers=1, skip=("q_proj", "o_proj", "down_proj", "gate_proj"))
@@ -297,7 +311,7 @@ def test_a_mixed_model_has_a_package_for_each_base(saved: Path, tmp_path: Path) 
     ours = copy.deepcopy(theirs)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        report = runlora_gen.accelerate(ours, tmp_path, strict=True, **OPTIONS)
+        report = runlora_gen.accelerate(ours, tmp_path, strict=True, float8="forward", **OPTIONS)
     assert len(report.accelerated) == 7 and not report.left
     assert (report.groups, report.grouped) == (1, 2), "k and v, which are of one kind"
     expected = [f"llama_{kind}r{RANK}" for kind in ("fp8_", "fp8_block_", "int8_", "")]
@@ -449,7 +463,7 @@ def test_what_holds_no_codes_is_named(tmp_path: Path) -> None:
 
 def test_codes_that_were_made_wide_are_named(saved: Path, tmp_path: Path) -> None:
     """As ``float()`` of a whole model makes them."""
-    model = with_lora(quantized(saved, "fp8", layers=1))
+    model = with_lora(quantized(saved, "fp8", torch.bfloat16, layers=1))
     base = model.get_submodule(f"base_model.model.model.{UP}").base_layer
     base.weight = nn.Parameter(base.weight.float(), requires_grad=False)
     with pytest.warns(UserWarning, match="1 left: a FP8Linear with a weight of torch.float32 is not covered"):

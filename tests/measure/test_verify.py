@@ -125,7 +125,8 @@ class TestCommand:
         profile = tmp_path / "machine.toml"
         profile.write_text(MULTIPLIES_FLOAT8, encoding="utf-8")
         asked = ("--arch", "llama-7b", "--target-modules", "q_proj", "--rank", "4", "--adapter-dtype", "bf16")
-        run(*asked, "--base", "fp8", "--device", profile, "--launch", "graph", "--tokens", "8192", "-o", tmp_path).ok()
+        base = ("--base", "fp8", "--float8", "both")
+        run(*asked, *base, "--device", profile, "--launch", "graph", "--tokens", "8192", "-o", tmp_path).ok()
         module = tmp_path / "llama_7b_r4" / "linear_4096x4096_r4.py"
         text = module.read_text(encoding="utf-8")
         assert text.count("def _launch_fused_gemm_8(") == 1 and "_p_db_largest(dY" in text

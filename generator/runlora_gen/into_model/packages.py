@@ -41,6 +41,8 @@ def packages_for(
     request = Request(by_rank, make_workload(**{**options, **workload}), parse_layout("layout", layout)).checked()
     if note and "device" not in workload:
         warnings.warn(note, stacklevel=3)
+    for line in () if "float8" in workload else request.rounding():
+        warnings.warn(line.removeprefix("note: ").replace("--float8 ", "float8="), stacklevel=3)
     if output is not None:
         return [imported(folder) for folder in generated(request, Path(output))]
     from ..emit.manifest import package_digest

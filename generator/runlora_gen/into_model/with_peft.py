@@ -10,6 +10,7 @@ import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from ..request.bases import BASES
 from ..request.errors import SpecError
 from ..request.layout import STANDALONE
 from .packages import of_rank, of_template, package_of, packages_for
@@ -60,7 +61,11 @@ def accelerate(
         if len(live.bases) > 1 and base != "plain":  # beside the package of the others
             named = {rank: replace(each, package=f"{each.slug}_{base}") for rank, each in one.adapted.items()}
             one = replace(one, adapted=named)
-        packages += packages_for(model, one, one.adapted, output, layout, workload)
+        # A wish of float8 is of those in float8 alone, if there are any.
+        wishes = dict(workload)
+        if not BASES[base].rows and any(BASES[other].rows for other in live.bases):
+            wishes.pop("float8", None)
+        packages += packages_for(model, one, one.adapted, output, layout, wishes)
     layers = packages[0].with_peft.lora_layers(model)
     # Each layer to the package of its rank and its base: another one would say that this is not there.
     groups: list[dict[str, Any]] = [{} for _ in packages]

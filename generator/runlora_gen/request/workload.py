@@ -208,6 +208,17 @@ def parse_dropout(option: str, value: object) -> float:
     raise SpecError(f"{option}: {shorten(value)} is not allowed; give a number from 0 up to but not 1")
 
 
+def _plain_base(option: str, value: object, dtype: object) -> str:
+    """What a base that is called by its dtype is: plain, where that is the dtype of the workload.
+
+    Raises:
+        SpecError: it is another one.
+    """
+    if parse_dtype(option, str(value)) != parse_dtype("dtype", str(dtype).removeprefix("torch.")):
+        raise SpecError(f"{option}: {shorten(value)} is not allowed beside another dtype; give plain, or that one")
+    return "plain"
+
+
 def check_adapter_dtype(value: str, dtype: str) -> str:
     """The adapter's dtype, if it is fp32 or the same as the layers'.
 
@@ -255,6 +266,8 @@ def make_workload(*, prefix: str = "", **fields: Any) -> Workload:
         if name not in known:
             raise SpecError(f"unknown field {nearest(name, sorted(known))}")
     values = {name: value for name, value in fields.items() if value is not None}
+    if DTYPE_ALIASES.get(str(values.get("base")), values.get("base")) in DTYPE_NAMES:
+        values["base"] = _plain_base(label("base"), values["base"], values.get("dtype", Workload.dtype))
     for name, allowed in CHOICES.items():
         if name in values and values[name] not in allowed:
             raise SpecError(f"{label(name)}: {shorten(values[name])} is not allowed; give one of {', '.join(allowed)}")

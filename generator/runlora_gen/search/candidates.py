@@ -172,6 +172,13 @@ def rows_for(workload: Workload, setting: Setting) -> tuple[Way, ...]:
     return setting.derivation.rows(candidate)
 
 
+def multiplies_float8(workload: Workload) -> bool:
+    """Whether products of float8 are candidates: wished for, and with a rate on a device that has kernels."""
+    device = device_for(workload)
+    wished = bool(workload.of_float8) and workload.kernels and DTYPES[workload.dtype].half
+    return wished and device.kernels and FLOAT8 in device.flops_per_s
+
+
 def _float8_serves(operation: Fused, setting: Setting) -> bool:
     """Whether an operation is no part of products of float8, or the device has those and rows are on 16 bytes."""
     sizes = (size for name, size in setting.dims.items() if name[0] in "IO")
