@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import functools
 import json
 import statistics
 import tempfile
@@ -33,12 +32,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bench_linear import environment, peft_linear, spread, train
-from bench_quantized import CALLS, STEPS, FrozenStep
+from bench_linear import environment, peft_linear
+from bench_quantized import CALLS, FrozenStep, shown, timed
 from coded import float8_codes
 from runlora_gen.cost.device import load_device
-from runlora_gen.measure.clock import Run, captured, interleaved, repeated
-from runlora_gen.measure.memory import peak_bytes, saved_bytes
+from runlora_gen.measure.clock import Run, captured, interleaved
 from runlora_gen.measure.modules import module_of_everything, render_module
 from runlora_gen.measure.problem import Point
 from runlora_gen.request.workload import Workload
@@ -133,30 +131,10 @@ def measure(point: Point, workload: Workload, folder: Path, rounds: int) -> dict
         made |= of_bitsandbytes(codes, point)
     x = torch.randn(1, point.tokens, point.in_features, dtype=dtype, device=device, requires_grad=True)
     grad_output = torch.randn(1, point.tokens, point.out_features, dtype=dtype, device=device)
-    results: dict[str, Any] = {name: {} for name in made}
-
-    def forward(module: nn.Module) -> None:
-        with torch.no_grad():
-            module(x)
-
-    steps = {name: functools.partial(train, module, x, grad_output) for name, module in made.items()}
-    modes: dict[str, dict[str, Run]] = {"eager": {**steps}}
-    able = {name: step for name, step in steps.items() if "bitsandbytes" not in name}  # its outliers wait for the host
-    modes["graph"] = {name: captured(step, warmups=3) for name, step in able.items()}
-    modes["forward"] = {name: captured(functools.partial(forward, made[name]), warmups=3) for name in able}
-    for mode, runs in modes.items():
-        many = {name: repeated(run, STEPS) for name, run in runs.items()}
-        times = interleaved(many, rounds, device, warmups=2, eager=mode == "eager")
-        for name, values in times.items():
-            results[name][mode] = {
-                "median_us": round(statistics.median(values) / STEPS * 1e6, 1),
-                **{f"over_{key}": spread(values, times[of]) for key, of in (("frozen", FLOOR), ("own", OWN_FLOOR))},
-            }
+    of_bnb = [name for name in made if "bitsandbytes" in name]  # its outliers wait for the host
+    floors = {"frozen": FLOOR, "own": OWN_FLOOR}
+    results = timed(made, x, grad_output, rounds, floors, eager_alone=of_bnb)
     for name, module in made.items():
-        results[name]["saved_bytes"] = saved_bytes(functools.partial(module, x), [*module.parameters(), x])
-        results[name]["peak_bytes"] = peak_bytes(steps[name], device)
-        x.grad = None
-        module.zero_grad(set_to_none=True)
         if isinstance(module, Ours):
             results[name]["error"] = errors(module, x, grad_output, everything._dequantized(own, torch.float64))
     return {
@@ -243,13 +221,7 @@ def main() -> None:
             rows.append(row)
             print(f"{row['tokens']} tokens, {row['shape']}, rank {row['rank']}: {row['chosen']}; {row['kernels']}")
             for title, result in row["results"].items():
-                shown = "  ".join(
-                    f"{mode} {result[mode]['median_us']:8.1f} us x {result[mode]['over_frozen']['median']:.3f} "
-                    f"({result[mode]['over_own']['median']:.3f})"
-                    for mode in ("eager", "graph", "forward")
-                    if mode in result
-                )
-                print(f"  {title:<40} {shown}  {result.get('error', '')}", flush=True)
+                print(f"  {title:<40} {shown(result)}  {result.get('error', '')}", flush=True)
             if options.json:
                 options.json.write_text(json.dumps({**report, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 

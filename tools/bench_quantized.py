@@ -24,7 +24,7 @@ import importlib.metadata
 import json
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -110,6 +110,61 @@ def asked(point: Point, workload: Workload, everything: Decision, asked: Asked, 
     return render_module(one_choice(point.layer, workload, decision), point.rank, workload, folder)
 
 
+def timed(
+    made: Mapping[str, nn.Module],
+    x: Tensor,
+    grad_output: Tensor,
+    rounds: int,
+    floors: Mapping[str, str],
+    *,
+    eager_alone: Collection[str] = (),
+) -> dict[str, dict[str, Any]]:
+    """Times in each mode, with the ratios to the frozen linears of the same rounds, and what is kept and needed.
+
+    Args:
+        made: all contenders, by their titles.
+        x, grad_output: of a step.
+        rounds: of each mode.
+        floors: the frozen linears, by what the ratios to them are called.
+        eager_alone: contenders that no graph can hold.
+    """
+    results: dict[str, dict[str, Any]] = {name: {} for name in made}
+
+    def forward(module: nn.Module) -> None:
+        with torch.no_grad():
+            module(x)
+
+    steps = {name: functools.partial(train, module, x, grad_output) for name, module in made.items()}
+    able = [name for name in made if name not in eager_alone]
+    modes: dict[str, dict[str, Run]] = {"eager": {**steps}}
+    modes["graph"] = {name: captured(steps[name], warmups=3) for name in able}
+    modes["forward"] = {name: captured(functools.partial(forward, made[name]), warmups=3) for name in able}
+    for mode, runs in modes.items():
+        many = {name: repeated(run, STEPS) for name, run in runs.items()}
+        times = interleaved(many, rounds, x.device, warmups=2, eager=mode == "eager")
+        for name, values in times.items():
+            results[name][mode] = {
+                "median_us": round(statistics.median(values) / STEPS * 1e6, 1),
+                **{f"over_{key}": spread(values, times[of]) for key, of in floors.items()},
+            }
+    for name, module in made.items():
+        results[name]["saved_bytes"] = saved_bytes(functools.partial(module, x), [*module.parameters(), x])
+        results[name]["peak_bytes"] = peak_bytes(steps[name], x.device)
+        x.grad = None
+        module.zero_grad(set_to_none=True)
+    return results
+
+
+def shown(result: Mapping[str, Any]) -> str:
+    """The modes of a contender, for people."""
+    return "  ".join(
+        f"{mode} {result[mode]['median_us']:8.1f} us x {result[mode]['over_frozen']['median']:.3f} "
+        f"({result[mode]['over_own']['median']:.3f})"
+        for mode in ("eager", "graph", "forward")
+        if mode in result
+    )
+
+
 def measure(point: Point, workload: Workload, folder: Path, rounds: int) -> dict[str, Any]:
     """All contenders at one size."""
     torch.manual_seed(0)
@@ -137,30 +192,7 @@ def measure(point: Point, workload: Workload, folder: Path, rounds: int) -> dict
     x = torch.randn(1, point.tokens, point.in_features, dtype=dtype, device=device, requires_grad=True)
     grad_output = torch.randn(1, point.tokens, point.out_features, dtype=dtype, device=device)
     made = {name: make() for name, make in makers.items()}
-    results: dict[str, Any] = {name: {} for name in made}
-
-    def forward(module: nn.Module) -> None:
-        with torch.no_grad():
-            module(x)
-
-    steps = {name: functools.partial(train, module, x, grad_output) for name, module in made.items()}
-    forwards = {name: functools.partial(forward, module) for name, module in made.items()}
-    modes: dict[str, dict[str, Run]] = {"eager": {**steps}}
-    modes["graph"] = {name: captured(step, warmups=3) for name, step in steps.items()}
-    modes["forward"] = {name: captured(run, warmups=3) for name, run in forwards.items()}
-    for mode, runs in modes.items():
-        many = {name: repeated(run, STEPS) for name, run in runs.items()}
-        times = interleaved(many, rounds, device, warmups=2, eager=mode == "eager")
-        for name, values in times.items():
-            results[name][mode] = {
-                "median_us": round(statistics.median(values) / STEPS * 1e6, 1),
-                **{f"over_{key}": spread(values, times[of]) for key, of in (("frozen", FLOOR), ("own", OWN_FLOOR))},
-            }
-    for name, module in made.items():
-        results[name]["saved_bytes"] = saved_bytes(functools.partial(module, x), [*module.parameters(), x])
-        results[name]["peak_bytes"] = peak_bytes(steps[name], device)
-        x.grad = None
-        module.zero_grad(set_to_none=True)
+    results = timed(made, x, grad_output, rounds, {"frozen": FLOOR, "own": OWN_FLOOR})
     return {
         "tokens": point.tokens,
         "shape": f"{point.in_features}x{point.out_features}",
@@ -231,12 +263,7 @@ def main() -> None:
             rows.append(row)
             print(f"{row['tokens']} tokens, {row['shape']}, rank {row['rank']}: {row['chosen']}; {row['kernels']}")
             for title, result in row["results"].items():
-                shown = "  ".join(
-                    f"{mode} {result[mode]['median_us']:8.1f} us x {result[mode]['over_frozen']['median']:.3f} "
-                    f"({result[mode]['over_own']['median']:.3f})"
-                    for mode in ("eager", "graph", "forward")
-                )
-                print(f"  {title:<40} {shown}  peak {result['peak_bytes'] / 2**20:.0f} MiB", flush=True)
+                print(f"  {title:<40} {shown(result)}  peak {result['peak_bytes'] / 2**20:.0f} MiB", flush=True)
             if options.json:
                 options.json.write_text(json.dumps({**report, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
