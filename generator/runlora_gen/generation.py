@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .from_model import meta
-from .request.architecture import Architecture, architecture_of, load_architecture
+from .request.architecture import LIVE, Architecture, architecture_of, load_architecture
 from .request.errors import SpecError, shorten
 from .request.layout import STANDALONE, parse_layout
 from .request.workload import CHOICES, DTYPE_ALIASES, Workload, make_workload, parse_counts, parse_name, parse_targets
@@ -179,7 +179,9 @@ def read_request(
     def narrowed(architecture: Architecture) -> Architecture:
         if name is not None:
             architecture = replace(architecture, package=parse_name(f"{prefix}name", name))
-        return architecture.restricted(targets) if targets else architecture
+        if targets:
+            return architecture.restricted(targets)
+        return architecture if architecture.source == LIVE else architecture.without_gates()
 
     by_rank = {rank: narrowed(architecture) for rank, architecture in adapted.items()}
     # The architecture's order, each name once: the same modules are the same command and digest.

@@ -348,3 +348,26 @@ def test_generated_for_each_rank(tmp_path: Any, tokens: Tensor, monkeypatch: pyt
     assert len(runlora_gen.restore(model)) == 4
     with pytest.raises(ValueError, match="no LoRA layer of PEFT"):
         runlora_gen.accelerate(llama())
+
+
+class Gated(torch.nn.Module):
+    """With a gate to one number, as shared experts have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.gate = torch.nn.Linear(16, 24), torch.nn.Linear(16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gated: Tensor = self.up(x) * self.gate(x).sigmoid()
+        return gated
+
+
+def test_a_gate_narrower_than_its_rank_is_accelerated(tmp_path: Any) -> None:
+    """PEFT's all-linear puts adapters there as well."""
+    config = peft.LoraConfig(r=RANK, target_modules=["up", "gate"], init_lora_weights=False)
+    model = peft.get_peft_model(Gated(), config)
+    x = torch.randn(5, 16)
+    wanted = model(x)
+    report = runlora_gen.accelerate(model, tmp_path, strict=True, tokens=64)
+    assert len(report.accelerated) == 2
+    torch.testing.assert_close(model(x), wanted)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from runlora_gen.request.architecture import load_architecture
+from runlora_gen.request.architecture import LIVE, load_architecture
 from runlora_gen.request.errors import SpecError, nearest
 from runlora_gen.request.workload import (
     check_ranks,
@@ -134,3 +136,23 @@ def test_names_are_those_of_packages() -> None:
     for value in ("", "1x", "_x", "x_", "a b", "a/b", "..", "a\n", "for", "ü", "x" * 65):
         with pytest.raises(SpecError, match=r"^--name: "):
             parse_name("--name", value)
+
+
+def test_a_live_model_may_have_adapters_on_what_is_narrower() -> None:
+    """PEFT puts them on gates to one number, too: a rank is refused that is above all linears."""
+    architecture = replace(load_architecture("llama-3-8b"), source=LIVE)
+    check_ranks((1025, 4096), architecture)
+    with pytest.raises(SpecError, match=r"4097 is above min\(in, out\) of q_proj \(4096x4096\).* allowed is 4096$"):
+        check_ranks((4097,), architecture)
+
+
+def test_gates_to_one_number_are_left_out() -> None:
+    architecture = load_architecture("llama-3-8b")
+    gate = replace(architecture.projections[0], name="shared_expert_gate", out_features=1)
+    with_gate = replace(architecture, projections=(gate, *architecture.projections))
+    assert with_gate.without_gates() == architecture
+    said = "left out: shared_expert_gate: 4096x1, which no rank is below"
+    assert with_gate.without_gates().left_out_lines() == [said]
+    assert architecture.without_gates() is architecture
+    alone = replace(architecture, projections=(gate,))
+    assert alone.without_gates() is alone, "there is nothing else"

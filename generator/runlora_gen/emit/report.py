@@ -213,19 +213,24 @@ def gain_table(sites: Sequence[Site], decisions: Sequence[Decision]) -> Renderab
 
     table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="bold")
     table.add_column("n", justify="right", no_wrap=True)
-    table.add_column("in×out", no_wrap=True)
-    table.add_column("forward/backward", no_wrap=True)
-    table.add_column("× frozen", justify="right", no_wrap=True)
-    table.add_column("projections", overflow="fold")
-    for site, decision in zip(sites, decisions, strict=True):
-        program = decision.chosen.program
-        table.add_row(
+    rows = [
+        (
             str(site.count),
             site.name,
-            f"{program.forward.name}/{program.backward.name}",
+            f"{decision.chosen.program.forward.name}/{decision.chosen.program.backward.name}",
             f"{decision.chosen.cost.time_s / price_frozen(decision.setting, decision.host_share):.2f}",
             ",".join(site.linears) if isinstance(site, Group) else shared_stem(site.projections),
         )
+        for site, decision in zip(sites, decisions, strict=True)
+    ]
+    # In a terminal of 80 columns the last column is folded, and where that is not enough the others as well.
+    fits = sum(max(len(row[at]) for row in rows) for at in (0, 1, 2)) <= 62
+    table.add_column("in×out", overflow="fold", no_wrap=fits, min_width=None if fits else 16)
+    table.add_column("forward/backward", overflow="fold", no_wrap=fits, min_width=None if fits else 24)
+    table.add_column("× frozen", justify="right", no_wrap=True)
+    table.add_column("projections", overflow="fold", min_width=None if fits else 8)
+    for row in rows:
+        table.add_row(*row)
     return table
 
 

@@ -89,6 +89,15 @@ class Architecture:
             names.setdefault(why, []).append(name)
         return [one_line(f"left out: {', '.join(modules)}: {why}") for why, modules in names.items()]
 
+    def without_gates(self) -> Architecture:
+        """The same without linears to or from one number, which no rank is below: gates of experts."""
+        gates = {p.name: p for p in self.projections if 1 in (p.in_features, p.out_features)}
+        if len(gates) in (0, len({projection.name for projection in self.projections})):
+            return self
+        reasons = {name: f"{p.in_features}x{p.out_features}, which no rank is below" for name, p in gates.items()}
+        kept = tuple(projection for projection in self.projections if projection.name not in gates)
+        return replace(self, projections=kept, left_out={**self.left_out, **reasons})
+
     def restricted(self, target_modules: Sequence[str]) -> Architecture:
         """Return the same architecture with only these projections, in their own order."""
         allowed = tuple(dict.fromkeys(projection.name for projection in self.projections))

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .architecture import Architecture, slug
+from .architecture import LIVE, Architecture, slug
 from .bases import BASES, Base
 from .errors import SpecError, nearest, shorten
 
@@ -231,12 +231,15 @@ def check_adapter_dtype(value: str, dtype: str) -> str:
 
 
 def check_ranks(ranks: Sequence[int], architecture: Architecture) -> None:
-    """Refuse ranks above the smaller side of a linear.
+    """Refuse ranks above the smaller side of a linear; of a live model, above that of all its linears.
+
+    A live one may have adapters on what is narrower, such as a gate to one number, as PEFT puts them on all.
 
     Raises:
         SpecError: naming the rank, the projection and the largest rank allowed.
     """
-    smallest = min(architecture.projections, key=lambda p: min(p.in_features, p.out_features))
+    first = max if architecture.source == LIVE else min
+    smallest = first(architecture.projections, key=lambda p: min(p.in_features, p.out_features))
     limit = min(smallest.in_features, smallest.out_features)
     for rank in ranks:
         if rank > limit:
