@@ -251,3 +251,19 @@ def pristine(small: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -
 def fresh(pristine: Path, tmp_path: Path) -> Path:
     """OUT of a fresh small package that a test may change: OUT/llama_9m_r4."""
     return Path(shutil.copytree(pristine, tmp_path / "fresh"))
+
+
+@pytest.fixture(scope="session")
+def multiplies_float8(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The profile of a device of which nothing is measured: there products of float8 are chosen for many tokens."""
+    profile = tmp_path_factory.mktemp("device") / "machine.toml"
+    figures = {"memory_gb_per_s": 2984, "launch_us": 0.84, "host_us": 35, "kernel_host_us": 89, "multiprocessors": 132}
+    lines = [
+        'title = "A machine that multiplies float8"',
+        'source = "a test"',
+        'compute_capability = "9.0"',
+        *(f"{name} = {figure}" for name, figure in figures.items()),
+        "tflops = { bf16 = 770, fp16 = 770, fp32 = 66.9, fp8 = 1446 }",
+    ]
+    profile.write_text("\n".join(lines), encoding="utf-8")
+    return profile

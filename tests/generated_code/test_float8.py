@@ -10,6 +10,7 @@ import inspect
 import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -31,18 +32,6 @@ DEVICE = torch.device("cuda" if GPU else "cpu")
 HALF = torch.bfloat16 if GPU else torch.float16
 E4M3 = torch.float8_e4m3fn
 NAN, INF = float("nan"), float("inf")
-#: A device of which nothing is measured, which multiplies float8.
-PROFILE = """\
-title = "A machine that multiplies float8"
-source = "a test"
-compute_capability = "9.0"
-memory_gb_per_s = 2984
-launch_us = 0.84
-host_us = 35
-kernel_host_us = 89
-multiprocessors = 132
-tflops = { bf16 = 770, fp16 = 770, fp32 = 66.9, fp8 = 1446 }
-"""
 GRADIENTS = ("x", "lora_A", "lora_B", "bias")
 WISHES = [wish for count in range(1, 5) for wish in itertools.combinations(GRADIENTS, count)]
 #: Below, at and above the sides of tiles; odd ones, of whose rows none but the first starts on 16 bytes.
@@ -55,13 +44,11 @@ every_module = pytest.mark.parametrize("name", ["plain", "dropped"])
 
 
 @pytest.fixture(scope="module")
-def modules(load: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModuleType]:
+def modules(load: Any, multiplies_float8: Path) -> dict[str, ModuleType]:
     """Those that are chosen for many tokens, without dropout and with it: their one program is of float8."""
-    device = tmp_path_factory.mktemp("device") / "machine.toml"
-    device.write_text(PROFILE, encoding="utf-8")
     made = {}
     for name, dropout in (("plain", 0.0), ("dropped", 0.25)):
-        workload = Workload(base="fp8", device=str(device), launch="graph", tokens=(8192,), dropout=dropout)
+        workload = Workload(base="fp8", device=str(multiplies_float8), launch="graph", tokens=(8192,), dropout=dropout)
         made[name] = load(workload, in_features=4096, out_features=4096, rank=8)
         (variant,) = made[name].VARIANTS
         assert made[name].KERNELS and [part[:6] == "float8" for part in variant.split("/")[:2]] == [True, not dropout]

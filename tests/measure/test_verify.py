@@ -79,20 +79,6 @@ def test_a_mutated_module_fails(fresh: Path, mutation: str) -> None:
     assert first_error(module)
 
 
-#: A device of which nothing is measured: there products of float8 are chosen for many tokens.
-MULTIPLIES_FLOAT8 = """\
-title = "A machine that multiplies float8"
-source = "a test"
-compute_capability = "9.0"
-memory_gb_per_s = 2984
-launch_us = 0.84
-host_us = 35
-kernel_host_us = 89
-multiprocessors = 132
-tflops = { bf16 = 770, fp16 = 770, fp32 = 66.9, fp8 = 1446 }
-"""
-
-
 @pytest.fixture(scope="module")
 def kernels(run, small: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder whose one module has one program, with a kernel: the interpreter takes seconds for each more."""
@@ -119,14 +105,12 @@ class TestCommand:
         done = run("verify", "--examples", "2", "-x", tmp_path / "alone.py")
         assert done.code == 1 and "alone.py: FAILED 1 of " in done.out
 
-    def test_products_of_float8_are_proved(self, run, tmp_path: Path) -> None:
+    def test_products_of_float8_are_proved(self, run, multiplies_float8: Path, tmp_path: Path) -> None:
         """Each of their kernels, against a reference that rounds what they round."""
         pytest.importorskip("triton", minversion="3.4")
-        profile = tmp_path / "machine.toml"
-        profile.write_text(MULTIPLIES_FLOAT8, encoding="utf-8")
         asked = ("--arch", "llama-7b", "--target-modules", "q_proj", "--rank", "4", "--adapter-dtype", "bf16")
         base = ("--base", "fp8", "--float8", "both")
-        run(*asked, *base, "--device", profile, "--launch", "graph", "--tokens", "8192", "-o", tmp_path).ok()
+        run(*asked, *base, "--device", multiplies_float8, "--launch", "graph", "--tokens", "8192", "-o", tmp_path).ok()
         module = tmp_path / "llama_7b_r4" / "linear_4096x4096_r4.py"
         text = module.read_text(encoding="utf-8")
         assert text.count("def _launch_fused_gemm_8(") == 1 and "_p_db_largest(dY" in text
