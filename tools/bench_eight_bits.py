@@ -33,10 +33,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from bench_linear import environment, peft_linear
-from bench_quantized import CALLS, FrozenStep, shown, timed
+from bench_quantized import CALLS, FrozenStep, all_of, shown, timed
 from coded import float8_codes
 from runlora_gen.cost.device import load_device
-from runlora_gen.measure.clock import Run, captured, interleaved
+from runlora_gen.measure.clock import interleaved
 from runlora_gen.measure.modules import module_of_everything, render_module
 from runlora_gen.measure.problem import Point
 from runlora_gen.request.workload import Workload
@@ -167,13 +167,6 @@ def kernels_alone(point: Point, workload: Workload, module: ModuleType, rounds: 
     codes = [module.Quantized(*codes_of(torch.randn(size, device=device), workload.base)) for _ in range(CALLS)]
     lora_A = torch.randn(point.rank, point.in_features, device=device, dtype=dtype)
     lora_B = torch.randn(point.out_features, point.rank, device=device, dtype=dtype)
-
-    def all_of(make: Callable[[int], Tensor]) -> Run:
-        def run() -> None:
-            for number in range(CALLS):
-                make(number)
-
-        return captured(run, warmups=3)
 
     runs = {
         "rescale": all_of(lambda n: module._rescale(codes[n], tiles="W")),

@@ -202,6 +202,16 @@ def measure(point: Point, workload: Workload, folder: Path, rounds: int) -> dict
     }
 
 
+def all_of(make: Callable[[int], Tensor]) -> Run:
+    """A replay of ``CALLS`` calls, which are told their number."""
+
+    def run() -> None:
+        for number in range(CALLS):
+            make(number)
+
+    return captured(run, warmups=3)
+
+
 def kernels_alone(point: Point, workload: Workload, folder: Path, rounds: int) -> dict[str, Any]:
     """What it takes to make a weight, in microseconds and over the time of its bytes."""
     from bitsandbytes.functional import dequantize_4bit
@@ -212,13 +222,6 @@ def kernels_alone(point: Point, workload: Workload, folder: Path, rounds: int) -
     codes = [module.Quantized.of(linear.weight) for linear in linears]
     lora_A = torch.randn(point.rank, point.in_features, device=device, dtype=dtype)
     lora_B = torch.randn(point.out_features, point.rank, device=device, dtype=dtype)
-
-    def all_of(make: Callable[[int], Tensor]) -> Run:
-        def run() -> None:
-            for number in range(CALLS):
-                make(number)
-
-        return captured(run, warmups=3)
 
     runs = {
         "bitsandbytes": all_of(lambda n: dequantize_4bit(linears[n].weight.data, linears[n].weight.quant_state)),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..kernels import registry
-from ..request.bases import BASES, Base
+from ..request.bases import BASES, BY_FORWARD, Base
 
 if TYPE_CHECKING:
     import jinja2
@@ -80,6 +80,7 @@ def _environment() -> jinja2.Environment:
         keep_trailing_newline=True,
     )
     environment.tests["named_in"] = _named_in
+    environment.globals["bases_by_forward"] = BY_FORWARD
     return environment
 
 

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..request.architecture import LIVE, Architecture, Projection, family_projections, slug
-from ..request.bases import BASES
+from ..request.bases import BASES, BY_FORWARD
 from ..request.errors import SpecError, shorten
 from ..request.groups import ATTENTION, OTHERS
 
@@ -310,9 +310,8 @@ def _kind_of_codes(module: Any) -> str:
     """How a linear whose class is one of those of quantized bases stores its weight, or nothing."""
     forward = type(module).forward
     name = f"{forward.__module__}.{getattr(forward, '__qualname__', '')}"
-    kind = next((base.kind for base in BASES.values() if name in base.forwards), "")
-    # One class is for both.
-    return "fp8-block" if kind == "fp8" and getattr(module, "block_size", None) is not None else kind
+    kind = BY_FORWARD[name].kind if name in BY_FORWARD else ""
+    return "fp8" if kind == "fp8-block" and module.block_size is None else kind
 
 
 def _is_uncoded(module: Any, kind: str) -> bool:

@@ -24,6 +24,7 @@ class Base:
         bits: of an element and its share of the scales.
         takes: the linears that hold such weights, as docstrings say it.
         forwards: by these of their classes they are known.
+        layer: PEFT's class for adapters on them, below ``peft.tuners.lora``.
         codes: torch's dtype of numbers of 8 bits.
         rows: whether they are of float8 and every row has one scale, so that products of float8 may read them.
     """
@@ -35,12 +36,14 @@ class Base:
     bits: float
     takes: str = ""
     forwards: tuple[str, ...] = ()
+    layer: str = ""
     codes: str = ""
     rows: bool = False
 
 
-_LINEAR_4_BIT = ("a ``Linear4bit`` of bitsandbytes", ("bitsandbytes.nn.modules.Linear4bit.forward",))
-_LINEAR_8_BIT = ("a ``Linear8bitLt`` of bitsandbytes", ("bitsandbytes.nn.modules.Linear8bitLt.forward",))
+_OF_BITSANDBYTES = "bitsandbytes.nn.modules."
+_LINEAR_4_BIT = ("a ``Linear4bit`` of bitsandbytes", (f"{_OF_BITSANDBYTES}Linear4bit.forward",), "bnb.Linear4bit")
+_LINEAR_8_BIT = ("a ``Linear8bitLt`` of bitsandbytes", (f"{_OF_BITSANDBYTES}Linear8bitLt.forward",), "bnb.Linear8bitLt")
 _FP8_LINEAR = "transformers.integrations.finegrained_fp8.FP8Linear.forward"
 _FBGEMM = "transformers.integrations.fbgemm_fp8.FbgemmFp8Linear.forward"
 _E4M3 = "torch.float8_e4m3fn"
@@ -61,6 +64,7 @@ BASES: Mapping[str, Base] = {
             8,
             "an ``FP8Linear`` without blocks or an ``FbgemmFp8Linear`` of Transformers",
             (_FP8_LINEAR, _FBGEMM),
+            "layer.Linear",
             _E4M3,
             rows=True,
         ),
@@ -72,7 +76,10 @@ BASES: Mapping[str, Base] = {
             8,
             "an ``FP8Linear`` of Transformers",
             (_FP8_LINEAR,),
+            "layer.Linear",
             _E4M3,
         ),
     )
 }
+#: The base of a class of linears, by its forward. FP8Linear, which is of two, is the later where it has blocks.
+BY_FORWARD: Mapping[str, Base] = {forward: base for base in BASES.values() for forward in base.forwards}

@@ -17,7 +17,6 @@ from ..cost.measured import is_priced
 from ..cost.profile import FLOAT8
 from ..cost.setting import DTYPES, Setting
 from ..cost.vector import DEVICE_BOUND
-from ..kernels.registry import KERNELS
 from ..kernels.sites import alternatives, serves
 from ..request.groups import Group
 from ..request.layers import Layer
@@ -87,7 +86,7 @@ def _setting(
             **{f"R_{linear}": rank for linear in linears},
         },
         keeps_weights=workload.max_saved_bytes is not None,
-        float8=workload.of_float8,
+        float8=_float8(workload, (in_features, out_features, *widths)),
     )
 
 
@@ -167,7 +166,7 @@ def rows_for(workload: Workload, setting: Setting) -> tuple[Way, ...]:
 
     def candidate(operation: Fused) -> bool:
         taken = kernels and serves(operation, dtype=dtype.name, rank=setting.rank)
-        return taken and is_priced(operation, dtype, setting.device) and _float8_serves(operation, setting)
+        return taken and is_priced(operation, dtype, setting.device)
 
     return setting.derivation.rows(candidate)
 
@@ -179,12 +178,10 @@ def multiplies_float8(workload: Workload) -> bool:
     return wished and device.kernels and FLOAT8 in device.flops_per_s
 
 
-def _float8_serves(operation: Fused, setting: Setting) -> bool:
-    """Whether an operation is no part of products of float8, or the device has those and rows are on 16 bytes."""
-    sizes = (size for name, size in setting.dims.items() if name[0] in "IO")
-    return not KERNELS[operation.kernel].float8 or (
-        FLOAT8 in setting.device.flops_per_s and all(size % 16 == 0 for size in sizes)
-    )
+def _float8(workload: Workload, features: Iterable[int]) -> frozenset[str]:
+    """The passes whose large product may be of float8: where rows of a byte an element start on 16 of them."""
+    aligned = all(size % 16 == 0 for size in features)
+    return workload.of_float8 if aligned and multiplies_float8(workload) else frozenset()
 
 
 def stochastic_for(workload: Workload, setting: Setting) -> tuple[Fused, ...]:
