@@ -423,16 +423,16 @@ def test_the_largest_of_rows_and_their_codes(
     X, Q = lay(values, layout), scales_for(module, shape[1], scales)
     scale = None if Q is None else Q.scale
     most = module._launch_largest(X, scale, "mX")
-    assert most is not None and most.dtype == torch.float32 and torch.equal(most, module._largest_of(X, Q))
-    assert torch.equal(module._largest(X, Q, tiles="mX"), most)
+    assert most is not None and most.dtype == torch.float32 and torch.equal(most, module._largest_of(X, scale))
+    assert torch.equal(module._largest(X, scale, tiles="mX"), most)
     codes, rows = module._launch_quantize(X, most, scale, "Xq")
-    expected = module._quantized(X, most, Q)
+    expected = module._quantized(X, most, scale)
     assert torch.equal(codes.view(torch.uint8), expected.codes.view(torch.uint8)) and torch.equal(rows, expected.scale)
     assert codes.is_contiguous() and codes.dtype == E4M3 and rows.shape == (shape[0], 1)
-    whole = module._quantize(X, most, Q, tiles="Xq")
+    whole = module._quantize(X, most, scale, tiles="Xq")
     assert isinstance(whole, module.Quantized) and whole.block == (1, shape[1]) and whole.dtype == HALF
     # What is made of the codes is off by half a place of float8 at most, of what is no smaller than its smallest.
-    made, wide = module._dequantized(whole, torch.float32), module._scaled_by(X, Q)
+    made, wide = module._dequantized(whole, torch.float32), module._scaled_by(X, scale)
     assert ((made - wide).abs() <= wide.abs() / 16 + most[:, None] / 448 / 2**10 + 1e-30).all()
 
 
@@ -455,7 +455,7 @@ def test_the_transposed_codes(module: ModuleType, shape: Sides, seed: int) -> No
     found = module._launch_transpose(Q.codes, "Qt")
     assert found is not None and found.is_contiguous() and found.dtype == E4M3
     assert torch.equal(found.view(torch.uint8), Q.codes.t().contiguous().view(torch.uint8))
-    assert torch.equal(module._transpose(Q, tiles="Qt").view(torch.uint8), found.view(torch.uint8))
+    assert torch.equal(module._transpose(Q.codes, tiles="Qt").view(torch.uint8), found.view(torch.uint8))
 
 
 @pytest.mark.parametrize("machine", [1, 132], ids=["whole", "split"])
@@ -489,7 +489,7 @@ def test_one_pass_for_p_and_db_and_the_largest(
         d, b, s = dY.double(), B.double(), S.double()
         near(P, 0.75 * d @ b, d.abs() @ b.abs())
         near(dB, d.t() @ s, d.t().abs() @ s.abs())
-        assert dB.dtype == result and torch.equal(most, module._largest_of(dY, Q))
+        assert dB.dtype == result and torch.equal(most, module._largest_of(dY, Q.scale))
 
 
 @pytest.mark.parametrize(
@@ -552,9 +552,9 @@ def test_a_replayed_plan_reads_other_operands(modules: dict[str, ModuleType]) ->
         X, Q = draw(seed, 24, 40, HALF), scales_for(module, 40, scales)
         scale = None if Q is None else Q.scale
         most = module._launch_largest(X, scale, "mX")
-        assert torch.equal(most, module._largest_of(X, Q))
+        assert torch.equal(most, module._largest_of(X, scale))
         codes, _ = module._launch_quantize(X, most, scale, "Xq")
-        assert torch.equal(codes.view(torch.uint8), module._quantized(X, most, Q).codes.view(torch.uint8))
+        assert torch.equal(codes.view(torch.uint8), module._quantized(X, most, scale).codes.view(torch.uint8))
 
 
 def test_what_kernels_refuse(modules: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:

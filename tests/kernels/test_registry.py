@@ -95,7 +95,7 @@ def test_calls_that_read_codes() -> None:
 
 
 def test_calls_of_products_of_float8() -> None:
-    """The codes are given where their scales alone are read; what is read as it was transposed has no scales."""
+    """Scales are given where they alone are read; what is read as it was transposed has no scales."""
     forward = {
         'mX = _largest(X, tiles="mX")',
         'Xq = _quantize(X, mX, tiles="Xq")',
@@ -103,17 +103,17 @@ def test_calls_of_products_of_float8() -> None:
     }
     assert calls_of(FLOAT8) == calls_of(SCALED) | forward | {
         'S, mX = _x_at_largest(X, A, scaling, tiles="S, mX")',
-        'mdY = _largest(dY, Q, tiles="mdY")',
-        'P, dB, mdY = _p_db_largest(dY, B, S, scaling, B_dtype, Q, tiles="P, dB, mdY")',
-        'dYq = _quantize(dY, mdY, Q, tiles="dYq")',
-        'Qt = _transpose(Q, tiles="Qt")',
+        'mdY = _largest(dY, Q.scale, tiles="mdY")',
+        'P, dB, mdY = _p_db_largest(dY, B, S, Q.scale, scaling, B_dtype, tiles="P, dB, mdY")',
+        'dYq = _quantize(dY, mdY, Q.scale, tiles="dYq")',
+        'Qt = _transpose(Q.codes, tiles="Qt")',
         'dX = _fused_gemm_8(dYq, Qt, P, A.t(), None, tiles="dX")',
     }
     assert calls_of(FLOAT8_DROPPED) == calls_of(SCALED_DROPPED) | forward
     # The same by torch, where a kernel is not used or its results are wanted one by one.
-    assert line(FLOAT8.parse("mdY = largest(dY, Q)")) == "mdY = _largest_of(dY, Q)"
+    assert line(FLOAT8.parse("mdY = largest(dY, Q)")) == "mdY = _largest_of(dY, Q.scale)"
     assert line(FLOAT8.parse("mX = largest(X)")) == "mX = _largest_of(X)"
-    assert line(FLOAT8.parse("dYq = quantize(dY, mdY, Q)")) == "dYq = _quantized(dY, mdY, Q)"
+    assert line(FLOAT8.parse("dYq = quantize(dY, mdY, Q)")) == "dYq = _quantized(dY, mdY, Q.scale)"
 
 
 def test_calls_for_a_linear_of_a_group_name_its_operands() -> None:

@@ -85,11 +85,11 @@ def line(operation: Operation, owner: str = "", *, tiles: str | None = None) -> 
         case Fused():
             return f"{results_of(operation)} = {_call(operation, tiles or tiles_key(operation, owner))}"
         case Reduce(function="largest"):
-            return f"{operation.out} = _largest_of({', '.join(map(str, operation.operands))})"
+            return f"{operation.out} = _largest_of({_applied_to(operation)})"
         case Reduce():
             return f"{operation.out} = {operation.operands[0]}.sum(0)"
         case Convert(function="quantize"):
-            return f"{operation.out} = _quantized({', '.join(map(str, operation.operands))})"
+            return f"{operation.out} = _quantized({_applied_to(operation)})"
         case Convert(function="dequantize" | "rescale"):
             return f"{operation.out} = _dequantized({operation.operands[0]})"
         case Convert(function="cast"):
@@ -104,6 +104,12 @@ def line(operation: Operation, owner: str = "", *, tiles: str | None = None) -> 
             raise ValueError(f"there is no line of torch for {operation}")
         case _:
             assert_never(operation)
+
+
+def _applied_to(step: Reduce | Convert | Map | Draw) -> str:
+    """The operands of a function; of codes after the first it takes the scales alone."""
+    first, *others = step.operands
+    return ", ".join([str(first), *(f"{symbol}.scale" if symbol.coded else str(symbol) for symbol in others)])
 
 
 def _product(product: Contract) -> str:
@@ -144,9 +150,9 @@ def _call(operation: Fused, tiles: str) -> str:
         values |= {f"{name}{number}": str(symbol) for number, symbol in enumerate(read[kind_of])}
         values[f"*{name}0"] = f"({', '.join(map(str, read[kind_of]))})"
     for reduced in (p for p in operation.parts if isinstance(p, Reduce) and len(p.operands) > 1):
-        values["scales"] = str(reduced.operands[1])
+        values["scales"] = f"{reduced.operands[1]}.scale"
     if not isinstance(operation.parts[0], Contract):
-        values["operands"] = ", ".join(map(str, operation.parts[0].operands))
+        values["operands"] = _applied_to(operation.parts[0])
     alike: dict[str, list[Contract]] = {}
     for number, part in enumerate(operation.products):
         values |= {name.format(number): text for name, text in _arguments(part).items()}

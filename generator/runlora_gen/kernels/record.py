@@ -60,7 +60,7 @@ class Kernel:
             operand of the first product as the formula has it, ``left0T`` its transpose; likewise ``right``,
             ``addend``, ``bias`` and ``scaling``; ``seed0`` is what the first mask is drawn from, ``dropped0`` what is
             dropped first, ``codes0`` what is dequantized; ``operands`` are those of a single operation that is no
-            product, ``scales`` the codes whose scales multiply columns; ``dtypes`` are those of results that are
+            product, ``scales`` those of codes that multiply columns; ``dtypes`` are those of results that are
             gradients of parameters, ``needs`` whether each result is wanted, where it is told. Where it is of several
             linears, ``*left0`` is the tuple of the left operands of all parts that do what the first one does,
             one a linear, ``*left1`` that of the next kind of part; likewise the others.

@@ -8,7 +8,7 @@ from ..p_db import KERNEL as P_DB
 
 KERNEL = replace(
     P_DB,
-    call="{left0}, {right0}, {right1}, {scaling0}, {dtypes}, {scales}",
+    call="{left0}, {right0}, {right1}, {scales}, {scaling0}, {dtypes}",
     candidates=(),
     helpers=P_DB.helpers | {"float8"},
     float8=True,

@@ -6,7 +6,7 @@ from ..record import Kernel
 
 KERNEL = Kernel(
     launches=1,
-    call="{operands}",
+    call="{operands}.codes",
     tiles={"BO": 64, "BI": 128, "WARPS": 4},
     helpers=frozenset({"float8"}),
     float8=True,
