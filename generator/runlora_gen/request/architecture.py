@@ -31,6 +31,7 @@ import tomllib
 from .cache import cached_config, is_model_name
 from .decoder import Decoder
 from .errors import SpecError, one_line, shorten
+from .experts import Stack
 from .files import read_text
 
 MAX_FEATURES = 1_048_576
@@ -76,6 +77,8 @@ class Architecture:
     decoder: Decoder | None = field(
         default=None, compare=False
     )  # the whole model, where its family's file describes it
+    #: Projections of experts that get an adapter: those that were asked for, or that have one.
+    stacks: tuple[Stack, ...] = ()
 
     @property
     def slug(self) -> str:

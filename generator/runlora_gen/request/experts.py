@@ -1,0 +1,82 @@
+"""Stacks of experts: the 3-D weights of a mixture of experts. One generated module serves all of one shape."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MAX_EXPERTS = 65_536
+MAX_TOP_K = 1024
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A projection of experts, as an architecture has it: a parameter with a matrix for each expert.
+
+    Attributes:
+        name: of the parameter, as the end of one of PEFT's ``target_parameters``: ``gate_up_proj``.
+        experts: E, how many there are in a layer.
+        in_features, out_features: I and O of each.
+        gathers: whether it reads the tokens, of which each goes to several experts; else what another projection of the
+            same experts made, a row for each of a token's experts.
+        top_k: experts of a token.
+        bias: whether each has one.
+        count: how many such stacks the whole model has.
+        layout: ``out_in`` for E×O×I, ``in_out`` for E×I×O.
+    """
+
+    name: str
+    experts: int
+    in_features: int
+    out_features: int
+    gathers: bool
+    top_k: int
+    bias: bool
+    count: int
+    layout: str = "out_in"
+
+
+@dataclass(frozen=True)
+class Experts:
+    """All stacks of one shape.
+
+    Attributes:
+        experts, in_features, out_features, gathers, top_k: as of each stack.
+        bias: whether any of them has one.
+        count: how many such stacks the whole model has.
+        projections: their names, in the order of the architecture, without repeats.
+        transposed_weight: names of those whose weight is stored as E×I×O.
+    """
+
+    experts: int
+    in_features: int
+    out_features: int
+    gathers: bool
+    top_k: int
+    bias: bool
+    count: int
+    projections: tuple[str, ...]
+    transposed_weight: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """What it computes and the shape as file names carry them: ``gathered_experts_128x2048x1536``."""
+        kind = "gathered_experts" if self.gathers else "experts"
+        return f"{kind}_{self.experts}x{self.in_features}x{self.out_features}"
+
+
+def experts(stacks: tuple[Stack, ...]) -> tuple[Experts, ...]:
+    """The distinct shapes of stacks, in the order of their first."""
+    alike: dict[tuple[int, int, int, bool, int], list[Stack]] = {}
+    for stack in stacks:
+        key = (stack.experts, stack.in_features, stack.out_features, stack.gathers, stack.top_k)
+        alike.setdefault(key, []).append(stack)
+    return tuple(
+        Experts(
+            *key,
+            bias=any(member.bias for member in members),
+            count=sum(member.count for member in members),
+            projections=tuple(dict.fromkeys(member.name for member in members)),
+            transposed_weight=tuple(dict.fromkeys(m.name for m in members if m.layout == "in_out")),
+        )
+        for key, members in alike.items()
+    )
