@@ -9,8 +9,9 @@ An operation is written as the formula that it computes, in a small fixed gramma
     KERNEL: FORMULA; FORMULA; …                             several of them in one pass of a fused kernel
 
 In a product ``W[e]`` is the matrix, of a stack of them over the index E, that belongs to each row: rows are sorted by
-E, as tokens are by experts. ``OUT[e] =`` sums over the rows of each. A scaling is ``s``, or ``s_NAME`` where a site has
-several. In a kernel ``OUT :=`` makes what stays within it, and is never written.
+E, as tokens are by experts; likewise ``b[e]`` as a bias. ``OUT[e] =`` sums over the rows of each; of two stacks it is
+the product of each with each. A scaling is ``s``, or ``s_NAME`` where a site has several. In a kernel ``OUT :=`` makes
+what stays within it, and is never written.
 
 FLOPs, bytes, launches, lifetimes, the formula in a docstring and the line of code are all derived from this one object.
 ``str`` of an operation is its formula in this grammar, which parses back to it.
@@ -24,8 +25,8 @@ from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 from typing import Literal, TypeAlias, assert_never
 
-#: Sizes of indices by their names: T tokens, I in_features, O out_features, R rank, E experts; where a site has several
-#: of them, O_q and the like.
+#: Sizes of indices by their names: T tokens, I in_features, O out_features, R rank; where a site has several of them,
+#: O_q and the like. Where experts have them, T are rows, one for each expert of each of N tokens, and E the experts.
 Dims = Mapping[str, int]
 #: What elements are stored as. A setting gives activations, what has the base weight's dtype and the trained adapter
 #: each its dtype; the others are of ``BITS``: sums in float32, bytes and bits of masks, codes of a quantized weight
@@ -125,7 +126,7 @@ class Contract(_Hashed):
             raise ValueError(f"{self.out} has the shape {self.out.shape}, not that of {self.formula}")
         if self.addend is not None and self.addend.shape != self.out.shape:
             raise ValueError(f"{self.addend} has not the shape of {self.out} in {self.formula}")
-        if self.bias is not None and self.bias.shape != out[1:]:
+        if self.bias is not None and self.bias.shape[-1:] != out[1:]:
             raise ValueError(f"{self.bias} has not the shape of a row of {self.out} in {self.formula}")
         if len(stacks := {symbol.shape[0] for symbol in self._stacks}) > 1:
             raise ValueError(f"rows of {self.formula} belong to {' and '.join(sorted(stacks))}")
@@ -140,7 +141,8 @@ class Contract(_Hashed):
     @property
     def _stacks(self) -> tuple[Symbol, ...]:
         operands = tuple(operand.symbol for operand in (self.left, self.right) if operand.stacked)
-        return (*operands, self.out) if self.stacked else operands
+        biases = () if self.bias is None or len(self.bias.shape) == 1 else (self.bias,)
+        return (*operands, *biases, self.out) if self.stacked else (*operands, *biases)
 
     @property
     def scaled(self) -> bool:
@@ -171,13 +173,14 @@ class Contract(_Hashed):
         if self.addend is not None:
             product = f"{self.addend} + {product}"
         if self.bias is not None:
-            product = f"{product} + {self.bias}"
+            product = f"{product} + {_stacked(self.bias, len(self.bias.shape) > 1)}"
         return f"{_stacked(self.out, self.stacked)} {'+=' if self.accumulate else '='} {product}"
 
     def mnk(self, dims: Dims) -> tuple[int, int, int]:
         """Rows, columns and inner length of the product; over all of a stack, each row is multiplied once."""
         left, right = self.left.shape, self.right.shape
-        return dims[left[0]], dims[right[1]], dims[left[1]]
+        stacks = dims[self.out.shape[0]] if self.left.stacked and self.right.stacked else 1
+        return stacks * dims[left[0]], dims[right[1]], dims[left[1]]
 
 
 @dataclass(frozen=True)
@@ -223,7 +226,8 @@ class Reduce(_Applied):
     """``out = sum(operand)`` over the operand's first index.
 
     Or ``out = largest(operand)``, the largest magnitude, over its last; ``largest(operand, codes)``: of the operand
-    with each column times the scale that the codes have for it.
+    with each column times the scale that the codes have for it; ``dot(operand, other)``, of each row with the other's;
+    ``dot(operand, other, more, bias)``, and of each row of a third with its expert's bias.
     """
 
     __hash__ = _Hashed.__hash__
@@ -259,7 +263,7 @@ class Convert(_Applied):
 class Map(_Applied):
     """A function of elements: ``out = drop(operand, mask)``, which also divides by the rate of what is kept.
 
-    ``adds``: to what its output held.
+    Or ``out = weigh(operand, weights)``, each row times its weight. ``adds``: to what its output held.
     """
 
     adds: bool = False
@@ -267,7 +271,9 @@ class Map(_Applied):
     __hash__ = _Hashed.__hash__
 
     def __post_init__(self) -> None:
-        self._check(all(operand.shape == self.out.shape for operand in self.operands))
+        first, *others = self.operands
+        shape = self.out.shape[:1] if self.function == "weigh" else self.out.shape
+        self._check(first.shape == self.out.shape and all(operand.shape == shape for operand in others))
 
     @property
     def accumulate(self) -> bool:
@@ -285,11 +291,27 @@ class Draw(_Applied):
         self._check(self.operands[0].store == "seed")
 
 
+@dataclass(frozen=True)
+class Route(_Applied):
+    """Between tokens and rows sorted by expert: ``out = gather(tokens)``, a row for each expert of each token.
+
+    ``out = combine(rows)``, of each token the sum of its rows; ``combine(rows, weights)``, each times its weight.
+    """
+
+    __hash__ = _Hashed.__hash__
+
+    def __post_init__(self) -> None:
+        rows, *weights = self.operands
+        fits = rows.shape[1:] == self.out.shape[1:] and rows.shape[0] != self.out.shape[0]
+        self._check(fits and all(weight.shape == rows.shape[:1] for weight in weights))
+
+
 #: One step of arithmetic.
-Step: TypeAlias = Contract | Reduce | Convert | Map | Draw
+Step: TypeAlias = Contract | Reduce | Convert | Map | Draw | Route
 #: What a formula may apply, and to how many symbols.
-FUNCTIONS: Mapping[str, tuple[type[Reduce | Convert | Map | Draw], tuple[int, ...]]] = {
+FUNCTIONS: Mapping[str, tuple[type[Reduce | Convert | Map | Draw | Route], tuple[int, ...]]] = {
     "sum": (Reduce, (1,)),
+    "dot": (Reduce, (2, 4)),
     "largest": (Reduce, (1, 2)),
     "cast": (Convert, (1,)),
     "dequantize": (Convert, (1,)),
@@ -297,7 +319,10 @@ FUNCTIONS: Mapping[str, tuple[type[Reduce | Convert | Map | Draw], tuple[int, ..
     "quantize": (Convert, (2, 3)),
     "transpose": (Convert, (1,)),
     "drop": (Map, (2,)),
+    "weigh": (Map, (2,)),
     "draw": (Draw, (1,)),
+    "gather": (Route, (1,)),
+    "combine": (Route, (1, 2)),
 }
 
 
@@ -346,7 +371,7 @@ class Fused(_Hashed):
         texts: dict[Symbol, str] = {}
         for part in self.parts:
             value = part.formula.split("= ", 1)[1]
-            texts[part.out] = f"{texts[part.out]} + {value}" if part.accumulate else f"{part.out} = {value}"
+            texts[part.out] = f"{texts[part.out]} + {value}" if part.accumulate else part.formula
         return ", ".join(texts.values())
 
     def __str__(self) -> str:
@@ -372,7 +397,7 @@ def biases(operation: Operation) -> tuple[Symbol, ...]:
             return tuple(dict.fromkeys(bias for product in operation.products for bias in biases(product)))
         case Contract():
             return () if operation.bias is None else (operation.bias,)
-        case Reduce() | Convert() | Map() | Draw():
+        case Reduce() | Convert() | Map() | Draw() | Route():
             return ()
         case _:
             assert_never(operation)
@@ -387,7 +412,7 @@ def dimensions(operation: Operation) -> tuple[str, ...]:
 
 _PRODUCT = re.compile(
     r"(?P<out>\w+)(?P<stacked>\[\w+\])? (?P<assign>\+?=) (?:(?P<addend>\w+) \+ )?(?:(?P<scaling>s(?:_\w+)?) \* )?"
-    r"(?P<left>\w+)(?P<ls>\[\w+\])?(?P<lt>\.T)? @ (?P<right>\w+)(?P<rs>\[\w+\])?(?P<rt>\.T)?(?: \+ (?P<bias>\w+))?"
+    r"(?P<left>\w+)(?P<ls>\[\w+\])?(?P<lt>\.T)? @ (?P<right>\w+)(?P<rs>\[\w+\])?(?P<rt>\.T)?(?: \+ (?P<bias>\w+)(?P<bs>\[\w+\])?)?"
 )
 _FUSED = re.compile(r"(?P<kernel>\w+): (?P<parts>.+)")
 _APPLIED = re.compile(r"(?P<out>\w+) (?P<assign>\+?=) (?P<function>\w+)\((?P<operands>\w+(?:, \w+)*)\)")
@@ -440,7 +465,9 @@ def _parse_step(formula: str, symbols: Mapping[str, Symbol]) -> Step:
         symbol = _named(match[group], symbols, formula)
         return Operand(symbol, match[f"{group[0]}t"] is not None, stacked(symbol, match[f"{group[0]}s"]))
 
-    out = _named(match["out"], symbols, formula)
+    out, bias = _named(match["out"], symbols, formula), optional("bias")
+    if bias is not None and stacked(bias, match["bs"]) != (len(bias.shape) > 1):
+        raise ValueError(f"{bias} is a stack, and is read as none, in {formula!r}")
     return Contract(
         out=out,
         left=operand("left"),
@@ -448,7 +475,7 @@ def _parse_step(formula: str, symbols: Mapping[str, Symbol]) -> Step:
         scaling=match["scaling"],
         accumulate=match["assign"] == "+=",
         addend=optional("addend"),
-        bias=optional("bias"),
+        bias=bias,
         stacked=stacked(out, match["stacked"]),
     )
 

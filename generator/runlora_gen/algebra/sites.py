@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .derivation import Derivation
+from .experts import COMBINED, GATHERED
 from .linear import (
     DROPPED,
     FLOAT8,
@@ -23,4 +24,6 @@ DERIVATIONS: tuple[Derivation, ...] = (
     SCALED_DROPPED,
     FLOAT8,
     FLOAT8_DROPPED,
+    GATHERED,
+    COMBINED,
 )

@@ -7,8 +7,8 @@ stays what it is when those change. Operations that do the same work share it, a
     WORK  =  KERNEL: FORM [WORD …]; FORM [WORD …]; …        of several in one kernel, in its order
     FORM  =  INDICES,INDICES->INDICES                       the operands and the result, each as it is stored
 
-INDICES are T for tokens, I for in_features, O for out_features, R for the rank, E for experts; a number follows where
-an operation has several of one letter. A product sums over the index that its result lacks: ``TO,OI->TI`` is dY W, and
+INDICES are T for tokens, I for in_features, O for out_features, R for the rank; of experts E, and N for the tokens
+whose rows T are; a number follows where an operation has several of one letter. A product sums over the index that its result lacks: ``TO,OI->TI`` is dY W, and
 ``TI,OI->TO`` is X Wᵀ, which reads W transposed. WORD is ``scaled``, ``added`` (to another tensor), ``accumulated`` (to
 what the result held) or ``biased``, in this order; of what is no product its function (``TO->O sum``); in a kernel also
 ``inner``: a result that is never written.
@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import assert_never
 
-from .operations import Contract, Convert, Draw, Fused, Map, Operation, Reduce, Step, Symbol, products
+from .operations import Contract, Convert, Draw, Fused, Map, Operation, Reduce, Route, Step, Symbol, products
 
 
 @lru_cache(maxsize=4096)
@@ -69,7 +69,7 @@ def _words(step: Step, inner: tuple[Symbol, ...]) -> Iterator[str]:
                 yield "accumulated"
             if step.bias is not None:
                 yield "biased"
-        case Reduce() | Convert() | Map() | Draw():
+        case Reduce() | Convert() | Map() | Draw() | Route():
             yield f"{step.function} accumulated" if step.accumulate else step.function
         case _:
             assert_never(step)

@@ -39,12 +39,15 @@ def correction(operation: Operation, at: Size, dtype: DType, device: DeviceProfi
 def is_priced(operation: Operation, dtype: DType, device: DeviceProfile) -> bool:
     """Whether a kernel's price can be held against torch's: both measured, or both from the roofline.
 
-    What is no product takes its kernel's ratio, or the roofline as the kernel does.
+    What is no product takes its kernel's ratio, or the roofline as the kernel does. So do products of experts, until
+    one is measured.
     """
     if isinstance(operation, Fused) and not operation.products:
         return True
-    measured = device.meter.times_for(dtype.name)
-    return not measured or measured_as(operation) in meter_of(operation, dtype, device).times_for(dtype.name)
+    times = meter_of(operation, dtype, device).times_for(dtype.name)
+    if not times or measured_as(operation) in times:
+        return True
+    return isinstance(operation, Fused) and not any(_ratios(part, dtype, device.meter) for part in operation.products)
 
 
 def meter_of(operation: Operation, dtype: DType, device: DeviceProfile) -> DeviceProfile:

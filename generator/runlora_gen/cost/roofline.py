@@ -12,6 +12,7 @@ from ..algebra.operations import (
     Map,
     Operation,
     Reduce,
+    Route,
     Symbol,
     biases,
     products,
@@ -21,9 +22,10 @@ from .profile import FLOAT8
 from .setting import Setting
 from .vector import OperationCost
 
-#: Launches that make a weight of its codes. bitsandbytes' where the scales are quantized too: of the scales, of their
-#: offset, of the weight. Torch's where the codes are numbers: of the product with the scales, and of its dtype.
-DEQUANTIZING = {"dequantize": 3, "rescale": 2}
+#: Launches of what torch does in more than one. Where a weight is made of its codes, bitsandbytes' where the scales are
+#: quantized too: of the scales, of their offset, of the weight; torch's where the codes are numbers: of the product with
+#: the scales, and of its dtype. Between tokens and rows sorted by expert it takes indices, masks and sums.
+LAUNCHES = {"dequantize": 3, "rescale": 2, "gather": 2, "combine": 7, "weigh": 3, "dot": 4}
 
 
 def roofline(operation: Operation, setting: Setting) -> OperationCost:
@@ -50,22 +52,26 @@ def roofline(operation: Operation, setting: Setting) -> OperationCost:
             if kernel.persistent and device.multiprocessors is not None:
                 rows, _, _ = operation.products[0].mnk(dims)
                 columns = sum(dims[out.shape[-1]] for out in operation.outputs)
-                idle = kernel.waves(rows, columns, device.multiprocessors)
+                experts = dims["E"] if operation.products[0].right.stacked else 0
+                idle = kernel.waves(rows, columns, device.multiprocessors, experts)
         case Contract():
             m, n, k = operation.mnk(dims)
             flops = 2 * m * n * k
             counted_s = flops / device.flops_per_s[_rate(operation, setting)]
             if operation.accumulate:
                 moved += setting.bytes_of(operation.out)
+            if operation.right.stacked and not operation.stacked:
+                # Torch's product of rows by expert has one more, and does nothing beside it.
+                launches += 1 + operation.scaled + operation.accumulate + 3 * bool(setting.bias and biases(operation))
             # A result that is wider than its factors is scaled by itself.
             if operation.scaled and operation.out.store == "adapter" and setting.casts:
                 moved += 2 * setting.bytes_of(operation.out)
                 launches += 1
-        case Convert() if operation.function in DEQUANTIZING:
-            launches = DEQUANTIZING[operation.function]
+        case (Convert() | Map() | Reduce() | Route()) if operation.function in LAUNCHES:
+            launches = LAUNCHES[operation.function]
         case Map() if operation.accumulate:
             moved += setting.bytes_of(operation.out)
-        case Reduce() | Convert() | Map() | Draw():
+        case Reduce() | Convert() | Map() | Draw() | Route():
             pass
         case _:
             assert_never(operation)

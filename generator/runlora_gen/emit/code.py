@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import assert_never
 
-from ..algebra.operations import Contract, Convert, Draw, Fused, Map, Operand, Operation, Reduce, Step, Symbol, products
+from ..algebra.operations import (
+    Contract,
+    Convert,
+    Draw,
+    Fused,
+    Map,
+    Operand,
+    Operation,
+    Reduce,
+    Route,
+    Step,
+    Symbol,
+    products,
+)
 from ..algebra.work import kind
 from ..kernels.registry import KERNELS
 
@@ -17,10 +30,19 @@ def dtype_of(gradient: Symbol) -> str | None:
 
 
 def numbers_of(operation: Operation) -> frozenset[str]:
-    """The variables that the line reads beside tensors: scalings, and the rate of dropout."""
-    scalings = (_scaling(step) for step in products(operation) if isinstance(step, Contract) and step.scaled)
-    drops = any(isinstance(step, Map) and step.function == "drop" for step in products(operation))
-    return frozenset((*scalings, *(["dropout"] if drops else [])))
+    """The variables that the line reads beside tensors: scalings, the rate of dropout, what sorts rows by expert."""
+    steps = products(operation)
+    scalings = (_scaling(step) for step in steps if isinstance(step, Contract) and step.scaled)
+    drops = any(isinstance(step, Map) and step.function == "drop" for step in steps)
+    routed = any(map(_is_routed, steps))
+    return frozenset((*scalings, *(["dropout"] if drops else []), *(["routing"] if routed else [])))
+
+
+def _is_routed(step: Step) -> bool:
+    """Whether what a step does depends on which expert rows belong to."""
+    if isinstance(step, Contract):
+        return step.right.stacked != step.stacked
+    return isinstance(step, Route) or step.function in ("weigh", "dot")
 
 
 def _scaling(product: Contract) -> str:
@@ -37,6 +59,12 @@ def helpers_of(operation: Operation) -> frozenset[str]:
 
 def _helpers(step: Step) -> frozenset[str]:
     match step:
+        case Contract(stacked=True, right=Operand(stacked=True)):
+            return frozenset()
+        case Contract(right=Operand(stacked=True)):
+            return frozenset({"by_expert"})
+        case Contract(stacked=True):
+            return frozenset({"sum_by_expert", "mm_as", "scaled_mm"})
         case Contract() if dtype_of(step.out):
             return frozenset({"mm_as", "scaled_mm"})
         case Contract() if step.accumulate:
@@ -53,6 +81,8 @@ def _helpers(step: Step) -> frozenset[str]:
             return frozenset({"masked"})
         case Reduce(function="largest") | Convert(function="quantize"):
             return frozenset({"quantized"})
+        case Route() | Map(function="weigh") | Reduce(function="dot"):
+            return frozenset({"routed"})
         case Reduce() | Convert() | Map():
             return frozenset()
         case _:
@@ -86,6 +116,8 @@ def line(operation: Operation, owner: str = "", *, tiles: str | None = None) -> 
             return f"{results_of(operation)} = {_call(operation, tiles or tiles_key(operation, owner))}"
         case Reduce(function="largest"):
             return f"{operation.out} = _largest_of({_applied_to(operation)})"
+        case Reduce(function="dot"):
+            return f"{operation.out} = _dot(routing, {_applied_to(operation)})"
         case Reduce():
             return f"{operation.out} = {operation.operands[0]}.sum(0)"
         case Convert(function="quantize"):
@@ -95,18 +127,29 @@ def line(operation: Operation, owner: str = "", *, tiles: str | None = None) -> 
         case Convert(function="cast"):
             # A to the dtype of dY, A_q to that of dY_q.
             return f"{operation.out} = {operation.operands[0]}.to(dY{operation.out.name[1:]}.dtype)"
-        case Contract(left=Operand(stacked=False), right=Operand(stacked=False)):
+        case Contract():
             return f"{operation.out} = {_product(operation)}"
+        case Route():
+            return f"{operation.out} = {_routed(operation)}"
+        case Map(function="weigh"):
+            return f"{operation.out} = _weighed({_applied_to(operation)}, routing)"
         case Map(function="drop"):
             begun = f"{operation.out} + " if operation.accumulate else ""
             return f"{operation.out} = {begun}_masked({operation.operands[0]}, {operation.operands[1]}, dropout)"
-        case Contract() | Convert() | Map() | Draw():
+        case Convert() | Map() | Draw():
             raise ValueError(f"there is no line of torch for {operation}")
         case _:
             assert_never(operation)
 
 
-def _applied_to(step: Reduce | Convert | Map | Draw) -> str:
+def _routed(route: Route) -> str:
+    rows, *weights = route.operands
+    if route.function == "gather":
+        return f"_gathered({rows}, routing)"
+    return f"_combined({rows}, {weights[0] if weights else None}, routing)"
+
+
+def _applied_to(step: Reduce | Convert | Map | Draw | Route) -> str:
     """The operands of a function; of codes after the first it takes the scales alone."""
     first, *others = step.operands
     return ", ".join([str(first), *(f"{symbol}.scale" if symbol.coded else str(symbol) for symbol in others)])
@@ -114,6 +157,13 @@ def _applied_to(step: Reduce | Convert | Map | Draw) -> str:
 
 def _product(product: Contract) -> str:
     left, right = _operand(product.left), _operand(product.right)
+    if product.stacked and product.right.stacked:
+        return f"torch.baddbmm({product.addend}, {left}, {right}, alpha={_scaling(product)})"
+    if product.stacked:
+        # Of rows, not of their transpose: it is summed over them.
+        return f"_sum_by_expert({product.left.symbol}, {right}, routing, {dtype_of(product.out)})"
+    if product.right.stacked:
+        return f"_by_expert({left}, {right}, routing{''.join(_beside(product))})"
     if dtype := dtype_of(product.out):
         return f"_mm_as({left}, {right}, {dtype}{f', {_scaling(product)}' if product.scaled else ''})"
     if product.accumulate:
@@ -125,6 +175,16 @@ def _product(product: Contract) -> str:
     if product.bias is not None and product.right.transposed:
         return f"F.linear({left}, {product.right.symbol}, {product.bias})"
     return f"{left} @ {right}"
+
+
+def _beside(product: Contract) -> Iterator[str]:
+    """What a product by expert is given beside its factors."""
+    if product.scaled:
+        yield f", {_scaling(product)}"
+    if product.bias is not None:
+        yield f", bias={product.bias}"
+    if product.accumulate:
+        yield f", onto={product.out}"
 
 
 def results_of(operation: Operation) -> str:
@@ -145,12 +205,16 @@ def _call(operation: Fused, tiles: str) -> str:
     """The call of a kernel's wrapper, with the operands of its parts where the kernel wants them."""
     values = {"needs": ", ".join(f"need_{out}" for out in operation.outputs)}
     values |= {"dtypes": ", ".join(dtype for out in operation.outputs if (dtype := dtype_of(out)))}
-    read = {kind: [p.operands[0] for p in operation.parts if isinstance(p, kind)] for kind in (Convert, Draw, Map)}
-    for name, kind_of in (("codes", Convert), ("seed", Draw), ("dropped", Map)):
+    for weigh in (p for p in operation.parts if isinstance(p, Map) and p.function == "weigh"):
+        values["weighed0"], values["weights0"] = map(str, weigh.operands)
+    kinds = {"codes": Convert, "seed": Draw, "dropped": Map, "gathered": Route}
+    read = {kind: [p.operands[0] for p in operation.parts if isinstance(p, kind)] for kind in kinds.values()}
+    for name, kind_of in kinds.items():
         values |= {f"{name}{number}": str(symbol) for number, symbol in enumerate(read[kind_of])}
         values[f"*{name}0"] = f"({', '.join(map(str, read[kind_of]))})"
     for reduced in (p for p in operation.parts if isinstance(p, Reduce) and len(p.operands) > 1):
         values["scales"] = f"{reduced.operands[1]}.scale"
+        values |= {f"dotted{number}": str(symbol) for number, symbol in enumerate(reduced.operands[1:])}
     if not isinstance(operation.parts[0], Contract):
         values["operands"] = _applied_to(operation.parts[0])
     alike: dict[str, list[Contract]] = {}
@@ -174,4 +238,5 @@ def _arguments(product: Contract) -> Mapping[str, str]:
 
 
 def _operand(operand: Operand) -> str:
-    return f"{operand.symbol}.t()" if operand.transposed else str(operand.symbol)
+    transpose = "mT" if operand.stacked else "t()"
+    return f"{operand.symbol}.{transpose}" if operand.transposed else str(operand.symbol)

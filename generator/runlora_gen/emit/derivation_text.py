@@ -21,7 +21,7 @@ from ..search.criterion import Priced
 from .units import show_bound, show_bytes, show_count, show_time
 
 #: Before the second result of a formula, and each after it.
-_RESULT = re.compile(r", (?=\w+ = )")
+_RESULT = re.compile(r", (?=\w+(?:\[\w+\])? = )")
 #: Columns of a formula's line, beside which its price stands; a longer sum goes on below.
 _COLUMNS = 48
 

@@ -7,14 +7,17 @@ import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import assert_never
 
-from ..algebra.derivation import Argument
+from ..algebra.derivation import Argument, Derivation
 from ..algebra.enumerate import Phase, Program
 from ..algebra.liveness import dependents
 from ..algebra.operations import Fused
+from ..cost.setting import Setting
 from ..kernels.registry import KERNELS
 from ..kernels.sites import draws, seeded
 from ..request.bases import Base
+from ..request.experts import Experts
 from ..request.groups import Group
 from ..request.layers import Layer
 from ..request.layout import FOLDER, STANDALONE
@@ -106,6 +109,7 @@ class SharedNode:
         function: what the module's function is called, or where several share this, that of the lone linears.
         linears: those of a group; none of a lone linear.
         groups: whether any module of those that share this is a group's.
+        experts: whether any is of experts.
         folder: whether what they share stands once in their folder, and not in each of them.
         width: columns of a line.
     """
@@ -124,6 +128,7 @@ class SharedNode:
     function: str
     linears: tuple[str, ...]
     groups: bool
+    experts: bool
     folder: bool
     width: int
 
@@ -131,6 +136,11 @@ class SharedNode:
     def quantized(self) -> bool:
         """Whether the base's weight is given as codes."""
         return self.base.form != "plain"
+
+    @property
+    def is_of_experts(self) -> bool:
+        """Whether it stands for one module, and that is of experts."""
+        return False
 
     @property
     def differentiable(self) -> str:
@@ -169,9 +179,10 @@ class SharedNode:
 
 @dataclass(frozen=True, kw_only=True)
 class ModuleNode(SharedNode):
-    """One generated module, of a lone linear or of a group.
+    """One generated module, of a lone linear, of a group or of experts.
 
     Attributes:
+        site: what it is for.
         out_features: of a group a tuple, of each linear.
         projections: of a group, the names in the model of its linears, in each kind that it serves.
         bias: whether a lone linear has one by default.
@@ -181,6 +192,7 @@ class ModuleNode(SharedNode):
         forward_ranges: functions that compute the outputs alone.
     """
 
+    site: Site
     name: str
     title: str
     notes: tuple[str, ...]
@@ -195,6 +207,11 @@ class ModuleNode(SharedNode):
     forwards: tuple[ForwardNode, ...]
     ranges: tuple[RangeNode, ...]
     forward_ranges: tuple[RangeNode, ...]
+
+    @property
+    def is_of_experts(self) -> bool:
+        """Whether it is of experts."""
+        return isinstance(self.site, Experts)
 
 
 @dataclass(frozen=True)
@@ -230,7 +247,7 @@ def module_node(
     variants = _variants(choice, all_variants)
     alone = len(variants) == 1
     programs = {
-        f"_LoRA{'Group' if linears else 'Linear'}Function" if alone else _class_name(v.program): v.program
+        f"_LoRA{_kind(site).title()}Function" if alone else _class_name(v.program): v.program
         for v in variants
     }
     functions = tuple(
@@ -243,14 +260,16 @@ def module_node(
     fused = list(dict.fromkeys(op for op in operations if isinstance(op, Fused)))
     # One set of constants for all token counts: those of the largest, where a step takes longest.
     setting = replace(choice.ranges[-1].decision.setting, tokens=max(workload.tokens))
-    trains, frozen = _trained(goals(workload))
+    trains, frozen = _trained(setting.derivation, goals(workload, setting.derivation))
     return ModuleNode(
+        site=site,
         name=module_name(site, rank),
         title=_title(site, rank),
         notes=tuple(line for note in _notes(site) for line in textwrap.wrap(note, width)),
         function=function_name(site),
         linears=linears,
         groups=bool(linears),
+        experts=isinstance(site, Experts),
         in_features=site.in_features,
         out_features=site.out_features,
         projections=site.projections if isinstance(site, Group) else (),
@@ -283,7 +302,8 @@ def shared_node(modules: Sequence[ModuleNode]) -> SharedNode:
     values = {field.name: getattr(modules[0], field.name) for field in dataclasses.fields(SharedNode)}
     values["helpers"] = frozenset[str]().union(*(module.helpers for module in modules))
     values["calls"] = tuple(call for module in modules for call in module.calls)
-    values["groups"] = any(module.groups for module in modules)
+    for kind in ("groups", "experts"):
+        values[kind] = any(getattr(module, kind) for module in modules)
     return SharedNode(**values)
 
 
@@ -314,33 +334,55 @@ def _ranges(choice: LayerChoice) -> tuple[RangeNode, ...]:
     return tuple(nodes)
 
 
-def _trained(wanted: Collection[str]) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
+def _trained(
+    derivation: Derivation, wanted: Collection[str]
+) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
     """The arguments that may require a gradient where these gradients are given, and the others with the reason."""
+    given = {gradient.partition("_")[0] for gradient in wanted}  # dA_q stands for all of a group
     arguments = (
         ("x", "dX", "it was generated with --no-input-grad"),
         ("lora_A", "dA", "it was generated with lora_A frozen (--train b)"),
         ("lora_B", "dB", "it was generated with lora_B frozen (--train a)"),
-        ("bias", "db", ""),
+        ("bias", "db", "biases of experts are not trained"),
+        ("weights", "dg", ""),
     )
+    possible = [each for each in arguments if each[0] != "weights" or "dg" in derivation.symbols]
     return (
-        tuple(argument for argument, gradient, _ in arguments if gradient in wanted),
-        tuple((argument, why) for argument, gradient, why in arguments if gradient not in wanted),
+        tuple(argument for argument, gradient, _ in possible if gradient in given),
+        tuple((argument, why) for argument, gradient, why in possible if gradient not in given),
     )
+
+
+def _kind(site: Site) -> str:
+    """What a site is, in a word."""
+    match site:
+        case Layer():
+            return "linear"
+        case Group():
+            return "group"
+        case Experts():
+            return "experts"
+        case _:
+            assert_never(site)
 
 
 def module_name(site: Site, rank: int) -> str:
     """The module's file name without its ending; what it computes and the shape are the name."""
-    return f"{site.name if isinstance(site, Group) else f'linear_{site.name}'}_r{rank}"
+    return f"{f'linear_{site.name}' if isinstance(site, Layer) else site.name}_r{rank}"
 
 
 def function_name(site: Site) -> str:
     """The name of its function."""
-    return f"lora_{site.kind}" if isinstance(site, Group) else "lora_linear"
+    return f"lora_{site.kind if isinstance(site, Group) else _kind(site)}"
 
 
 def _title(site: Site, rank: int) -> str:
     if isinstance(site, Layer):
         return f"LoRA linear, {site.in_features} to {site.out_features} features, rank {rank}"
+    if isinstance(site, Experts):
+        what = "that read tokens" if site.gathers else "that give tokens"
+        sizes = f"{site.in_features} to {site.out_features} features, rank {rank}"
+        return f"LoRA of {site.experts} experts {what}, {sizes}"
     widths = listed([str(width) for width in site.out_features])
     return f"LoRA linears {listed(site.linears)} of one input, {site.in_features} to {widths} features, rank {rank}"
 
@@ -349,6 +391,12 @@ def _notes(site: Site) -> tuple[str, ...]:
     if isinstance(site, Layer):
         notes = [f"Serves {', '.join(site.projections)} ({site.count} linears in the model)."]
         taken = "LoRALinear.from_linear takes such a layer; to lora_linear pass weight.t()"
+    elif isinstance(site, Experts):
+        notes = [f"Serves {', '.join(site.projections)} ({site.count} stacks in the model)."]
+        if site.transposed_weight:
+            names = ", ".join(site.transposed_weight)
+            notes.append(f"Models store {names} as experts x in_features x out_features: pass weight.mT.")
+        return tuple(notes)
     else:
         kinds = "; ".join(listed(names) for names in site.projections)
         notes = [f"Serves {kinds} ({site.count} such groups in the model)."]
@@ -402,6 +450,13 @@ def _forwards(
     return made, tuple(parts)
 
 
+def _parts(program: Program, setting: Setting, owner: str) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
+    """The statements of a lone linear's forward in two parts, see there; no group's, and no expert's."""
+    site = program.derivation
+    whole = len(site.outputs) > 1 or any(argument.name == "routing" for argument in site.arguments)
+    return None if whole or seeded(program) else parts_of_forward(program.forward, setting, owner)
+
+
 def _function(variant: _Variant, workload: Workload, class_name: str, owner: str, width: int) -> FunctionNode:
     program, setting = variant.program, variant.decision.setting
     site = program.derivation
@@ -424,7 +479,7 @@ def _function(variant: _Variant, workload: Workload, class_name: str, owner: str
         id=program.id,
         doc=tuple(program_text(variant.candidate, variant.decision, workload, variant.note, width)),
         forward=forward_statements(program.forward, setting, owner),
-        parts=None if len(site.outputs) > 1 or seeded(program) else parts_of_forward(program.forward, setting, owner),
+        parts=_parts(program, setting, owner),
         outputs=(*map(str, site.outputs), *made),
         kept=tuple(made),
         inputs=", ".join(a.name if a.name in used else "_" for a in site.arguments),

@@ -161,7 +161,7 @@ def build_package(
 def _shared(modules: Sequence[ModuleNode], header: Header) -> Mapping[str, str]:
     """The files of what these modules share, by name."""
     node = shared_node(modules)
-    wanted = {"kernels": bool(node.kernels), "quantized": node.quantized}
+    wanted = {"kernels": bool(node.kernels), "quantized": node.quantized, "routing": node.experts}
     names = [name for name in SHARED if wanted.get(name, True)]
     return {name: render(f"{name}.py.jinja", {"header": header, "module": node}) for name in names}
 

@@ -63,7 +63,8 @@ class Kernel:
             product, ``scales`` those of codes that multiply columns; ``dtypes`` are those of results that are
             gradients of parameters, ``needs`` whether each result is wanted, where it is told. Where it is of several
             linears, ``*left0`` is the tuple of the left operands of all parts that do what the first one does,
-            one a linear, ``*left1`` that of the next kind of part; likewise the others.
+            one a linear, ``*left1`` that of the next kind of part; likewise the others. ``gathered0`` are the tokens whose
+            rows are read, ``weighed0`` those that are weighed by ``weights0``, ``dotted0`` and so on what rows are multiplied with.
         tiles: its compile-time constants where none were tuned, for 16-bit operands on GPUs that have tensor
             descriptors and 227 KiB of shared memory a block.
         small_tiles: the same for operands and GPUs (from sm_80 on) where that does not hold; empty for a kernel that
@@ -86,11 +87,12 @@ class Kernel:
             another kernel ask for it.
         then: whether the last of its operation's parts, and those before it that are alike, are torch's own products
             after it: they are priced as such.
-        persistent: whether its programs walk over tiles of BM×BN of the result, those of the last wave cut into PARTS:
-            then it is busy for whole waves.
+        persistent: whether its programs walk over tiles of BM×BN of the result, those of the last wave cut into PARTS
+            if it has this constant: then it is busy for whole waves.
         float8: whether it is one of those that products of float8 take: on GPUs that have them.
         largest: whether it also gives the largest magnitudes of the rows that it reads: the templates that it has in
             common with another kernel ask for it.
+        gathers: whether the rows that it reads are those of tokens, which it gathers: likewise.
     """
 
     launches: int
@@ -112,14 +114,15 @@ class Kernel:
     persistent: bool = False
     float8: bool = False
     largest: bool = False
+    gathers: bool = False
 
     def __post_init__(self) -> None:
         for constants in (self.tiles, self.small_tiles, *self.candidates):
             self.check(constants)
         if self.small_tiles and self.small_tiles.keys() != self.tiles.keys():
             raise ValueError(f"small tiles are of {', '.join(self.small_tiles)}, not of {', '.join(self.tiles)}")
-        if self.persistent and not {"BM", "BN", "PARTS"} <= self.tiles.keys():
-            raise ValueError("what walks over tiles has the constants BM, BN and PARTS")
+        if self.persistent and not {"BM", "BN"} <= self.tiles.keys():
+            raise ValueError("what walks over tiles has the constants BM and BN")
         for names in (self.bounds, self.adapted):
             self.check({name: self.tiles.get(name) for name in names})
 
@@ -141,13 +144,17 @@ class Kernel:
         known = {**constants, "T": tokens, "BR": block_rank(rank), "min": min, "max": max}
         return {**constants, **{name: eval(text, {"__builtins__": {}}, known) for name, text in self.adapted.items()}}
 
-    def waves(self, rows: int, columns: int, processors: int) -> float:
-        """The waves of tiles that a result takes on so many processors, over the part of a wave that would do."""
+    def waves(self, rows: int, columns: int, processors: int, experts: int = 0) -> float:
+        """The waves of tiles that a result takes on so many processors, over the part of a wave that would do.
+
+        ``experts``: by which rows are sorted; no tile is of two. Of each the last one is half empty, on average.
+        """
         if not self.persistent:
             return 1.0
-        across = self.tiles["BN"] // self.tiles["PARTS"]
-        count = math.ceil(rows / self.tiles["BM"]) * math.ceil(columns / across)
-        return math.ceil(count / processors) * processors / count
+        height, across = self.tiles["BM"], self.tiles["BN"] // self.tiles.get("PARTS", 1)
+        down = rows / height + min(experts, rows) / 2 if experts else math.ceil(rows / height)
+        count, filled = down * math.ceil(columns / across), rows / height / down if experts else 1.0
+        return math.ceil(count / processors) * processors / (count * filled)
 
     def takes(self, dtype: str, rank: int) -> bool:
         """Whether it takes a dtype and a rank."""

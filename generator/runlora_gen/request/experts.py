@@ -16,8 +16,8 @@ class Stack:
         name: of the parameter, as the end of one of PEFT's ``target_parameters``: ``gate_up_proj``.
         experts: E, how many there are in a layer.
         in_features, out_features: I and O of each.
-        gathers: whether it reads the tokens, of which each goes to several experts; else what another projection of the
-            same experts made, a row for each of a token's experts.
+        gathers: whether it reads the tokens, of which each goes to several experts; else it reads what another
+            projection of the same experts made, a row for each of a token's experts, and combines these to a token's.
         top_k: experts of a token.
         bias: whether each has one.
         count: how many such stacks the whole model has.
@@ -60,7 +60,7 @@ class Experts:
     @property
     def name(self) -> str:
         """What it computes and the shape as file names carry them: ``gathered_experts_128x2048x1536``."""
-        kind = "gathered_experts" if self.gathers else "experts"
+        kind = "gathered_experts" if self.gathers else "combined_experts"
         return f"{kind}_{self.experts}x{self.in_features}x{self.out_features}"
 
 

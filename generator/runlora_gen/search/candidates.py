@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 from ..algebra.derivation import Derivation, Facts, Way
 from ..algebra.enumerate import Phase, Program, enumerate_backwards, enumerate_forwards, enumerate_programs
+from ..algebra.experts import experts
 from ..algebra.group import group
 from ..algebra.linear import LINEAR, lone_linear
 from ..algebra.operations import Fused, Symbol
@@ -18,17 +19,19 @@ from ..cost.profile import FLOAT8
 from ..cost.setting import DTYPES, Setting
 from ..cost.vector import DEVICE_BOUND
 from ..kernels.sites import alternatives, serves
+from ..request.experts import Experts
 from ..request.groups import Group
 from ..request.layers import Layer
 from ..request.workload import Workload
 
 #: What a module is generated for.
-Site: TypeAlias = Layer | Group
+Site: TypeAlias = Layer | Group | Experts
 
 
 def goals(workload: Workload, derivation: Derivation = LINEAR) -> tuple[str, ...]:
-    """The gradients that a module of this workload can give: the bias may always be trained."""
-    wanted = {"dX": workload.input_grad, "dA": "a" in workload.train, "dB": "b" in workload.train, "db": True}
+    """The gradients that a module of this workload can give: the bias may always be trained, and so may a router."""
+    wanted = {"dX": workload.input_grad, "dA": "a" in workload.train, "dB": "b" in workload.train}
+    wanted |= {"db": True, "dg": True}
     return tuple(gradient.name for gradient in derivation.gradients if wanted[gradient.name.partition("_")[0]])
 
 
@@ -46,6 +49,17 @@ def setting_of(workload: Workload, site: Site, rank: int, tokens: int) -> Settin
             tokens,
             linears,
             widths,
+        )
+    if isinstance(site, Experts):
+        return _setting(
+            workload,
+            experts(gathers=site.gathers),
+            site.in_features,
+            site.out_features,
+            rank,
+            site.bias,
+            tokens,
+            routed=(site.experts, site.top_k),
         )
     return setting_for(workload, site.in_features, site.out_features, rank, site.bias, tokens)
 
@@ -67,8 +81,13 @@ def _setting(
     tokens: int,
     linears: tuple[str, ...] = (),
     widths: tuple[int, ...] = (),
+    routed: tuple[int, int] | None = None,
 ) -> Setting:
-    """The setting of a site; ``linears``, ``widths``: of a group, of which ``out_features`` is the sum."""
+    """The setting of a site.
+
+    ``linears``, ``widths``: of a group, of which ``out_features`` is the sum; ``routed``: how many experts there are,
+    and how many a token has.
+    """
     trained = workload.bias == "lora_bias" or (bias and workload.bias != "none")
     return Setting(
         tokens=tokens,
@@ -84,6 +103,7 @@ def _setting(
         sizes={
             **{f"O_{linear}": width for linear, width in zip(linears, widths, strict=True)},
             **{f"R_{linear}": rank for linear in linears},
+            **({} if routed is None else {"E": routed[0], "N": tokens, "T": tokens * routed[1]}),
         },
         keeps_weights=workload.max_saved_bytes is not None,
         float8=_float8(workload, (in_features, out_features, *widths)),

@@ -1,0 +1,160 @@
+"""THE TABLE of experts: linears with a stack of weights, of which each row takes its expert's.
+
+Tokens choose experts: T rows, one for each expert of each of N tokens, are sorted by expert, and W[e] is the matrix of
+a row's expert: Y = X W[e]ᵀ + s X A[e]ᵀ B[e]ᵀ + b[e]. The first projection of an expert reads tokens, Xr = gather(X), and
+its dX is the sum of each token's rows. The last one gives tokens: Y = combine(Yr, g), of each the sum of its rows, by
+the router's weights g.
+
+Rows of tokens are never kept, as the tokens are there: they are gathered again, or within the kernels that read them.
+And what the last projection gives each row is not kept either, though g's gradient is dY · Yr: with the gradient of the
+row before it is weighed, dXu = dYr W[e] + P A[e], it is dXu · X + dYr · b[e] as well, so that both follow from one pass:
+dX = g dXu, dg = dXu · X + dYr · b[e]. So dYr is read as it is, and P and S are weighed for the gradients of factors.
+
+A merged stack M = W + s B A is what PEFT computes with: it reads and writes all experts, whoever has rows.
+"""
+
+from __future__ import annotations
+
+from .derivation import CAST_ADAPTER, SAVED, Argument, Derivation, Row, Term, derive, row, rows_of_sum
+from .operations import Symbol
+
+_GATHERED = "gathered"
+
+
+def _experts(site: str, *, gathers: bool) -> Derivation:
+    """The first projection of experts, which gathers tokens, or the last, which combines their rows."""
+    read, given = ("Xr", "dY") if gathers else ("X", "dYr")
+    made, summed = ("Y", "dXr") if gathers else ("Yr", "dXu")
+    # By what a product of the backward is weighed: its other factor is a gradient that is not.
+    kept, other = ("S", "P") if gathers else ("Sg", "Pg")
+    return derive(
+        site,
+        symbols=(
+            Symbol("X", ("N" if gathers else "T", "I")),  # input: tokens, or rows
+            Symbol("W", ("E", "O", "I"), store="weight"),  # frozen base weights
+            Symbol("b", ("E", "O"), store="weight"),  # frozen biases
+            Symbol("lora_A", ("E", "R", "I"), store="adapter"),
+            Symbol("lora_B", ("E", "O", "R"), store="adapter"),
+            Symbol("A", ("E", "R", "I")),  # lora_A as the products read it: in the activations' dtype
+            Symbol("B", ("E", "O", "R")),  # lora_B likewise
+            Symbol("M", ("E", "O", "I"), store="weight"),  # W + s B A
+            Symbol("Y", ("T" if gathers else "N", "O")),  # output: rows, or tokens
+            Symbol("S", ("T", "R")),  # s X A[e]ᵀ
+            Symbol("dY", ("T" if gathers else "N", "O")),
+            Symbol("P", ("T", "R")),  # s dY B[e], not weighed
+            Symbol("dX", ("N" if gathers else "T", "I")),
+            Symbol("dA", ("E", "R", "I"), store="adapter"),
+            Symbol("dB", ("E", "O", "R"), store="adapter"),
+            *(
+                (Symbol("Xr", ("T", "I")), Symbol("dXr", ("T", "I")))  # of tokens their rows
+                if gathers
+                else (
+                    Symbol("g", ("T",)),  # the router's weights
+                    Symbol("dg", ("T",)),
+                    Symbol("Yr", ("T", "O")),  # the rows of Y
+                    Symbol("dYr", ("T", "O")),  # of dY its rows, not weighed
+                    Symbol("dXu", ("T", "I")),  # dX, not weighed
+                    Symbol("Sg", ("T", "R")),  # S and P, weighed
+                    Symbol("Pg", ("T", "R")),
+                )
+            ),
+        ),
+        facts=(CAST_ADAPTER,),
+        arguments=(
+            Argument("X", gradient="dX", activation=True),
+            Argument("W"),
+            Argument("lora_A", gradient="dA", when=(CAST_ADAPTER,)),
+            Argument("lora_B", gradient="dB", when=(CAST_ADAPTER,)),
+            Argument("b", "Tensor | None"),
+            Argument("A", when=(f"not {CAST_ADAPTER}",)),
+            Argument("B", when=(f"not {CAST_ADAPTER}",)),
+            *(() if gathers else (Argument("g", gradient="dg", activation=True),)),
+            Argument("scaling", "float"),
+            Argument("routing", "Routing"),
+        ),
+        outputs=("Y",),
+        output_gradients=("dY",),
+        base=(
+            ("Xr = gather(X)", "Y = Xr @ W[e].T + b[e]", "dXr = dY @ W[e]", "dX = combine(dXr)")
+            if gathers
+            else ("Yr = X @ W[e].T + b[e]", "Y = combine(Yr, g)", "dYr = gather(dY)", "dXu = dYr @ W[e]", "dX = weigh(dXu, g)")
+        ),
+        table=(
+            *(
+                row(symbol, way, *formulas, when=(CAST_ADAPTER,))
+                for symbol in ("A", "B")
+                for way, formulas in (("cast", (f"{symbol} = cast(lora_{symbol})",)), (SAVED, ()))
+            ),
+            row("M", "merge", "M[e] = W + s * B[e] @ A[e]"),
+            row("M", SAVED),
+            # The forward.
+            *_products("S", "x_at", read, "experts_x_at", f"S = s * {read} @ A[e].T"),
+            row("S", SAVED),
+            *rows_of_sum(
+                made,
+                Term(f"{read} @ W[e].T", first="base_first"),
+                Term("S @ B[e].T", first="lowrank_first"),
+                bias="b[e]",
+            ),
+            row(made, "merged", f"{made} = {read} @ M[e].T + b[e]"),
+            *_in_kernel(made, "fused", read, "experts_gemm", f"{made} = S @ B[e].T + b[e]; {made} += {read} @ W[e].T"),
+            # The backward.
+            *_products("P", "dy_b", given, "experts_x_at", f"P = s * {given} @ B[e]"),
+            *rows_of_sum(summed, Term(f"{given} @ W[e]", first="base_first"), Term("P @ A[e]", first="lowrank_first")),
+            row(summed, "merged", f"{summed} = {given} @ M[e]"),
+            *_in_kernel(summed, "fused", given, "experts_gemm", f"{summed} = P @ A[e]; {summed} += {given} @ W[e]"),
+            *_products("dA", "pt_x", read, "experts_pt_x", f"dA[e] = {other}.T @ {read}"),
+            row("dB", "dyt_s", f"dB[e] = {given}.T @ {kept}"),
+            # One pass over dY yields both.
+            *_in_kernel(
+                "P dB", "one_pass", given, "experts_p_db", f"P = s * {given} @ B[e]; dB[e] = {given}.T @ {kept}"
+            ),
+            *(
+                (row("Xr", "gather", "Xr = gather(X)"), row("dX", "combine", "dX = combine(dXr)"))
+                if gathers
+                else (
+                    row("Y", "combine", "Y = combine(Yr, g)"),
+                    row("Yr", SAVED),
+                    row("dYr", "gather", "dYr = gather(dY)"),
+                    row("Sg", "weigh", "Sg = weigh(S, g)"),
+                    row("Pg", "weigh", "Pg = weigh(P, g)"),
+                    row("dX", "weigh", "dX = weigh(dXu, g)"),
+                    row("dg", "x_dot", "dg = dot(dXu, X, dYr, b)"),
+                    row("dg", "y_dot", "dg = dot(dYr, Yr)"),
+                    row(
+                        "dX dg",
+                        "one_pass",
+                        "experts_weigh: dYr := gather(dY); dX = weigh(dXu, g); dg = dot(dXu, X, dYr, b)",
+                    ),
+                )
+            ),
+        ),
+        lossy=("M",),
+    )
+
+
+def _products(target: str, name: str, read: str, kernel: str, formula: str) -> tuple[Row, ...]:
+    """A product of torch's, whose place a kernel may take, and of rows of tokens the kernel that gathers them."""
+    gathered = (row(target, _GATHERED, _gathered(read, kernel, formula)),) if read in ("Xr", "dYr") else ()
+    return (row(target, name, formula), *gathered)
+
+
+def _in_kernel(target: str, name: str, read: str, kernel: str, formulas: str) -> tuple[Row, ...]:
+    """What a kernel computes of rows, and if these are of tokens the one that gathers them."""
+    if read in ("Xr", "dYr"):
+        return (row(target, f"{name}_{_GATHERED}", _gathered(read, kernel, formulas)),)
+    return (row(target, name, f"{kernel}: {formulas}"),)
+
+
+def _gathered(read: str, kernel: str, formulas: str) -> str:
+    tokens = "X" if read == "Xr" else "dY"
+    return f"{kernel}_gathered: {read} := gather({tokens}); {formulas}"
+
+
+GATHERED = _experts("experts that read tokens", gathers=True)
+COMBINED = _experts("experts that give tokens", gathers=False)
+
+
+def experts(*, gathers: bool) -> Derivation:
+    """The derivation of a projection of experts: the first one, which gathers tokens, or the last."""
+    return GATHERED if gathers else COMBINED
