@@ -77,7 +77,13 @@ def _experts(site: str, *, gathers: bool) -> Derivation:
         base=(
             ("Xr = gather(X)", "Y = Xr @ W[e].T + b[e]", "dXr = dY @ W[e]", "dX = combine(dXr)")
             if gathers
-            else ("Yr = X @ W[e].T + b[e]", "Y = combine(Yr, g)", "dYr = gather(dY)", "dXu = dYr @ W[e]", "dX = weigh(dXu, g)")
+            else (
+                "Yr = X @ W[e].T + b[e]",
+                "Y = combine(Yr, g)",
+                "dYr = gather(dY)",
+                "dXu = dYr @ W[e]",
+                "dX = weigh(dXu, g)",
+            )
         ),
         table=(
             *(

@@ -67,7 +67,7 @@ def roofline(operation: Operation, setting: Setting) -> OperationCost:
             if operation.scaled and operation.out.store == "adapter" and setting.casts:
                 moved += 2 * setting.bytes_of(operation.out)
                 launches += 1
-        case (Convert() | Map() | Reduce() | Route()) if operation.function in LAUNCHES:
+        case Convert() | Map() | Reduce() | Route() if operation.function in LAUNCHES:
             launches = LAUNCHES[operation.function]
         case Map() if operation.accumulate:
             moved += setting.bytes_of(operation.out)

@@ -246,10 +246,7 @@ def module_node(
     owner = site.name if folder else ""
     variants = _variants(choice, all_variants)
     alone = len(variants) == 1
-    programs = {
-        f"_LoRA{_kind(site).title()}Function" if alone else _class_name(v.program): v.program
-        for v in variants
-    }
+    programs = {f"_LoRA{_kind(site).title()}Function" if alone else _class_name(v.program): v.program for v in variants}
     functions = tuple(
         _function(variant, workload, class_name, owner, width)
         for variant, class_name in zip(variants, programs, strict=True)
@@ -334,9 +331,7 @@ def _ranges(choice: LayerChoice) -> tuple[RangeNode, ...]:
     return tuple(nodes)
 
 
-def _trained(
-    derivation: Derivation, wanted: Collection[str]
-) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
+def _trained(derivation: Derivation, wanted: Collection[str]) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
     """The arguments that may require a gradient where these gradients are given, and the others with the reason."""
     given = {gradient.partition("_")[0] for gradient in wanted}  # dA_q stands for all of a group
     arguments = (

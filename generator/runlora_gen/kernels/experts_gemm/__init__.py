@@ -14,5 +14,7 @@ KERNEL = Kernel(
     candidates=({"BM": 64, "WARPS": 4}, {"BN": 128}),
     dtypes=frozenset({"bf16", "fp16"}),  # its tiles fill the shared memory with 16-bit operands
     persistent=True,
-    helpers=frozenset({"by_expert", "descriptors", "experts_operands", "multiprocessors", "of_expert", "routed", "stacks"}),
+    helpers=frozenset(
+        {"by_expert", "descriptors", "experts_operands", "multiprocessors", "of_expert", "routed", "stacks"}
+    ),
 )

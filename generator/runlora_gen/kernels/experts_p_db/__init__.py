@@ -13,5 +13,7 @@ KERNEL = Kernel(
     # A higher rank takes the registers: as many elements of P's tile in all.
     adapted={"BT": "max(16, BT * 16 // BR)"},
     largest_rank=64,
-    helpers=frozenset({"by_expert", "of_expert", "rank_wide", "routed", "stacks", "sum_by_expert", "sum_parts", "mm_as", "scaled_mm"}),
+    helpers=frozenset(
+        {"by_expert", "of_expert", "rank_wide", "routed", "stacks", "sum_by_expert", "sum_parts", "mm_as", "scaled_mm"}
+    ),
 )
