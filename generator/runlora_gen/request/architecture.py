@@ -31,7 +31,7 @@ import tomllib
 from .cache import cached_config, is_model_name
 from .decoder import Decoder
 from .errors import SpecError, one_line, shorten
-from .experts import Stack
+from .experts import MAX_EXPERTS, MAX_TOP_K, UNASKED, Stack
 from .files import read_text
 
 MAX_FEATURES = 1_048_576
@@ -79,11 +79,18 @@ class Architecture:
     )  # the whole model, where its family's file describes it
     #: Projections of experts that get an adapter: those that were asked for, or that have one.
     stacks: tuple[Stack, ...] = ()
+    #: Those that get one only where they are asked for.
+    offered: tuple[Stack, ...] = field(default=(), compare=False)
 
     @property
     def slug(self) -> str:
         """The name of its package, a valid one in Python."""
         return slug(self.package or self.name)
+
+    @property
+    def sites(self) -> tuple[Projection | Stack, ...]:
+        """All that gets an adapter."""
+        return (*self.projections, *self.stacks)
 
     def left_out_lines(self) -> list[str]:
         """What is left out, a line for each reason."""
@@ -101,18 +108,44 @@ class Architecture:
         kept = tuple(projection for projection in self.projections if projection.name not in gates)
         return replace(self, projections=kept, left_out={**self.left_out, **reasons})
 
-    def restricted(self, target_modules: Sequence[str]) -> Architecture:
-        """Return the same architecture with only these projections, in their own order."""
+    def restricted(self, target_modules: Sequence[str], target_parameters: Sequence[str] = ()) -> Architecture:
+        """Return the same architecture with only these projections and stacks, in their own order.
+
+        Raises:
+            SpecError: it has none of a name.
+        """
         allowed = tuple(dict.fromkeys(projection.name for projection in self.projections))
-        if not target_modules:
+        if not target_modules and not target_parameters:
             raise SpecError(f"target_modules: empty; {self.name} has: {', '.join(allowed)}")
         for name in target_modules:
             if name not in allowed:
                 raise SpecError(
                     f"target_modules: {shorten(name)} is not in {self.name}, " f"which has: {', '.join(allowed)}"
                 )
-        kept = tuple(p for p in self.projections if p.name in target_modules)
-        return replace(self, projections=kept)
+        known = (*self.stacks, *self.offered)
+        for name in target_parameters:
+            if not any(stack.is_called(name) for stack in known):
+                names = ", ".join(dict.fromkeys(stack.parameter for stack in known))
+                has = f"which has: {names}" if names else "which has no experts that LoRA can be generated for"
+                raise SpecError(f"target_parameters: {shorten(name)} is not in {self.name}, {has}")
+        return self.only(target_modules, target_parameters)
+
+    def only(self, target_modules: Sequence[str], target_parameters: Sequence[str]) -> Architecture:
+        """The same with what it has of these."""
+        known = (*self.stacks, *self.offered)
+        stacks = tuple(stack for stack in known if any(stack.is_called(name) for name in target_parameters))
+        left_out = {
+            where: why
+            for where, why in self.left_out.items()
+            if why != UNASKED or not any(f".{where}".endswith(f".{stack.parameter}") for stack in stacks)
+        }
+        return replace(
+            self,
+            projections=tuple(p for p in self.projections if p.name in target_modules),
+            left_out=left_out,
+            stacks=stacks,
+            offered=tuple(stack for stack in self.offered if stack not in stacks),
+        )
 
 
 def architecture_names() -> tuple[str, ...]:
@@ -186,33 +219,75 @@ def architecture_of(values: Mapping[str, object], *, others: OtherFamilies | Non
 
 def _from_manifest(config: _Config) -> Architecture:
     """What a package was generated for, by its manifest: to generate anew where the model is not at hand."""
-
-    def text(value: object, *, mark: str = "") -> str:
-        if not isinstance(value, str) or not re.fullmatch(rf"[A-Za-z0-9_{mark}-]{{1,128}}", value):
-            config.fail("projections", value, "expected a name")
-        return value
-
-    def size(value: object, most: int) -> int:
-        if type(value) is not int or not 0 < value <= most:
-            config.fail("projections", value, f"expected a whole number from 1 to {most}")
-        return value
-
-    rows = config.values.get("projections")
-    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
-        config.fail("projections", rows, "expected a list of them; generate the package anew from its model")
     projections = tuple(
         Projection(
-            name=text(row.get("name")),
-            in_features=size(row.get("in_features"), MAX_FEATURES),
-            out_features=size(row.get("out_features"), MAX_FEATURES),
-            bias=row.get("bias") is True,
-            count=size(row.get("count"), MAX_FEATURES),
-            input=text(row.get("input"), mark=" ,.*"),
-            layout="in_out" if row.get("layout") == "in_out" else "out_in",
+            name=row.text("name"),
+            in_features=row.size("in_features"),
+            out_features=row.size("out_features"),
+            bias=row.values.get("bias") is True,
+            count=row.size("count"),
+            input=row.text("input", mark=" ,.*"),
+            layout=row.layout,
         )
-        for row in rows
+        for row in _rows(config, "projections")
     )
-    return Architecture(text(config.values.get("arch")), text(config.values.get("model_type")), LIVE, projections)
+    stacks = tuple(
+        Stack(
+            name=row.text("name"),
+            experts=row.size("experts", MAX_EXPERTS),
+            in_features=row.size("in_features"),
+            out_features=row.size("out_features"),
+            gathers=row.values.get("gathers") is True,
+            top_k=row.size("top_k", MAX_TOP_K),
+            bias=row.values.get("bias") is True,
+            count=row.size("count"),
+            layout=row.layout,
+            module=row.text("module", mark=".") if row.values.get("module") else "",
+        )
+        for row in _rows(config, "stacks")
+    )
+    if not projections and not stacks:
+        _refuse_rows(config, "projections")
+    whole = _Row(config, "manifest", config.values)
+    return Architecture(whole.text("arch"), whole.text("model_type"), LIVE, projections, stacks=stacks)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """An object of a manifest, of which only checked values leave this module."""
+
+    config: _Config
+    place: str  # what errors call it
+    values: Mapping[str, object]
+
+    def text(self, field: str, *, mark: str = "") -> str:
+        value = self.values.get(field)
+        if not isinstance(value, str) or not re.fullmatch(rf"[A-Za-z0-9_{mark}-]{{1,128}}", value):
+            self.config.fail(self.place, value, "expected a name")
+        return value
+
+    def size(self, field: str, most: int = MAX_FEATURES) -> int:
+        value = self.values.get(field)
+        if type(value) is not int or not 0 < value <= most:
+            self.config.fail(self.place, value, f"expected a whole number from 1 to {most}")
+        return value
+
+    @property
+    def layout(self) -> str:
+        return "in_out" if self.values.get("layout") == "in_out" else "out_in"
+
+
+def _rows(config: _Config, field: str) -> Sequence[_Row]:
+    """The objects of a list; packages of earlier versions have none of some kinds."""
+    found = config.values.get(field, [])
+    if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
+        _refuse_rows(config, field)
+    return [_Row(config, field, row) for row in found]
+
+
+def _refuse_rows(config: _Config, field: str) -> NoReturn:
+    found = config.values.get(field)
+    config.fail(field, found, "expected a list of them; generate the package anew from its model")
 
 
 # Families: how a config is read
@@ -453,12 +528,12 @@ def _check_fields(config: _Config, model_type: str) -> None:
 
 
 def _check_own(config: _Config, own: str, read: Architecture, others: OtherFamilies | None) -> None:
-    """Refuse what was read as another model type than the config's own, if that is known to have no such linears."""
-    projections = family_projections(config.values, own)
+    """Refuse what was read as another model type than the config's own, if that is known to have others."""
+    projections, experts = family_projections(config.values, own), tuple[Stack, ...]()
     if not projections and own not in _families():
         with contextlib.suppress(SpecError):  # what can't be read contradicts nothing
             known = _read_by_others(others, [_typed(config, own)], name=own, source="")
-            projections = () if known is None else known.projections
+            projections, experts = ((), ()) if known is None else (known.projections, known.offered)
     has = {(p.name, p.in_features, p.out_features, p.bias, p.layout): p.count for p in projections}
     for p in read.projections if projections else ():
         if has.get((p.name, p.in_features, p.out_features, p.bias, p.layout)) != p.count:
@@ -468,6 +543,8 @@ def _check_own(config: _Config, own: str, read: Architecture, others: OtherFamil
                 f"{config.file}: model_type = {shorten(own)}: its layers are not {read.model_type}'s: "
                 f"there are no {wanted} (it has {names})"
             )
+    if projections and read.offered != experts:
+        raise SpecError(f"{config.file}: model_type = {shorten(own)}: its experts are not {read.model_type}'s")
 
 
 def _projections(family: _Family, config: _Config) -> tuple[Projection, ...]:

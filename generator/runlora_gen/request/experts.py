@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 MAX_EXPERTS = 65_536
 MAX_TOP_K = 1024
+#: Why a stack is left out that could be generated for.
+UNASKED = "experts: ask for them with target_parameters"
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class Stack:
         bias: whether each has one.
         count: how many such stacks the whole model has.
         layout: ``out_in`` for E×O×I, ``in_out`` for E×I×O.
+        module: what holds it, by the end of its name that all layers share: ``mlp.experts``.
     """
 
     name: str
@@ -33,6 +36,16 @@ class Stack:
     bias: bool
     count: int
     layout: str = "out_in"
+    module: str = ""
+
+    @property
+    def parameter(self) -> str:
+        """What PEFT's ``target_parameters`` call it: ``mlp.experts.gate_up_proj``."""
+        return f"{self.module}.{self.name}".removeprefix(".")
+
+    def is_called(self, target: str) -> bool:
+        """Whether a target parameter is its name or the end of it, as PEFT compares them."""
+        return f".{self.parameter}".endswith(f".{target}")
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,8 @@ class Workload:
             ``graph`` for training under CUDA graphs, where the host costs nothing.
         kernels: allow fused Triton kernels where the device has them.
         target_modules: the projections that were asked for; empty for all.
+        target_parameters: the stacks of experts that were asked for, by their parameters' names; empty for those that
+            have an adapter. With these and no ``target_modules`` there are no projections.
         model_type: the model type that the config was read as by request, or None.
         groups: ``auto`` for modules of linears that share their input, where they are priced no higher than the lone
             ones; ``none`` for lone linears alone. With dropout there are none.
@@ -79,6 +81,7 @@ class Workload:
     launch: str = "eager"
     kernels: bool = True
     target_modules: tuple[str, ...] = ()
+    target_parameters: tuple[str, ...] = ()
     model_type: str | None = None
     groups: str = "auto"
     bias: str = "none"
@@ -127,9 +130,14 @@ def parse_counts(option: str, values: Iterable[str], *, maximum: int, kilo: bool
     return tuple(sorted(counts))
 
 
+def parse_names(values: Iterable[str]) -> tuple[str, ...]:
+    """Names from repeated options and comma lists."""
+    return tuple(name.strip() for value in values for name in value.split(","))
+
+
 def parse_targets(values: Iterable[str]) -> tuple[str, ...]:
     """Names of projections from repeated options and comma lists; empty for all, which PEFT calls ``all-linear``."""
-    names = tuple(name.strip() for value in values for name in value.split(","))
+    names = parse_names(values)
     return () if [name.lower() for name in names] == ["all-linear"] else names
 
 
@@ -231,7 +239,7 @@ def check_adapter_dtype(value: str, dtype: str) -> str:
 
 
 def check_ranks(ranks: Sequence[int], architecture: Architecture) -> None:
-    """Refuse ranks above the smaller side of a linear; of a live model, above that of all its linears.
+    """Refuse ranks above the smaller side of a linear or a stack; of a live model, above that of all it has.
 
     A live one may have adapters on what is narrower, such as a gate to one number, as PEFT puts them on all.
 
@@ -239,7 +247,7 @@ def check_ranks(ranks: Sequence[int], architecture: Architecture) -> None:
         SpecError: naming the rank, the projection and the largest rank allowed.
     """
     first = max if architecture.source == LIVE else min
-    smallest = first(architecture.projections, key=lambda p: min(p.in_features, p.out_features))
+    smallest = first(architecture.sites, key=lambda p: min(p.in_features, p.out_features))
     limit = min(smallest.in_features, smallest.out_features)
     for rank in ranks:
         if rank > limit:
@@ -291,7 +299,7 @@ def make_workload(*, prefix: str = "", **fields: Any) -> Workload:
     check_adapter_dtype(values["adapter_dtype"], values["dtype"])
     if "train" in values:
         values["train"] = parse_train(",".join(map(str, _several(values["train"]))))
-    for name in ("device", "target_modules"):
+    for name in ("device", "target_modules", "target_parameters"):
         if name in values:
             values[name] = str(values[name]) if name == "device" else tuple(values[name])
     return Workload(**values)

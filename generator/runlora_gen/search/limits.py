@@ -25,6 +25,7 @@ def check_request(architecture: Architecture, ranks: Sequence[int], workload: Wo
     check_ranks(ranks, architecture)
     device_for(workload)
     check_merge_rounding(workload)
+    check_experts(architecture, workload)
     if workload.float8 != Workload.float8 and not workload.stored.rows:
         raise SpecError(f"--float8: {workload.float8} needs --base fp8: other codes are multiplied in --dtype")
     check_saved_limit(architecture, ranks, workload)
@@ -36,7 +37,7 @@ def check_bias(architectures: Iterable[Architecture], workload: Workload) -> Non
     Raises:
         SpecError: naming what such linears may train.
     """
-    if workload.bias in ("all", "lora_only") and not any(p.bias for a in architectures for p in a.projections):
+    if workload.bias in ("all", "lora_only") and not any(site.bias for a in architectures for site in a.sites):
         raise SpecError(f"--bias: {workload.bias} needs a linear that has one, and none has; give none or lora_bias")
 
 
@@ -63,6 +64,18 @@ def check_merge_rounding(workload: Workload) -> None:
     raise SpecError(f"--merge-rounding: stochastic needs {needs}")
 
 
+def check_experts(architecture: Architecture, workload: Workload) -> None:
+    """Refuse what no module of experts has.
+
+    Raises:
+        SpecError: a base of codes, or dropout that was asked for.
+    """
+    if architecture.stacks and workload.quantized:
+        raise SpecError(f"--base: {workload.base} is of linears alone, not of experts; give plain")
+    if workload.target_parameters and workload.dropout:
+        raise SpecError("--target-parameters: experts have no dropout, in PEFT neither; give --dropout 0")
+
+
 def check_saved_limit(architecture: Architecture, ranks: Sequence[int], workload: Workload) -> None:
     """Refuse a ``max_saved_bytes`` that some layer can't meet at some rank and token count.
 
@@ -77,16 +90,14 @@ def check_saved_limit(architecture: Architecture, ranks: Sequence[int], workload
         programs = [p for p in enumerated(workload, setting) if not p.lossy_in_16_bit]
         return min(price(program, setting).saved_bytes for program in programs)
 
-    least, setting = max(
-        (
-            (least_saved(setting), setting)
-            for layer, rank, tokens in itertools.product(layers(architecture), ranks, workload.tokens)
-            for setting in [setting_of(workload, layer, rank, tokens)]
-        ),
-        key=lambda need: need[0],
-    )
-    if least > workload.max_saved_bytes:
-        raise _infeasible(workload.max_saved_bytes, least, setting)
+    needs = [
+        (least_saved(setting), setting)
+        for layer, rank, tokens in itertools.product(layers(architecture), ranks, workload.tokens)
+        for setting in [setting_of(workload, layer, rank, tokens)]
+    ]
+    largest = max(needs, key=lambda need: need[0], default=None)
+    if largest is not None and largest[0] > workload.max_saved_bytes:
+        raise _infeasible(workload.max_saved_bytes, *largest)
 
 
 def within(candidates: Sequence[Priced], workload: Workload, setting: Setting) -> list[Priced]:
