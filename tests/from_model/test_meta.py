@@ -16,6 +16,7 @@ from runlora_gen.from_model import meta
 from runlora_gen.request import architecture as module
 from runlora_gen.request.architecture import Architecture, load_architecture
 from runlora_gen.request.errors import SpecError
+from runlora_gen.request.experts import UNASKED, Stack
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
@@ -60,7 +61,8 @@ def test_a_family_without_a_data_file_is_read(tmp_path: Path, capsys: pytest.Cap
     assert architecture.left_out == {
         "embed_tokens": "embedding",
         "layers.*.mlp.gate": "2-D parameters of MixtralTopKRouter, which is no linear",
-        "layers.*.mlp.experts": "3-D weights of MixtralExperts",
+        "layers.*.mlp.experts.gate_up_proj": UNASKED,
+        "layers.*.mlp.experts.down_proj": UNASKED,
     }
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -71,6 +73,19 @@ def test_a_family_without_a_data_file_is_read(tmp_path: Path, capsys: pytest.Cap
         }
     assert capsys.readouterr() == ("", "")
     assert logging.root.manager.disable == 0
+
+
+@needs_transformers
+@pytest.mark.parametrize(("model_type", "layout"), [("mixtral", "out_in"), ("gpt_oss", "in_out")])
+def test_experts_of_a_config_are_offered(tmp_path: Path, model_type: str, layout: str) -> None:
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 3, "head_dim": 16}
+    architecture = read(tmp_path, {"model_type": model_type, **SIZES, **experts})
+    shape = {"experts": 4, "top_k": 3, "bias": layout == "in_out", "count": 2, "layout": layout}
+    assert architecture.stacks == ()
+    assert architecture.offered == (
+        Stack("gate_up_proj", in_features=64, out_features=192, gathers=True, module="mlp.experts", **shape),
+        Stack("down_proj", in_features=96, out_features=64, gathers=False, module="mlp.experts", **shape),
+    )
 
 
 def test_the_text_model_is_entered(tmp_path: Path) -> None:
@@ -134,10 +149,12 @@ def test_without_transformers_it_is_said_that_it_would_help(
         ({"num_attention_heads": 0}, "Transformers builds no 'mixtral' of it: "),
         ({"hidden_size": -64}, "Transformers builds no 'mixtral' of it: "),
         ({"hidden_size": 2_000_000}, "q_proj in_features = 2000000: expected an integer from 1 to 1048576"),
+        ({"num_local_experts": 2**17}, "gate_up_proj experts = 131072: expected an integer from 1 to 65536"),
+        ({"num_experts_per_tok": 2000}, "gate_up_proj top_k = 2000: expected an integer from 1 to 1024"),
         ({"rope_parameters": "x" * 10_000}, "Transformers builds no 'mixtral' of it: "),
         ({"hidden_act": "__import__('os')"}, "Transformers builds no 'mixtral' of it: "),
     ],
-    ids=["text", "layers", "list", "deep", "zero", "negative", "wide", "long", "code"],
+    ids=["text", "layers", "list", "deep", "zero", "negative", "wide", "experts", "choices", "long", "code"],
 )
 def test_hostile_configs_are_refused_on_one_line(tmp_path: Path, change: dict[str, object], said: str) -> None:
     message = error_of(tmp_path, {"model_type": "mixtral", **SIZES, **change})
@@ -223,6 +240,12 @@ def test_a_request_is_held_against_what_transformers_knows(tmp_path: Path) -> No
     # And the other way about: a type without a data file.
     config = {**SIZES, "num_local_experts": 4, "model_type": "own"}
     assert names(read(tmp_path, config, model_type="mixtral")) == ATTENTION
+    # The same attention, but no experts, or others.
+    experts = {**SIZES, "num_local_experts": 4, "head_dim": 16}
+    for own in ("olmo", "qwen3_moe"):
+        said = error_of(tmp_path, {**experts, "model_type": own}, model_type="mixtral")
+        assert f"model_type = '{own}': its experts are not mixtral's" in said
+    assert read(tmp_path, {**experts, "model_type": "phimoe"}, model_type="mixtral")
     assert "its layers are not mamba's" in error_of(tmp_path, LLAMA, model_type="mamba")
     assert "model_type = 'nothing': expected one of bert" in error_of(tmp_path, LLAMA, model_type="nothing")
 

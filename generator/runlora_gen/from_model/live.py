@@ -1,7 +1,7 @@
-"""A live model: the linears of a ``torch.nn.Module``, read by walking it, also on the meta device.
+"""A live model: the linears and experts of a ``torch.nn.Module``, read by walking it, also on the meta device.
 
-Every parameter with two or more dimensions either belongs to a linear that a generated module can stand in for, or is
-named with the reason why not. No model is named here; what Transformers' and PEFT's classes are is asked of them only
+Every parameter with two or more dimensions either belongs to what a generated module can stand in for, or is named with
+the reason why not. No model is named here; what Transformers' and PEFT's classes are is asked of them only
 where the process has imported them already.
 """
 
@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ..request.architecture import LIVE, Architecture, Projection, family_projections, slug
 from ..request.bases import BASES, BY_FORWARD
 from ..request.errors import SpecError, shorten
+from ..request.experts import UNASKED, Stack
 from ..request.groups import ATTENTION, OTHERS
 
 #: In these, queries come from another sequence than keys and values.
@@ -40,6 +41,11 @@ TAKEN_WITHOUT_A_CALL = {
 }
 #: Subclasses of ``nn.Linear`` that compute the same in words of their own.
 SAME_AS_LINEAR = ("transformers.models.falcon.modeling_falcon.FalconLinear",)
+#: Where Transformers' decorator of experts stands; their forward asks its interface how they are computed.
+_EXPERTS_OF = "transformers.integrations.moe"
+#: What a router, or the module around it, calls the number of experts of a token, and what a config does.
+_TOP_K = ("top_k", "num_experts_per_tok")
+_TOP_K_OF_CONFIG = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "moe_k")
 #: Direct children that classify sequences, as PEFT knows them.
 _HEADS = ("score", "classifier")
 #: What wrappers put into the names of the modules below them.
@@ -52,14 +58,14 @@ class AdapterGroup:
 
     Attributes:
         adapter: its name in PEFT, such as ``default``.
-        rank: rows of ``lora_A``.
+        rank: rows of ``lora_A``; of experts, of each.
         alpha: as configured.
         scaling: what the update is multiplied with: ``alpha / rank``, with rsLoRA ``alpha / sqrt(rank)``.
         dropout: the probability, 0 for none.
         dtype: of ``lora_A``.
         bias: whether ``lora_B`` has one.
         variant: the name of PEFT's variant, such as ``DoraLinearVariant``, or None for plain LoRA.
-        projections: what they are on.
+        projections, stacks: what they are on.
     """
 
     adapter: str
@@ -71,6 +77,7 @@ class AdapterGroup:
     bias: bool
     variant: str | None
     projections: tuple[Projection, ...] = ()
+    stacks: tuple[Stack, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,12 +85,13 @@ class LiveModel:
     """What was read of a model.
 
     Attributes:
-        architecture: every linear that a generated module can stand in for, whether it has an adapter or not.
+        architecture: every linear that a generated module can stand in for, whether it has an adapter or not, and the
+            experts that have one; others are offered.
         dtypes: of their weights, the most frequent first; of quantized ones that in which they are computed.
         base: how these are stored, as ``Workload`` calls it.
         bases: all ways in which linears of the model are stored, those of most linears (with adapters) first.
         adapters: the active LoRA layers on them; empty where there are none.
-        adapted: by rank, ascending, the architecture with just the linears that have an active adapter of it.
+        adapted: by rank, ascending, the architecture with just what has an active adapter of it.
     """
 
     architecture: Architecture
@@ -105,12 +113,12 @@ class LiveModel:
 
 
 def read_model(model: nn.Module, *, name: str | None = None, base: str | None = None) -> LiveModel:
-    """Read the linears of a model.
+    """Read the linears and experts of a model.
 
     Taken is what computes exactly as ``nn.Linear`` or Transformers' ``Conv1D`` with a 2-D floating weight, or as
-    ``Linear4bit`` of bitsandbytes: one package is for one kind of base. A
-    ``PeftModel`` is seen through: its layers are read as what they wrap. Output embeddings and heads that classify
-    sequences are left out as by PEFT's ``all-linear``, unless they have an adapter.
+    ``Linear4bit`` of bitsandbytes: one package is for one kind of base; and stacks of experts that Transformers'
+    interface computes, in plain weights. A ``PeftModel`` is seen through: its layers are read as what they wrap. Output
+    embeddings and heads that classify sequences are left out as by PEFT's ``all-linear``, unless they have an adapter.
 
     Args:
         model: any module; only shapes, dtypes and types are looked at.
@@ -118,21 +126,22 @@ def read_model(model: nn.Module, *, name: str | None = None, base: str | None = 
         base: which linears are taken, by how they are stored; None for what most with adapters, or else most, are.
 
     Raises:
-        SpecError: it has no such linear.
+        SpecError: it has no such linear, and no experts with an adapter.
     """
     root = _unwrapped(model)
     found = tuple(_walk(root))
-    every = [item for item in found if isinstance(item, _Linear)]
+    offered = [x for x in found if isinstance(x, _Stack) and not x.adapters]
+    every = [x for x in found if not isinstance(x, _Other) and x not in offered]
     bases = tuple(b for b, _ in Counter([x.base for x in every if x.adapters] or [x.base for x in every]).most_common())
     base = bases[0] if base is None and bases else base or "plain"
-    linears = [linear for linear in every if linear.base == base]
-    others = [x if isinstance(x, _Other) else _Other(x.path, _otherwise(x.base)) for x in found]
-    left_out = _left_out([other for other, x in zip(others, found, strict=True) if x not in linears])
+    taken = [x for x in every if x.base == base]
+    offered = [stack for stack in offered if stack.base == base]
+    left_out = _left_out([_not_taken(x, base) for x in found if x not in taken])
     config = _config(root)
     kind = config.get("model_type")
     model_type = kind if isinstance(kind, str) and kind else slug(type(root).__name__)
     label = name or model_type
-    if not linears:
+    if not taken:
         reasons = "; ".join(f"{where}: {why}" for where, why in list(left_out.items())[:3])
         raise SpecError(
             f"{shorten(label)}: no linear that LoRA can be generated for"
@@ -140,26 +149,29 @@ def read_model(model: nn.Module, *, name: str | None = None, base: str | None = 
         )
     family = family_projections(config, model_type)
 
-    def architecture(members: Sequence[_Linear]) -> Architecture:
-        return Architecture(slug(label), model_type, LIVE, _projections(members, family), left_out)
+    def parts(members: Sequence[_Linear | _Stack]) -> dict[str, Any]:
+        linears = [member for member in members if isinstance(member, _Linear)]
+        return {"projections": _projections(linears, family) if linears else (), "stacks": _stacks(members)}
 
-    groups: dict[AdapterGroup, list[_Linear]] = {}
-    for linear in linears:
-        for adapter in linear.adapters:
-            groups.setdefault(adapter, []).append(linear)
+    def architecture(members: Sequence[_Linear | _Stack]) -> Architecture:
+        held = parts(members)
+        return Architecture(slug(label), model_type, LIVE, left_out=left_out, offered=_stacks(offered), **held)
+
+    groups: dict[AdapterGroup, list[_Linear | _Stack]] = {}
+    for member in taken:
+        for adapter in member.adapters:
+            groups.setdefault(adapter, []).append(member)
     ranks = sorted({adapter.rank for adapter in groups})
     return LiveModel(
-        architecture=architecture(linears),
+        architecture=architecture(taken),
         dtypes=tuple(
             dtype
             for dtype, _ in Counter(
-                _computed_in(root, config) if linear.dtype.itemsize == 1 else linear.dtype for linear in linears
+                _computed_in(root, config) if member.dtype.itemsize == 1 else member.dtype for member in taken
             ).most_common()
         ),
-        adapters=tuple(
-            replace(adapter, projections=_projections(members, family)) for adapter, members in groups.items()
-        ),
-        adapted={r: architecture([x for x in linears if any(a.rank == r for a in x.adapters)]) for r in ranks},
+        adapters=tuple(replace(adapter, **parts(members)) for adapter, members in groups.items()),
+        adapted={r: architecture([x for x in taken if any(a.rank == r for a in x.adapters)]) for r in ranks},
         base=base,
         bases=bases,
     )
@@ -189,6 +201,17 @@ class _Linear:
     @property
     def shape(self) -> tuple[str, int, int, bool, str]:
         return self.name, self.in_features, self.out_features, self.bias, self.layout
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """One stack of experts that is taken, if it has an adapter or is asked for."""
+
+    path: str  # of the parameter
+    stack: Stack
+    dtype: torch.dtype
+    adapters: tuple[AdapterGroup, ...]
+    base: str = "plain"
 
 
 @dataclass(frozen=True)
@@ -223,8 +246,8 @@ def _known(module: str, name: str) -> Any:
     return found if isinstance(found, type) else None
 
 
-def _walk(root: nn.Module) -> Iterator[_Linear | _Other]:
-    """Every linear that is taken and every other module with weights, each once, in the model's order."""
+def _walk(root: nn.Module) -> Iterator[_Linear | _Stack | _Other]:
+    """Every linear and stack that is taken and every other module with weights, each once, in the model's order."""
     conv1d = _known("transformers.pytorch_utils", "Conv1D")
     tuner_layer = _known("peft.tuners.tuners_utils", "BaseTunerLayer")
     trained_copy = _known("peft.utils.other", "AuxiliaryTrainingWrapper")
@@ -232,7 +255,7 @@ def _walk(root: nn.Module) -> Iterator[_Linear | _Other]:
     embedded = {id(m.weight) for m in root.modules() if isinstance(m, nn.Embedding)}
     seen: set[int] = set()
 
-    def visit(path: str, found: nn.Module, parent: nn.Module | None, head: str) -> Iterator[_Linear | _Other]:
+    def visit(path: str, found: nn.Module, parent: nn.Module | None, head: str) -> Iterator[_Linear | _Stack | _Other]:
         module: Any = found
         tuner = None
         if tuner_layer is not None and isinstance(module, tuner_layer):
@@ -258,7 +281,14 @@ def _walk(root: nn.Module) -> Iterator[_Linear | _Other]:
         if _is_other_linear(module, tuner):
             yield _Other(path, _other_linear(module))
             return
-        if any(weight.dim() > 1 for weight in weights):
+        if names := _names_of_experts(module):
+            wrappers = _param_wrappers(tuner)
+            if reason := _reason_of_experts(module, names, wrappers, head):
+                yield _Other(path, reason)
+                return
+            for name in names:
+                yield _stack(f"{path}.{name}".removeprefix("."), module, name, parent, wrappers.get(name))
+        elif any(weight.dim() > 1 for weight in weights):
             yield _Other(path, _what(module, weights))
         for name, child in module._modules.items():
             if child is not None:
@@ -408,6 +438,72 @@ def _what(module: nn.Module, weights: Sequence[torch.Tensor]) -> str:
     return f"{most}-D weights of {kind}" if most > 2 else f"2-D parameters of {kind}, which is no linear"
 
 
+def _names_of_experts(module: Any) -> tuple[str, ...]:
+    """The weights of a module of experts, in the order in which they are read; empty if it is none."""
+    if getattr(type(module).forward, "__globals__", {}).get("__name__") != _EXPERTS_OF:
+        return ()
+    return ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
+
+
+def _param_wrappers(tuner: Any) -> dict[str, Any]:
+    """PEFT's wrappers of a module's parameters, which lie around each other, by the parameter of each."""
+    wrappers = {}
+    while hasattr(tuner, "parameter_name"):
+        wrappers[tuner.parameter_name] = tuner
+        tuner = tuner.base_layer
+    return wrappers
+
+
+def _reason_of_experts(module: Any, names: Sequence[str], adapted: Mapping[str, Any], head: str) -> str | None:
+    """Why a module of experts is left out, or None."""
+    if getattr(module, "parametrizations", None):
+        return "its weights are parametrized"
+    held = {name: weight for name, weight in module._parameters.items() if weight is not None and weight.dim() > 1}
+    if any(not w.is_floating_point() or w.dtype.itemsize == 1 or _is_packed(w) for w in held.values()):
+        return f"quantized ({type(module).__name__})"
+    if any(name not in held or held[name].dim() != 3 for name in names):
+        return "experts without weights of 3 dimensions"
+    biases = [f"{name}_bias" for name in names if module.has_bias]
+    if set(held) != {*names, *biases}:
+        return f"experts with other weights than {', '.join((*names, *biases))}"
+    if any(0 in weight.shape for weight in held.values()):
+        return "empty"
+    if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
+        return "its forward was replaced"
+    if getattr(module, "_is_expert_parallel", False):
+        return "its experts are on several devices"
+    for name in adapted:
+        if name not in names:
+            return f"has an adapter on {name} (target_parameters)"
+    return head or None
+
+
+def _stack(path: str, module: Any, name: str, parent: nn.Module | None, tuner: nn.Module | None) -> _Stack:
+    weight = module._parameters[name]
+    experts, *sides = weight.shape
+    in_features, out_features = sides if module.is_transposed else reversed(sides)
+    stack = Stack(
+        name=name,
+        experts=experts,
+        in_features=in_features,
+        out_features=out_features,
+        gathers=name != "down_proj",
+        top_k=_top_k(parent, module.config),
+        bias=module.has_bias,
+        count=1,
+        layout="in_out" if module.is_transposed else "out_in",
+    )
+    return _Stack(path, stack, weight.dtype, () if tuner is None else tuple(_adapters(tuner)))
+
+
+def _top_k(parent: nn.Module | None, config: Any) -> int:
+    """How many experts a token goes to: as the module around them says, its router, or their config."""
+    places = [] if parent is None else [parent, *parent.children()]
+    said = [getattr(place, name, None) for place in places for name in _TOP_K]
+    said += [getattr(config, name, None) for name in _TOP_K_OF_CONFIG]
+    return next((count for count in said if type(count) is int and count > 0), 1)
+
+
 def _linear(path: str, module: nn.Module, layout: str, tuner: nn.Module | None) -> _Linear:
     weight: Any = module.weight
     adapters = () if tuner is None else tuple(_adapters(tuner))
@@ -434,7 +530,7 @@ def _adapters(tuner: nn.Module) -> Iterator[AdapterGroup]:
         dropout = layer.lora_dropout[name]
         yield AdapterGroup(
             adapter=name,
-            rank=layer.lora_A[name].weight.shape[0],
+            rank=layer.lora_A[name].weight.shape[0] // getattr(layer, "num_experts", 1),
             alpha=float(layer.lora_alpha[name]),
             scaling=float(layer.scaling[name]),
             dropout=float(getattr(dropout, "p", 0.0)),
@@ -444,7 +540,17 @@ def _adapters(tuner: nn.Module) -> Iterator[AdapterGroup]:
         )
 
 
-# From linears to projections
+# From linears to projections, and from those of each layer to stacks
+
+
+def _stacks(members: Sequence[_Linear | _Stack]) -> tuple[Stack, ...]:
+    """The stacks among these, in order of their first; what layers have alike is one."""
+    alike: Counter[Stack] = Counter()
+    for member in members:
+        if isinstance(member, _Stack):
+            module = _pattern(member.path.rpartition(".")[0]).rpartition("*")[2].removeprefix(".")
+            alike[replace(member.stack, module=module)] += 1
+    return tuple(replace(stack, count=count) for stack, count in alike.items())
 
 
 def _pattern(path: str) -> str:
@@ -504,6 +610,13 @@ def _described(projections: Sequence[Projection], family: Sequence[Projection]) 
             wanted[key(projection)] -= 1
             taken.append(projection)
     return None if wanted.total() else tuple(taken)
+
+
+def _not_taken(item: _Linear | _Stack | _Other, base: str) -> _Other:
+    """With the reason why not."""
+    if isinstance(item, _Other):
+        return item
+    return _Other(item.path, UNASKED if item.base == base else _otherwise(item.base))
 
 
 def _left_out(others: Sequence[_Other]) -> dict[str, str]:

@@ -16,8 +16,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ..request.architecture import MAX_FEATURES, MAX_LAYERS, Architecture
+from ..request.architecture import MAX_FEATURES, MAX_LAYERS, Architecture, Projection
 from ..request.errors import SpecError, one_line, shorten
+from ..request.experts import MAX_EXPERTS, MAX_TOP_K, Stack
 
 if TYPE_CHECKING:
     from .live import LiveModel
@@ -60,10 +61,12 @@ def read_config(values: Mapping[str, object], model_type: str, *, file: str, nam
     _check_numbers(values, file)
     read, dropped = _build(values, model_type, file)
     architecture = read.architecture
-    for p in architecture.projections:
-        for side, size in (("in_features", p.in_features), ("out_features", p.out_features)):
-            if size > MAX_FEATURES:
-                raise SpecError(f"{file}: {p.name} {side} = {size}: expected an integer from 1 to {MAX_FEATURES}")
+    bounds = {"in_features": MAX_FEATURES, "out_features": MAX_FEATURES, "experts": MAX_EXPERTS, "top_k": MAX_TOP_K}
+    sites: tuple[Projection | Stack, ...] = (*architecture.projections, *architecture.offered)
+    for p in sites:
+        for side, most in bounds.items():
+            if (size := getattr(p, side, 1)) > most:
+                raise SpecError(f"{file}: {p.name} {side} = {size}: expected an integer from 1 to {most}")
     return replace(architecture, name=name, source=source, left_out={**architecture.left_out, **dropped})
 
 
