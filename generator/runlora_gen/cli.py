@@ -59,6 +59,12 @@ _SPEC_OPTIONS = (
         multiple=True,
         help="Only these projections, such as q_proj,v_proj; all-linear for all.",
     ),
+    click.option(
+        "--target-parameters",
+        metavar="NAMES",
+        multiple=True,
+        help="Experts, such as mlp.experts.gate_up_proj; without --target-modules only these.",
+    ),
     click.option("--rank", "-r", metavar="R", multiple=True, help="LoRA rank; repeat it or give a comma list."),
     click.option(
         "--tokens",
@@ -166,6 +172,7 @@ def _read_spec(options: dict[str, Any]) -> Request:
         rank=options["rank"],
         name=options.get("name"),
         target_modules=options["target_modules"],
+        target_parameters=options["target_parameters"],
         layout=options.get("layout", STANDALONE),
         prefix="--",
         tokens=options["tokens"] or None,

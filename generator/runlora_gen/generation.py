@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,16 @@ from .from_model import meta
 from .request.architecture import LIVE, Architecture, architecture_of, load_architecture
 from .request.errors import SpecError, shorten
 from .request.layout import STANDALONE, parse_layout
-from .request.workload import CHOICES, DTYPE_ALIASES, Workload, make_workload, parse_counts, parse_name, parse_targets
+from .request.workload import (
+    CHOICES,
+    DTYPE_ALIASES,
+    Workload,
+    make_workload,
+    parse_counts,
+    parse_name,
+    parse_names,
+    parse_targets,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -113,8 +122,8 @@ def generate(
         name: of the packages; None for that of the model.
         layout: ``standalone``, for modules each of which works alone, or ``folder``, for what they share to stand once.
         force: overwrite files that were not generated.
-        workload: fields of ``Workload``: tokens, dtype, adapter_dtype, device, target_modules, ... A live model gives
-            its own dtypes and device.
+        workload: fields of ``Workload``: tokens, dtype, adapter_dtype, device, target_modules, target_parameters,
+            ... A live model gives its own dtypes and device.
 
     Returns:
         The folders of the packages, one a rank.
@@ -135,6 +144,7 @@ def read_request(
     rank: Any = None,
     name: str | None = None,
     target_modules: Any = (),
+    target_parameters: Any = (),
     layout: str = STANDALONE,
     prefix: str = "",
     **fields: Any,
@@ -147,6 +157,8 @@ def read_request(
         rank: of the adapters, one or several; None for those of a PeftModel.
         name: of the packages; None for that of the model.
         target_modules: names of projections; none or "all-linear" for all.
+        target_parameters: names of parameters of experts, or their ends, as PEFT takes them; without target_modules
+            it is only these that are generated for.
         layout: ``standalone``, for modules that work alone, or ``folder``, for what they share to stand once.
         prefix: what errors put before a name: ``--`` for options.
         fields: of ``Workload``; a live model gives its own dtypes, dropout, biases and device.
@@ -154,7 +166,8 @@ def read_request(
     Raises:
         SpecError: a value that is not allowed, or that does not fit the others, named in one line.
     """
-    targets = parse_targets([target_modules] if isinstance(target_modules, str) else target_modules)
+    modules, parameters = _texts(target_modules), parse_names(_texts(target_parameters))
+    targets = parse_targets(modules)
     options: dict[str, Any] = {}
     adapted: Mapping[int, Architecture] = {}
     if isinstance(model, str | os.PathLike):
@@ -179,15 +192,38 @@ def read_request(
     def narrowed(architecture: Architecture) -> Architecture:
         if name is not None:
             architecture = replace(architecture, package=parse_name(f"{prefix}name", name))
-        if targets:
-            return architecture.restricted(targets)
-        return architecture if architecture.source == LIVE else architecture.without_gates()
+        if not targets and architecture.source != LIVE:
+            architecture = architecture.without_gates()
+        if targets or parameters:
+            every = tuple(p.name for p in architecture.projections) if modules else ()  # what all-linear stands for
+            return architecture.only(targets or every, parameters)
+        return architecture
 
+    if targets or parameters:
+        _all_of(adapted.values()).restricted(targets, parameters)  # a name may be of some ranks alone
     by_rank = {rank: narrowed(architecture) for rank, architecture in adapted.items()}
+    by_rank = {rank: architecture for rank, architecture in by_rank.items() if architecture.sites}
     # The architecture's order, each name once: the same modules are the same command and digest.
-    names = dict.fromkeys(p.name for a in by_rank.values() for p in a.projections) if targets else ()
-    workload = make_workload(prefix=prefix, target_modules=tuple(names), **{**options, **fields})
+    names = dict.fromkeys(p.name for a in by_rank.values() for p in a.projections) if targets or parameters else ()
+    called = dict.fromkeys(s.parameter for a in by_rank.values() for s in a.stacks) if parameters else ()
+    workload = make_workload(
+        prefix=prefix, target_modules=tuple(names), target_parameters=tuple(called), **{**options, **fields}
+    )
     return Request(by_rank, workload, parse_layout(f"{prefix}layout", layout)).checked()
+
+
+def _texts(value: Any) -> Sequence[str]:
+    return (value,) if isinstance(value, str) else tuple(value or ())
+
+
+def _all_of(architectures: Collection[Architecture]) -> Architecture:
+    """What those of several ranks have together."""
+    return replace(
+        next(iter(architectures)),
+        projections=tuple(p for each in architectures for p in each.projections),
+        stacks=tuple(stack for each in architectures for stack in each.stacks),
+        offered=tuple(stack for each in architectures for stack in each.offered),
+    )
 
 
 def of_model(model: Any, live: LiveModel) -> tuple[dict[str, Any], str]:

@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
-from runlora_gen.emit.package import OF_MODELS
+from runlora_gen.emit import package as emitted
+from runlora_gen.emit.package import MANIFEST_SCHEMA, OF_MODELS
 from runlora_gen.from_model import meta
 
 SIZES: dict[str, Any] = {
@@ -18,6 +20,9 @@ SIZES: dict[str, Any] = {
     "num_hidden_layers": 2,
 }
 FEW = ("--rank", "4", "--no-kernels", "--adapter-dtype", "bf16")
+SCHEMA = jsonschema.Draft202012Validator(
+    json.loads((Path(emitted.__file__).parent / MANIFEST_SCHEMA).read_text(encoding="utf-8"))
+)
 needs_transformers = pytest.mark.skipif(not meta.is_installed(), reason="needs torch and transformers")
 
 
@@ -40,13 +45,47 @@ def test_what_is_left_out_is_said_with_one_line_a_reason(run, tmp_path: Path) ->
     assert outcome.err.splitlines() == [
         "left out: embed_tokens: embedding",
         "left out: layers.*.mlp.gate: 2-D parameters of MixtralTopKRouter, which is no linear",
-        "left out: layers.*.mlp.experts: 3-D weights of MixtralExperts",
+        "left out: layers.*.mlp.experts.gate_up_proj, layers.*.mlp.experts.down_proj: "
+        "experts: ask for them with target_parameters",
     ]
     assert outcome.out == f"{tmp_path / 'out' / 'model_r4'}: 1 modules, wrote {len(OF_MODELS) + 4} files\n"
     assert manifest(tmp_path / "out" / "model_r4")["model_type"] == "mixtral"
     assert run(*options, "--check", "-q").ok().out == ""
     explained = run("explain", "--arch", folder, *FEW, "--target-modules", "k_proj", "--json")
     assert json.loads(explained.out)["arch"] == "model" and "left out: " in explained.err
+
+
+@needs_transformers
+def test_experts_are_generated_for_where_they_are_asked_for(run, tmp_path: Path) -> None:
+    """The command in the manifest names them, and makes the same from the manifest in the model's place."""
+    folder = config(tmp_path / "model", model_type="mixtral", num_local_experts=4)
+    options = ("--arch", folder, *FEW, "--target-modules", "k_proj")
+    package = tmp_path / "out" / "model_r4"
+    digests = set()
+    for asked, names in (
+        ((), []),
+        (("experts.gate_up_proj",), ["gate_up_proj"]),
+        (("down_proj,gate_up_proj",), ["gate_up_proj", "down_proj"]),
+        (("mlp.experts.gate_up_proj", "down_proj"), ["gate_up_proj", "down_proj"]),
+    ):
+        words = [word for name in asked for word in ("--target-parameters", name)]
+        outcome = run(*options, *words, "-o", tmp_path / "out")
+        assert outcome.code == 0
+        assert ("experts: ask for them with target_parameters" in outcome.err) == (len(names) < 2)
+        found = manifest(package)
+        SCHEMA.validate(found)
+        digests.add(found["digest"])
+        assert [stack["name"] for stack in found["stacks"]] == names
+        parameters = [f"mlp.experts.{name}" for name in names]
+        assert found["workload"]["target_parameters"] == parameters
+        said = f" --target-parameters {','.join(parameters)} " if names else " --target-modules k_proj --adapter-dtype "
+        assert said in found["command"]
+        assert run(*options, *words, "-o", tmp_path / "out", "--check", "-q").ok().out == ""
+    assert len(digests) == 3
+    whole = ("--arch", package / "manifest.json", *FEW, "--name", "model", "-o", tmp_path / "again")
+    run(*whole, "--target-parameters", "gate_up_proj,down_proj", "--target-modules", "all-linear").ok()
+    again = manifest(tmp_path / "again" / "model_r4")
+    assert [again[kind] for kind in ("projections", "stacks")] == [found[kind] for kind in ("projections", "stacks")]
 
 
 def test_a_name_is_of_the_package_and_in_its_command(run, small: tuple[str, ...], tmp_path: Path) -> None:

@@ -79,6 +79,15 @@ CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "device, a path": ((*ARCH, *RANK, "--device", "../../x"), ("--device", "'../../x'")),
     "target modules": ((*ARCH, *RANK, "--target-modules", "q"), ("target_modules", "'q'", "q_proj")),
     "target modules, empty": ((*ARCH, *RANK, "--target-modules", ""), ("target_modules", "''")),
+    "target parameters": (
+        (*ARCH, *RANK, "--target-parameters", "mlp.experts.down_proj"),
+        ("target_parameters", "'mlp.experts.down_proj'", "no experts"),
+    ),
+    "target parameters, empty": ((*ARCH, *RANK, "--target-parameters", ""), ("target_parameters", "''")),
+    "target parameters, all": (
+        (*ARCH, *RANK, "--target-parameters", "all-linear"),
+        ("target_parameters", "'all-linear'"),
+    ),
     "model type": ((*ARCH, *RANK, "--model-type", "mamba"), ("model_type", "mamba", "llama")),
     "max saved bytes 0": ((*ARCH, *RANK, "--max-saved-bytes", "0"), ("--max-saved-bytes", "'0'")),
     "max saved bytes text": ((*ARCH, *RANK, "--max-saved-bytes", "1GB"), ("--max-saved-bytes", "'1GB'")),

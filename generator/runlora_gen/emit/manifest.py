@@ -47,6 +47,7 @@ def package_digest(
     """Of everything that a package's choice and text follow from, but for the style of its place."""
     spec = {
         "projections": [asdict(projection) for projection in architecture.projections],
+        "stacks": [asdict(stack) for stack in architecture.stacks],
         "rank": rank,
         "workload": asdict(public_part(workload)),
         "device": load_device(workload.device).digest,

@@ -186,6 +186,8 @@ def _command(
         words += ["--name", architecture.package]
     if workload.target_modules:
         words += ["--target-modules", ",".join(workload.target_modules)]
+    if workload.target_parameters:
+        words += ["--target-parameters", ",".join(workload.target_parameters)]
     if workload.model_type is not None:
         words += ["--model-type", workload.model_type]
     if workload.tokens != default.tokens:
@@ -237,6 +239,7 @@ def _manifest(
         "style": sha256(style.key),
         "arch": architecture.slug,
         "projections": [asdict(projection) for projection in architecture.projections],
+        "stacks": [asdict(stack) for stack in architecture.stacks],
         "model_type": architecture.model_type,
         "rank": rank,
         "workload": {**asdict(workload), "tokens": list(workload.tokens), "train": list(workload.train)},
