@@ -19,7 +19,7 @@ from runlora_gen.cost.measured import is_priced
 from runlora_gen.cost.peft import price_peft
 from runlora_gen.cost.price import price_frozen, price_frozen_forward, price_operation
 from runlora_gen.cost.profile import parse_toml, read_profile, render_profile
-from runlora_gen.cost.roofline import DEQUANTIZING, roofline
+from runlora_gen.cost.roofline import LAUNCHES, roofline
 from runlora_gen.cost.rounding import rounding_error
 from runlora_gen.cost.setting import DTYPES, Setting
 from runlora_gen.emit.nodes import module_node
@@ -81,7 +81,7 @@ def test_bytes_are_those_of_the_codes_and_of_what_is_made_of_them(base: str) -> 
     codes = O * I // 2 if stored.form == "codes" else O * I
     assert where.bytes_of(where.derivation["Q"]) == codes
     assert made.bytes_moved == kernel.bytes_moved == codes + WEIGHT
-    assert made.launches == DEQUANTIZING["dequantize" if stored.form == "codes" else "rescale"] > 1
+    assert made.launches == LAUNCHES["dequantize" if stored.form == "codes" else "rescale"] > 1
     assert kernel.launches == merged.launches == 1
     # W is made within the pass: neither written nor read.
     assert merged.bytes_moved == codes + WEIGHT + (O * R + R * I) * 2 and merged.flops == 2 * O * R * I

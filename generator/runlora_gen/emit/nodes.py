@@ -108,7 +108,8 @@ class SharedNode:
         calls: of fused kernels.
         function: what the module's function is called, or where several share this, that of the lone linears.
         linears: those of a group; none of a lone linear.
-        groups: whether any module of those that share this is a group's.
+        lone: whether any module of those that share this is of a lone linear.
+        groups: whether any is a group's.
         experts: whether any is of experts.
         folder: whether what they share stands once in their folder, and not in each of them.
         width: columns of a line.
@@ -127,6 +128,7 @@ class SharedNode:
     calls: tuple[KernelCall, ...]
     function: str
     linears: tuple[str, ...]
+    lone: bool
     groups: bool
     experts: bool
     folder: bool
@@ -136,11 +138,6 @@ class SharedNode:
     def quantized(self) -> bool:
         """Whether the base's weight is given as codes."""
         return self.base.form != "plain"
-
-    @property
-    def is_of_experts(self) -> bool:
-        """Whether it stands for one module, and that is of experts."""
-        return False
 
     @property
     def differentiable(self) -> str:
@@ -210,7 +207,7 @@ class ModuleNode(SharedNode):
 
     @property
     def is_of_experts(self) -> bool:
-        """Whether it is of experts."""
+        """Whether it is of a stack of experts."""
         return isinstance(self.site, Experts)
 
 
@@ -265,6 +262,7 @@ def module_node(
         notes=tuple(line for note in _notes(site) for line in textwrap.wrap(note, width)),
         function=function_name(site),
         linears=linears,
+        lone=isinstance(site, Layer),
         groups=bool(linears),
         experts=isinstance(site, Experts),
         in_features=site.in_features,
@@ -299,7 +297,7 @@ def shared_node(modules: Sequence[ModuleNode]) -> SharedNode:
     values = {field.name: getattr(modules[0], field.name) for field in dataclasses.fields(SharedNode)}
     values["helpers"] = frozenset[str]().union(*(module.helpers for module in modules))
     values["calls"] = tuple(call for module in modules for call in module.calls)
-    for kind in ("groups", "experts"):
+    for kind in ("lone", "groups", "experts"):
         values[kind] = any(getattr(module, kind) for module in modules)
     return SharedNode(**values)
 

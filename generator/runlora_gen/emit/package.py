@@ -17,7 +17,7 @@ from ..request.layers import layers
 from ..request.layout import FOLDER, STANDALONE
 from ..request.workload import Workload
 from ..search.grouped import decide_groups
-from ..search.ranges import LayerChoice, decide_model
+from ..search.ranges import LayerChoice, decide_experts, decide_model
 from .manifest import MANIFEST, folder_name, package_digest, public_part, sha256
 from .nodes import ModuleNode, module_name, module_node, shared_node
 from .render import MAX_GENERATED_BYTES, SHARED, Header, natural, render, render_module, render_test
@@ -32,17 +32,18 @@ MANIFEST_SCHEMA = "manifest.schema.json"
 
 @dataclass(frozen=True)
 class Package:
-    """Files of one generated folder by name, and what was chosen for its layers and its groups."""
+    """Files of one generated folder by name, and what was chosen for its layers, its groups and its experts."""
 
     folder: str
     files: Mapping[str, str]
     layers: tuple[LayerChoice, ...]
     groups: tuple[LayerChoice, ...] = ()
+    experts: tuple[LayerChoice, ...] = ()
 
     @property
     def modules(self) -> int:
         """How many there are."""
-        return len(self.layers) + len(self.groups)
+        return len(self.layers) + len(self.groups) + len(self.experts)
 
 
 class _Former:
@@ -119,15 +120,17 @@ def build_package(
     )
     decided = decide_model(workload, layers(architecture), rank)
     together = decide_groups(workload, architecture, rank)
-    nodes, groups = (
+    routed = decide_experts(workload, architecture, rank)
+    nodes, groups, stacks = (
         [
             module_node(choice, rank, workload, width=style.line_length, all_variants=all_variants, layout=layout)
             for choice in choices
         ]
-        for choices in (decided, together)
+        for choices in (decided, together, routed)
     )
-    rendered = {f"{node.name}.py": render_module(node, header) for node in (*nodes, *groups)}
-    shared = _shared((*nodes, *groups), header) if layout == FOLDER else {}
+    every = (*nodes, *groups, *stacks)
+    rendered = {f"{node.name}.py": render_module(node, header) for node in every}
+    shared = _shared(every, header) if layout == FOLDER else {}
     context = {
         "header": header,
         "title": architecture.slug,
@@ -137,7 +140,7 @@ def build_package(
         "kernels": "kernels" in shared,
         "quantized": workload.quantized,
         "base": workload.stored,
-        "imported": sorted((node.name for node in (*nodes, *groups)), key=natural),
+        "imported": sorted((node.name for node in every), key=natural),
     }
     rendered |= {f"{name}.py": text for name, text in shared.items()}
     in_models = (*OF_MODELS, "groups") if groups else OF_MODELS
@@ -154,14 +157,16 @@ def build_package(
     files = former.format(rendered)
     files["py.typed"] = ""
     digests = {name: former.digest(source) for name, source in rendered.items()}
-    files[MANIFEST] = _manifest(architecture, rank, public, header, style, (decided, together), digests, files)
-    return Package(folder, files, decided, together)
+    choices = (decided, together, routed)
+    files[MANIFEST] = _manifest(architecture, rank, public, header, style, choices, digests, files)
+    return Package(folder, files, decided, together, routed)
 
 
 def _shared(modules: Sequence[ModuleNode], header: Header) -> Mapping[str, str]:
     """The files of what these modules share, by name."""
     node = shared_node(modules)
-    wanted = {"kernels": bool(node.kernels), "quantized": node.quantized, "routing": node.experts}
+    wanted = {"base": node.lone or node.groups, "quantized": node.quantized}
+    wanted |= {"routing": node.experts, "kernels": bool(node.kernels)}
     names = [name for name in SHARED if wanted.get(name, True)]
     return {name: render(f"{name}.py.jinja", {"header": header, "module": node}) for name in names}
 
@@ -225,7 +230,7 @@ def _manifest(
     workload: Workload,
     header: Header,
     style: Style,
-    decided: tuple[Sequence[LayerChoice], Sequence[LayerChoice]],
+    decided: Sequence[Sequence[LayerChoice]],
     rendered: Mapping[str, str],
     files: Mapping[str, str],
 ) -> str:
@@ -245,7 +250,7 @@ def _manifest(
         "workload": {**asdict(workload), "tokens": list(workload.tokens), "train": list(workload.train)},
         **{
             kind: [{"module": module_name(choice.layer, rank), "rank": rank, **choice_data(choice)} for choice in some]
-            for kind, some in zip(("layers", "groups"), decided, strict=True)
+            for kind, some in zip(("layers", "groups", "experts"), decided, strict=True)
         },
         "files": {name: sha256(text) for name, text in sorted(files.items())},
         "rendered": dict(sorted(rendered.items())),

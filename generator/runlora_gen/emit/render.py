@@ -109,7 +109,7 @@ def render(template: str, context: Mapping[str, Any]) -> str:
 
 def render_module(module: ModuleNode, header: Header | None = None) -> str:
     """The module of a lone linear, of a group or of experts, not yet formatted."""
-    template = "experts" if module.is_of_experts else "group" if module.linears else "linear"
+    template = "stack" if module.is_of_experts else "linear" if module.lone else "group"
     return render(f"{template}.py.jinja", {"header": header or Header("", ""), "module": module})
 
 

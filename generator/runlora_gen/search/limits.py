@@ -10,7 +10,8 @@ from ..cost.price import price
 from ..cost.setting import DTYPES, Setting
 from ..request.architecture import Architecture
 from ..request.errors import SpecError
-from ..request.layers import layers
+from ..request.experts import Experts, experts
+from ..request.layers import Layer, layers
 from ..request.workload import Workload, check_ranks
 from .candidates import enumerated, setting_of
 from .criterion import Priced
@@ -90,10 +91,11 @@ def check_saved_limit(architecture: Architecture, ranks: Sequence[int], workload
         programs = [p for p in enumerated(workload, setting) if not p.lossy_in_16_bit]
         return min(price(program, setting).saved_bytes for program in programs)
 
+    sites: list[Layer | Experts] = [*layers(architecture), *experts(architecture.stacks)]
     needs = [
         (least_saved(setting), setting)
-        for layer, rank, tokens in itertools.product(layers(architecture), ranks, workload.tokens)
-        for setting in [setting_of(workload, layer, rank, tokens)]
+        for site, rank, tokens in itertools.product(sites, ranks, workload.tokens)
+        for setting in [setting_of(workload, site, rank, tokens)]
     ]
     largest = max(needs, key=lambda need: need[0], default=None)
     if largest is not None and largest[0] > workload.max_saved_bytes:

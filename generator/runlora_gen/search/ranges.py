@@ -18,6 +18,9 @@ from ..cost.passes import Times
 from ..cost.price import phase_times, price, price_frozen, program_times
 from ..cost.setting import Setting
 from ..cost.vector import DEVICE_BOUND, HOST_BOUND
+from ..request.architecture import Architecture
+from ..request.experts import experts
+from ..request.layers import layers
 from ..request.workload import Workload
 from .candidates import Site, setting_of
 from .choose import Decision, ForwardDecision, decide, decide_forward, fastest
@@ -117,6 +120,16 @@ def decide_model(
     training = _Training(workload, sites, rank, alone).ranges()
     inference = _Inference(workload, sites, rank, alone).ranges()
     return tuple(LayerChoice(*parts) for parts in zip(sites, training, inference, strict=True))
+
+
+def decide_experts(workload: Workload, architecture: Architecture, rank: int) -> tuple[LayerChoice, ...]:
+    """The choice for all stacks of experts, in a step that has the other linears as well.
+
+    Raises:
+        SpecError: no program of some stack meets ``max_saved_bytes``.
+    """
+    stacks = experts(architecture.stacks)
+    return decide_model(workload, (*stacks, *layers(architecture)), rank)[: len(stacks)] if stacks else ()
 
 
 class _Contest(ABC, Generic[Choice, Candidate]):
