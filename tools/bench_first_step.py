@@ -28,7 +28,7 @@ from typing import Any
 
 import runlora_gen
 import torch
-from bench_model import MODES, SHAPES, Step, llama
+from bench_model import MODES, SHAPES, Step, layers_of
 from contenders import CONTENDERS, FROZEN, Contender, Setup
 from runlora_gen.generation import profile_of
 from runlora_gen.measure.machine import machine_name
@@ -71,7 +71,7 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
     grad_output = torch.randn_like(x)
 
     def step_of(contender: Contender) -> Step:
-        layers = llama(shape, device, torch.bfloat16)
+        layers = layers_of(shape, device, torch.bfloat16)
         setup = Setup(shape.rank, shape.tokens, options.packages, profile_of(layers)[0])
         return Step(contender, layers, setup, x, grad_output)
 

@@ -1,10 +1,11 @@
-"""A training step of Llama's layers as Transformers runs them: the model benchmark.
+"""A training step of a model's layers as Transformers runs them: the model benchmark.
 
     python tools/bench_model.py --shapes 13b,8b --axolotl .rivals/axolotl --json tools/results/model_h100.json
     python tools/bench_model.py --shapes 13b,8b,1b --contenders generated,generated-graph,generated-torch
         --modes eager --alone --json tools/results/step_h100.json
 
-Frozen layers with random weights get adapters in all seven linears, in each contender's way, the same in all of them.
+Frozen layers with random weights get adapters in all linears, in each contender's way, the same in all of them: of
+Llama, or of mixtures of experts, with the experts' stacks (``-experts``: in these alone).
 A step is forward and backward, with the gradient of the layers' input, as in the middle of a model. All contenders
 have one attention, and are timed in rounds, in random order, on the same inputs; what is reported is the ratio to the
 frozen step of the same round and mode (median, least, most), and the peak memory of a step. How far outputs and
@@ -39,7 +40,7 @@ import time
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,8 @@ MOST_DEVIATION = {"fp8": 0.2}
 _MOST_DEVIATION = 0.1
 #: What the titles of generated contenders begin with.
 OURS = ("ours", "generated")
+#: Of a shape, what is of experts alone.
+_OF_EXPERTS = ("model_type", "head_dim", "experts", "top_k", "adapted")
 _START = time.perf_counter()
 #: The frozen model, eager and without checkpointing, in the rounds of the other modes.
 _PLAIN = "frozen, eager"
@@ -79,6 +82,19 @@ class Shape:
     batch: int
     sequence: int
     rank: int
+    model_type: str = "llama"
+    head_dim: int | None = None
+    experts: int = 0
+    top_k: int = 0
+    adapted: str = "all"  # or the experts alone
+
+    @property
+    def targets(self) -> dict[str, Any]:
+        """What gets adapters, as PEFT takes it."""
+        if not self.experts:
+            return {"target_modules": "all-linear"}
+        stacks = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+        return {"target_modules": "all-linear" if self.adapted == "all" else [], "target_parameters": stacks}
 
     @property
     def tokens(self) -> int:
@@ -91,7 +107,19 @@ SHAPES = {
     "8b": Shape(4096, 14336, 32, 8, layers=4, batch=4, sequence=4096, rank=16),
     "1b": Shape(2048, 8192, 32, 8, layers=8, batch=1, sequence=1024, rank=16),
     "tiny": Shape(64, 160, 4, 2, layers=2, batch=2, sequence=16, rank=4),
-}
+    "qwen3-30b-a3b": Shape(
+        2048, 768, 32, 4, layers=2, batch=2, sequence=2048, rank=8, model_type="qwen3_moe", head_dim=128, experts=128,
+        top_k=8,
+    ),
+    "gpt-oss-20b": Shape(
+        2880, 2880, 64, 8, layers=2, batch=2, sequence=2048, rank=8, model_type="gpt_oss", head_dim=64, experts=32,
+        top_k=4,
+    ),
+    "tiny-moe": Shape(
+        64, 96, 4, 2, layers=2, batch=2, sequence=16, rank=4, model_type="qwen3_moe", head_dim=16, experts=8, top_k=2
+    ),
+}  # fmt: skip
+SHAPES |= {f"{name}-experts": replace(shape, adapted="experts") for name, shape in SHAPES.items() if shape.experts}
 
 
 @dataclass(frozen=True)
@@ -110,7 +138,7 @@ MODES = {
 }
 
 
-def llama(
+def layers_of(
     shape: Shape,
     device: torch.device,
     dtype: torch.dtype,
@@ -124,7 +152,8 @@ def llama(
     transformers, masking = (import_module(name) for name in ("transformers", "transformers.masking_utils"))
     transformers.AttentionInterface.register("causal", causal)
     masking.AttentionMaskInterface.register("causal", lambda *args, **options: None)
-    config = transformers.LlamaConfig(
+    config = transformers.AutoConfig.for_model(
+        shape.model_type,
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
         num_attention_heads=shape.heads,
@@ -134,11 +163,28 @@ def llama(
         attn_implementation="causal",
         use_cache=False,
         dtype=dtype,
+        **({} if shape.head_dim is None else {"head_dim": shape.head_dim}),
+        **_of_experts(shape),
     )
     torch.manual_seed(0)
     with device:
-        model: nn.Module = transformers.LlamaModel(config).to(dtype)
+        model: nn.Module = transformers.AutoModel.from_config(config).to(dtype)
     return (model if base == "plain" else coded(model, base, device, dtype, storage)).requires_grad_(False)
+
+
+def _of_experts(shape: Shape) -> dict[str, Any]:
+    """What a config says of a shape's experts; the names for it are not those of all families."""
+    if not shape.experts:
+        return {}
+    return {
+        "num_experts": shape.experts,
+        "num_local_experts": shape.experts,
+        "num_experts_per_tok": shape.top_k,
+        "moe_intermediate_size": shape.intermediate,
+        "decoder_sparse_step": 1,
+        "pad_token_id": None,
+        "eos_token_id": None,
+    }
 
 
 class Step:
@@ -286,7 +332,9 @@ class Bench:
         self.name, self.options, self.device = name, options, device
         self.shape, self.dtype = SHAPES[name], torch.bfloat16
         self.results: dict[str, Any] = {}
-        self.row: dict[str, Any] = {"shape": name, **vars(self.shape), "results": self.results}
+        of_experts = {} if self.shape.experts else dict.fromkeys(_OF_EXPERTS)
+        facts = {key: value for key, value in asdict(self.shape).items() if key not in of_experts}
+        self.row: dict[str, Any] = {"shape": name, **facts, "results": self.results}
         torch.manual_seed(1)
         size = self.shape.batch, self.shape.sequence, self.shape.hidden
         self._x = torch.randn(size, device=device, dtype=self.dtype, requires_grad=True)
@@ -306,11 +354,12 @@ class Bench:
     def _step(self, contender: Contender) -> Step:
         base = self.options.base
         if base.startswith("fp8") and not contender.title.startswith(OURS):
-            layers = decoded(llama(self.shape, self.device, self.dtype), base).requires_grad_(False)
+            layers = decoded(layers_of(self.shape, self.device, self.dtype), base).requires_grad_(False)
         else:
-            layers = llama(self.shape, self.device, self.dtype, base)
+            layers = layers_of(self.shape, self.device, self.dtype, base)
         profile = self.options.profile or profile_of(layers)[0]
-        setup = Setup(self.shape.rank, self.shape.tokens, self._folder, profile, axolotl=self.options.axolotl)
+        axolotl, targets = self.options.axolotl, self.shape.targets
+        setup = Setup(self.shape.rank, self.shape.tokens, self._folder, profile, axolotl=axolotl, targets=targets)
         return Step(contender, layers, setup, self._x, self._grad_output)
 
     @contextmanager

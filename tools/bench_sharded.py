@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from bench_linear import spread
-from bench_model import Shape, llama
+from bench_model import Shape, layers_of
 from contenders import CONTENDERS, FROZEN, Contender, Setup, fill_adapters
 from runlora_gen.generation import profile_of
 from runlora_gen.measure.clock import Run, interleaved
@@ -86,7 +86,7 @@ def main() -> None:
     dist.broadcast_object_list(folder)
     frozen = Contender(FROZEN, lambda model, _: (model, {}))
     for contender in (frozen, *(CONTENDERS[name] for name in NAMES)):
-        model: Any = llama(shape, device, torch.bfloat16, "nf4", storage=torch.bfloat16)
+        model: Any = layers_of(shape, device, torch.bfloat16, "nf4", storage=torch.bfloat16)
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         setup = Setup(shape.rank, shape.tokens, Path(folder[0]), profile_of(model)[0])
         built, _ = contender.build(model, setup)

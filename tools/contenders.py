@@ -46,6 +46,7 @@ class Setup:
         profile: the device profile that the choice is made for.
         axolotl: the folder of axolotl's sources (with ``kernels`` in it), or None.
         workload: further fields of ``Workload`` for ``accelerate`` and ``inject_lora``.
+        targets: what gets adapters, as PEFT's ``LoraConfig`` takes it.
     """
 
     rank: int
@@ -54,6 +55,7 @@ class Setup:
     profile: str
     axolotl: Path | None = None
     workload: Mapping[str, Any] = field(default_factory=dict)
+    targets: Mapping[str, Any] = field(default_factory=lambda: {"target_modules": "all-linear"})
 
 
 #: Puts adapters into a frozen model; returns what is called, and what is to be said of it in the results.
@@ -87,8 +89,10 @@ def unformatted() -> Iterator[None]:
 # PEFT
 
 
-def peft_model(model: nn.Module, rank: int, *, wide: bool, dropout: float = 0.0) -> nn.Module:
-    """LoRA in all linears.
+def peft_model(
+    model: nn.Module, rank: int, *, wide: bool, dropout: float = 0.0, targets: Mapping[str, Any] | None = None
+) -> nn.Module:
+    """LoRA in all linears, or in what ``targets`` says.
 
     Args:
         model: frozen.
@@ -97,13 +101,14 @@ def peft_model(model: nn.Module, rank: int, *, wide: bool, dropout: float = 0.0)
         dropout: of PEFT's lora_dropout.
     """
     peft: Any = importlib.import_module("peft")
-    config = peft.LoraConfig(r=rank, lora_alpha=rank, lora_dropout=dropout, target_modules="all-linear")
+    wanted = {"target_modules": "all-linear"} if targets is None else targets
+    config = peft.LoraConfig(r=rank, lora_alpha=rank, lora_dropout=dropout, **wanted)
     wrapped: nn.Module = peft.get_peft_model(model, config, autocast_adapter_dtype=wide)
     return wrapped
 
 
 def _peft(**options: Any) -> Build:
-    return lambda model, setup: (peft_model(model, setup.rank, **options), {})
+    return lambda model, setup: (peft_model(model, setup.rank, targets=setup.targets, **options), {})
 
 
 # Generated
@@ -124,15 +129,17 @@ def _said(report: Any, tokens: int) -> dict[str, Any]:
     """Of a report: how many layers, and the program that each shape runs at a count of tokens."""
     chosen = {}
     for folder in report.folders:
-        for layer in json.loads((Path(folder) / "manifest.json").read_text(encoding="utf-8"))["layers"]:
-            ranges = (part for part in layer["ranges"] if part["last_tokens"] is None or tokens <= part["last_tokens"])
-            chosen[f"{layer['in_features']}x{layer['out_features']}"] = next(ranges)["chosen"]
+        manifest = json.loads((Path(folder) / "manifest.json").read_text(encoding="utf-8"))
+        for site in (*manifest["layers"], *manifest["experts"]):
+            ranges = (part for part in site["ranges"] if part["last_tokens"] is None or tokens <= part["last_tokens"])
+            experts = f"{site['experts']} experts " if "experts" in site else ""
+            chosen[f"{experts}{site['in_features']}x{site['out_features']}"] = next(ranges)["chosen"]
     return {"layers": len(report.accelerated), "chosen": chosen}
 
 
 def _ours(name: str, *, wide: bool = True, dropout: float = 0.0, **workload: Any) -> Build:
     def build(model: nn.Module, setup: Setup) -> tuple[nn.Module, dict[str, Any]]:
-        wrapped = peft_model(model, setup.rank, wide=wide, dropout=dropout)
+        wrapped = peft_model(model, setup.rank, wide=wide, dropout=dropout, targets=setup.targets)
         return wrapped, accelerated(wrapped, replace(setup, workload={**setup.workload, **workload}), name)
 
     return build
