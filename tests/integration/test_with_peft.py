@@ -323,10 +323,10 @@ def test_what_was_generated_frozen_is_not_trained_on_it(tmp_path: Any, tokens: T
 
 
 def test_kernels_that_are_missing_are_named(package: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    on_gpu = SimpleNamespace(weight=SimpleNamespace(is_cuda=True))
+    on_gpu = SimpleNamespace(is_cuda=True)
     assert package.shapes.without_kernels(on_gpu) is None, "it was generated without"
     monkeypatch.setattr(package.shapes, "_MODULES", (SimpleNamespace(triton=None),))
-    assert package.shapes.without_kernels(SimpleNamespace(weight=SimpleNamespace(is_cuda=False))) is None
+    assert package.shapes.without_kernels(SimpleNamespace(is_cuda=False)) is None
     said = package.shapes.without_kernels(on_gpu)
     assert said is not None and said.startswith("Triton is not installed")
 

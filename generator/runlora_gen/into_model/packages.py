@@ -105,8 +105,10 @@ def of_rank(layer: Any, packages: Sequence[Any]) -> int:
     The first for its base if none is; the first if none is for that.
     """
     active = [layer.r[name] for name in layer.active_adapters if name in layer.r]
-    base = packages[0].peft_layers.base_of(layer)
-    fitting = [at for at, package in enumerate(packages) if base == package.shapes.BASE]
+    here = packages[0].peft_layers
+    stack, base = here.is_stack(layer), here.base_of(layer)
+    fits = [hasattr(p, "experts_with_peft") if stack else base == p.shapes.BASE for p in packages]
+    fitting = [at for at, fit in enumerate(fits) if fit]
     known = {packages[at].shapes.RANK: at for at in reversed(fitting)}
     return next((known[rank] for rank in [*active, *layer.r.values()] if rank in known), (fitting or [0])[0])
 

@@ -7,6 +7,7 @@ import functools
 import operator
 import os
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +73,9 @@ def accelerate(
     for name, layer in layers.items():
         groups[of_rank(layer, packages)][name] = layer
     shares = list(zip(packages, groups, strict=True))
-    report = functools.reduce(operator.add, (package.with_peft.judged(group) for package, group in shares))
+    left: dict[str, str] = functools.reduce(operator.or_, (p.with_peft.unserved(group) for p, group in shares))
+    left |= packages[0].peft_layers.left_with(left, layers)
+    report = functools.reduce(operator.add, (p.with_peft.judged(group, _of(group, left)) for p, group in shares))
     packages[0].with_peft.say(report, layers, strict=strict, stacklevel=3)
     for package, group in shares:
         package.with_peft.swap(group)
@@ -88,6 +91,10 @@ def restore(model: nn.Module) -> tuple[str, ...]:
     package = package_of(model)
     names: tuple[str, ...] = () if package is None else package.restore(model)
     return names
+
+
+def _of(layers: Mapping[str, Any], left: Mapping[str, str]) -> Mapping[str, str]:
+    return {name: left[name] for name in layers if name in left}
 
 
 def _left_to_peft(model: nn.Module, *, strict: bool) -> Any:

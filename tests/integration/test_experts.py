@@ -1,0 +1,540 @@
+"""``accelerate`` and ``inject_lora`` on stacks of experts: what PEFT computes, by modules of them."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import peft
+import pytest
+import torch
+import transformers
+from runlora_gen.emit.package import OF_MODELS
+from runlora_gen.emit.render import Header, render
+from runlora_gen.from_model import live
+from runlora_gen.into_model import with_peft
+from runlora_gen.into_model.packages import imported, of_rank, packages_in
+from runlora_gen.request.bases import BASES
+from torch import Tensor, nn
+
+from .models import VOCABULARY, checkpointed, filled, gradients
+
+EXPERTS, HIDDEN, INNER, RANK, TOP_K = 4, 16, 24, 4, 2
+UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
+BOTH = [UP, DOWN]
+REFERENCE = Path(__file__).with_name("experts_reference.py")
+
+
+class Node(NamedTuple):
+    """What the templates ask of a module of experts."""
+
+    name: str
+    rank: int
+    dropout: bool = False
+
+
+def package_of(out: Path, rank: int = RANK, inner: int = INNER, gated: bool = True) -> Any:
+    """A package for the experts alone, whose modules loop over them."""
+    shapes = [("gathered_experts", HIDDEN, 2 * inner if gated else inner), ("experts", inner, HIDDEN)]
+    folder = out / f"moe_r{rank}"
+    folder.mkdir(parents=True)
+    nodes = []
+    for kind, in_features, out_features in shapes:
+        node = Node(f"{kind}_{EXPERTS}x{in_features}x{out_features}_r{rank}", rank)
+        constants = {
+            "EXPERTS": EXPERTS,
+            "IN_FEATURES": in_features,
+            "OUT_FEATURES": out_features,
+            "RANK": rank,
+            "GATHERS": kind == "gathered_experts",
+        }
+        lines = "".join(f"{name} = {value!r}\n" for name, value in constants.items())
+        (folder / f"{node.name}.py").write_text(REFERENCE.read_text(encoding="utf-8") + lines, encoding="utf-8")
+        nodes.append(node)
+    context = {
+        "header": Header("", ""),
+        "title": "moe",
+        "modules": [],
+        "groups": [],
+        "experts": nodes,
+        "rank": rank,
+        "dropout": False,
+        "folder": False,
+        "kernels": False,
+        "quantized": False,
+        "base": BASES["plain"],
+        "imported": sorted(node.name for node in nodes),
+    }
+    for name in (*OF_MODELS, "experts_with_peft"):
+        (folder / f"{name}.py").write_text(render(f"{name}.py.jinja", context), encoding="utf-8")
+    (folder / "manifest.json").write_text(json.dumps({"rank": rank}), encoding="utf-8")
+    return imported(folder)
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return package_of(tmp_path_factory.mktemp("packages"))
+
+
+@pytest.fixture(scope="module")
+def of_rank_2(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return package_of(tmp_path_factory.mktemp("packages"), rank=2)
+
+
+def qwen3_moe(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": HIDDEN,
+        "moe_intermediate_size": INNER,
+        "intermediate_size": INNER,
+        "num_experts": EXPERTS,
+        "num_experts_per_tok": TOP_K,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "vocab_size": VOCABULARY,
+    }
+    model = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**{**sizes, **options}))
+    return larger(model).to(dtype)
+
+
+def mixtral(dtype: torch.dtype = torch.float32) -> Any:
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        hidden_size=HIDDEN,
+        intermediate_size=INNER,
+        num_local_experts=EXPERTS,
+        num_experts_per_tok=TOP_K,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=VOCABULARY,
+    )
+    return larger(transformers.MixtralForCausalLM(config)).to(dtype)
+
+
+def gpt_oss(dtype: torch.dtype = torch.float32) -> Any:
+    torch.manual_seed(0)
+    config = transformers.GptOssConfig(
+        hidden_size=HIDDEN,
+        intermediate_size=INNER,
+        num_local_experts=EXPERTS,
+        num_experts_per_tok=TOP_K,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        vocab_size=VOCABULARY,
+    )
+    return larger(transformers.GptOssForCausalLM(config)).to(dtype)
+
+
+def nemotron_h(dtype: torch.dtype = torch.float32) -> Any:
+    torch.manual_seed(0)
+    config = transformers.NemotronHConfig(
+        hidden_size=HIDDEN,
+        moe_intermediate_size=INNER,
+        intermediate_size=INNER,
+        n_routed_experts=EXPERTS,
+        num_experts_per_tok=TOP_K,
+        moe_shared_expert_intermediate_size=INNER,
+        layers_block_type=["moe", "attention"],
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        vocab_size=VOCABULARY,
+    )
+    return larger(transformers.NemotronHForCausalLM(config)).to(dtype)
+
+
+def larger(model: nn.Module) -> nn.Module:
+    """Weights that matter: those of experts are near zero at first."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "experts" in name:
+                parameter.normal_(std=0.3)
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # others know no float64
+    return model
+
+
+MODELS: Mapping[str, Callable[..., Any]] = {"qwen3_moe": qwen3_moe, "mixtral": mixtral, "gpt_oss": gpt_oss}
+
+
+def with_lora(model: Any, targets: Sequence[str] = BOTH, **options: Any) -> Any:
+    """A PeftModel with adapters on stacks of experts, and on nothing else."""
+    wide = options.pop("autocast_adapter_dtype", True)
+    fields = {"r": RANK, "lora_alpha": 8, "target_modules": [], "target_parameters": list(targets), **options}
+    return filled(peft.get_peft_model(model, peft.LoraConfig(**fields), autocast_adapter_dtype=wide))
+
+
+def both_run(package: Any, model: Any, tokens: Tensor, count: int, tolerance: float = 1e-12) -> None:
+    """Output and all gradients of PEFT's own code, and then of the modules."""
+    wanted, wanted_gradients = model(tokens).logits, gradients(model, tokens)
+    report = package.accelerate(model, strict=True)
+    assert len(report.accelerated) == count and not report.left
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found, found_gradients = model(tokens).logits, gradients(model, tokens)
+    torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
+    assert found_gradients.keys() == wanted_gradients.keys() and found_gradients
+    for name, gradient in wanted_gradients.items():
+        torch.testing.assert_close(found_gradients[name], gradient, rtol=100 * tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("targets", [[UP], [DOWN], BOTH], ids=["gate_up", "down", "both"])
+@pytest.mark.parametrize("name", MODELS)
+def test_outputs_and_gradients_are_peft_s(package: Any, tokens: Tensor, name: str, targets: list[str]) -> None:
+    model = with_lora(MODELS[name](torch.float64), targets, use_rslora=True)
+    both_run(package, model, tokens, 2 * len(targets))
+
+
+def test_experts_without_a_gate(tmp_path: Path, tokens: Tensor) -> None:
+    model = with_lora(nemotron_h(torch.float64), ["experts.up_proj", "experts.down_proj"])
+    both_run(package_of(tmp_path, gated=False), model, tokens, 2, tolerance=1e-5)  # its router is in float32
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("targets", [[UP], [DOWN], BOTH], ids=["gate_up", "down", "both"])
+def test_whatever_transformers_computes_with(
+    package: Any, tokens: Tensor, implementation: str, targets: list[str]
+) -> None:
+    base = qwen3_moe()
+    base.set_experts_implementation(implementation)
+    both_run(package, with_lora(base, targets), tokens, 2 * len(targets), tolerance=1e-5)
+
+
+def test_a_trained_router(package: Any, tokens: Tensor) -> None:
+    model = with_lora(qwen3_moe(torch.float64, norm_topk_prob=True))
+    for name, parameter in model.named_parameters():
+        if name.endswith("mlp.gate.weight"):
+            parameter.requires_grad_(True)
+    both_run(package, model, tokens, 4)
+    assert any("mlp.gate" in name for name in gradients(model, tokens))
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+@pytest.mark.parametrize("targets", [[UP], [DOWN], BOTH], ids=["gate_up", "down", "both"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_bf16_is_as_near_to_the_truth_as_peft(package: Any, name: str, targets: list[str], autocast: bool) -> None:
+    """The base in bf16, adapters in float32: |ours - truth| at most twice |PEFT - truth|.
+
+    Of one layer's experts: in a model, what is rounded goes to other experts of the next layer.
+    """
+    truth = with_lora(MODELS[name](torch.bfloat16).double(), targets)
+    base = MODELS[name](torch.bfloat16)
+    base.set_experts_implementation("grouped_mm")
+    model = with_lora(base, targets)
+    assert {p.dtype for n, p in model.named_parameters() if "lora_" in n} == {torch.float32}
+
+    def off(model: Any) -> tuple[torch.dtype, list[Tensor]]:
+        dtype = _experts(model).down_proj.dtype
+        torch.manual_seed(4)
+        x, index = torch.randn(40, HIDDEN).bfloat16().to(dtype), torch.rand(40, EXPERTS).topk(TOP_K).indices
+        weights, dy = torch.rand(40, TOP_K).bfloat16().to(dtype), torch.randn(40, HIDDEN).bfloat16().to(dtype)
+        layer = model.base_model.model.model.layers[0].mlp.experts
+        inputs = [x.requires_grad_(), weights.requires_grad_(), *(p for p in layer.parameters() if p.requires_grad)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = layer(x, index, weights)
+        return y.dtype, [y, *torch.autograd.grad(y, inputs, dy)]
+
+    (_, exact), (kind, peft_s) = off(truth), off(model)
+    package.accelerate(model, strict=True)
+    own, ours = off(model)
+    assert own == kind and len(ours) == 3 + 2 * len(targets)
+    for one, other, true in zip(ours, peft_s, exact, strict=True):
+        assert (one - true).norm() <= 2 * (other - true).norm() + 1e-6
+
+
+def test_the_dtype_of_the_output_is_the_frozen_model_s(package: Any) -> None:
+    """Under autocast a norm in front gives float32, while the experts are in bf16."""
+    base = qwen3_moe(torch.bfloat16)
+    base.set_experts_implementation("grouped_mm")
+    experts = base.model.layers[0].mlp.experts
+    x = torch.randn(6, HIDDEN)
+    index, weights = torch.tensor([[0, 1]] * 6), torch.full((6, 2), 0.5)
+    frozen = experts(x, index, weights)
+    model = with_lora(base)
+    package.accelerate(model, strict=True)
+    layer = model.base_model.model.model.layers[0].mlp.experts
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x, index, weights).dtype == frozen.dtype == torch.float32
+
+
+@pytest.mark.filterwarnings("ignore:.*rank_pattern keys did not match.*")  # PEFT reads them all the same
+def test_two_ranks_are_of_two_packages(package: Any, of_rank_2: Any, tokens: Tensor) -> None:
+    model = with_lora(qwen3_moe(torch.float64), rank_pattern={DOWN: 2})
+    ranks = {name: layer.r["default"] for name, layer in package.peft_layers.lora_layers(model).items()}
+    assert sorted(ranks.values()) == [2, 2, 4, 4]
+    wanted, wanted_gradients = model(tokens).logits, gradients(model, tokens)
+    with pytest.raises(ValueError, match=r"rank 2 is not in moe_r4.*down_proj of the same experts is left"):
+        package.accelerate(model, strict=True)
+    both = (package, of_rank_2)
+    layers = package.peft_layers.lora_layers(model)
+    assert {name: both[of_rank(layer, both)].shapes.RANK for name, layer in layers.items()} == ranks
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert not package.accelerate(model).accelerated
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(of_rank_2.accelerate(model).accelerated) == 2, "the others are the other folder's"
+        torch.testing.assert_close(model(tokens).logits, wanted, rtol=1e-12, atol=1e-12)
+        for name, gradient in gradients(model, tokens).items():
+            torch.testing.assert_close(gradient, wanted_gradients[name], rtol=1e-10, atol=1e-12)
+    assert set(packages_in(model)) == set(both)
+    assert len(package.restore(model)) == 4 and torch.equal(model(tokens).logits, wanted)
+
+
+def test_twice_is_once_and_restore_undoes_it(package: Any, tokens: Tensor) -> None:
+    model = with_lora(qwen3_moe())
+    kinds = {name: type(module) for name, module in model.named_modules()}
+    wanted = model(tokens).logits
+    first = package.accelerate(model)
+    assert "4 of 4 LoRA linears run on generated modules" in str(first) and first.modules == 2
+    swapped = {name: type(module) for name, module in model.named_modules()}
+    assert package.accelerate(model) == first
+    assert {name: type(module) for name, module in model.named_modules()} == swapped != kinds
+    layer = model.base_model.model.model.layers[0].mlp.experts
+    assert repr(layer).startswith("lora.ParamWrapper(\n  parameter_name='down_proj',\n  accelerated by moe_r4\n")
+    assert package.restore(model) == first.accelerated and package.restore(model) == ()
+    assert {name: type(module) for name, module in model.named_modules()} == kinds
+    assert torch.equal(model(tokens).logits, wanted)
+
+
+def test_copies_run_on_the_modules(package: Any, tokens: Tensor) -> None:
+    model = with_lora(qwen3_moe())
+    package.accelerate(model)
+    wanted = model(tokens).logits
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(again(tokens).logits, wanted)
+        assert len(package.restore(again)) == 4
+
+
+def test_disabled_and_merged_experts_are_as_with_peft(package: Any, tokens: Tensor) -> None:
+    model = with_lora(qwen3_moe(torch.float64))
+    with model.disable_adapter():
+        frozen = model(tokens).logits
+    wanted = model(tokens).logits
+    package.accelerate(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with model.disable_adapter():
+            assert torch.equal(model(tokens).logits, frozen)
+        model.merge_adapter()
+        torch.testing.assert_close(model(tokens).logits, wanted)
+        model.unmerge_adapter()
+        torch.testing.assert_close(model(tokens).logits, wanted)
+        inner = model.base_model.model.model.layers[0].mlp.experts.base_layer
+        inner.merge()
+        torch.testing.assert_close(model(tokens).logits, wanted)
+        with model.disable_adapter():  # which unmerges it
+            torch.testing.assert_close(model(tokens).logits, frozen)
+        assert not inner.merged
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(tokens).logits, wanted)
+
+
+def test_adapters_that_come_later_are_judged_when_they_are_used(package: Any, tokens: Tensor) -> None:
+    model = with_lora(qwen3_moe(torch.float64))
+    package.accelerate(model)
+    options = {"lora_alpha": 2, "target_modules": [], "target_parameters": BOTH}
+    for name, rank in (("same", RANK), ("other", 2)):
+        model.add_adapter(name, peft.LoraConfig(r=rank, **options))
+    filled(model)
+    plain = copy.deepcopy(model)
+    assert len(package.restore(plain)) == 4, "they are the wrappers of the first adapter"
+    for name, own in (("same", True), ("other", False), ("default", True)):
+        for each in (model, plain):
+            each.set_adapter(name)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            found = model(tokens).logits
+        torch.testing.assert_close(found, plain(tokens).logits, rtol=1e-12, atol=1e-12)
+        reasons = {str(warning.message) for warning in seen}
+        assert reasons == (set() if own else {"experts with LoRA run PEFT's own code: rank 2 is not in moe_r4"})
+    for each in (model, plain):
+        each.base_model.set_adapter(["default", "same"])
+    with pytest.warns(UserWarning, match="2 adapters are active, not one"):
+        found = model(tokens).logits
+    torch.testing.assert_close(found, plain(tokens).logits)
+
+
+def test_adapters_are_saved_and_loaded_by_peft(package: Any, tokens: Tensor, folder: str) -> None:
+    model = with_lora(qwen3_moe())
+    package.accelerate(model)
+    model.save_pretrained(folder)
+    again = peft.PeftModel.from_pretrained(qwen3_moe(), folder, is_trainable=True)
+    torch.testing.assert_close(again(tokens).logits, model(tokens).logits)
+    package.accelerate(again, strict=True)
+    torch.testing.assert_close(again(tokens).logits, model(tokens).logits)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+def test_checkpointing(package: Any, tokens: Tensor, use_reentrant: bool) -> None:
+    model = with_lora(qwen3_moe(torch.float64))
+    wanted = gradients(model, tokens)
+    package.accelerate(model, strict=True)
+    found = gradients(checkpointed(model.train(), use_reentrant=use_reentrant), tokens)
+    assert found.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("targets", [[UP], BOTH], ids=["gate_up", "both"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_compiled_as_a_whole(package: Any, tokens: Tensor, name: str, targets: list[str]) -> None:
+    model = with_lora(MODELS[name](), targets)
+    wanted = gradients(model, tokens)
+    package.accelerate(model, strict=True)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled(tokens, labels=tokens).loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad, 2 * wanted[name], rtol=1e-4, atol=1e-5)
+
+
+def _experts(model: Any) -> Any:
+    return model.base_model.model.model.layers[0].mlp.experts.get_base_layer()
+
+
+def _trained(model: Any) -> None:
+    _experts(model).down_proj.requires_grad_(True)
+
+
+def _parametrized(model: Any) -> None:
+    nn.utils.parametrize.register_parametrization(_experts(model), "down_proj", nn.Identity())
+
+
+def _hooked(model: Any) -> None:
+    _experts(model).register_forward_hook(lambda *_: None)
+
+
+def _hooked_inside(model: Any) -> None:
+    model.base_model.model.model.layers[0].mlp.experts.base_layer.register_forward_hook(lambda *_: None)
+
+
+def _replaced(model: Any) -> None:
+    experts = _experts(model)
+    experts.forward = experts.forward
+
+
+def _spread(model: Any) -> None:
+    _experts(model)._is_expert_parallel = True
+
+
+def _computed_otherwise(model: Any) -> None:
+    _experts(model).config = copy.copy(_experts(model).config)
+    _experts(model).config._experts_implementation_internal = "of_somebody"
+
+
+REFUSED: Mapping[str, tuple[Callable[[Any], None], str]] = {
+    "trained": (_trained, "its base weight is trained"),
+    "parametrized": (_parametrized, "its base has parametrizations"),
+    "hooks": (_hooked, "there are hooks on its parts"),
+    "hooks inside": (_hooked_inside, "there are hooks on its parts"),
+    "replaced": (_replaced, "its forward was replaced, as Accelerate does for a device_map"),
+    "spread": (_spread, "its experts are spread over devices"),
+    "otherwise": (_computed_otherwise, "experts computed by of_somebody are not covered"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_not_covered_is_left_to_peft(package: Any, tokens: Tensor, case: str) -> None:
+    """Of the first layer: those of the other run on the modules."""
+    change, reason = REFUSED[case]
+    model = with_lora(qwen3_moe(torch.float64))
+    change(model)
+    with pytest.raises(ValueError, match=reason):
+        package.accelerate(model, strict=True)
+    with pytest.warns(UserWarning, match=rf"^PEFT's own code runs in: .* left: {reason}") as seen:
+        report = package.accelerate(model)
+    assert len(seen) == 1 and len(report.left) == 2 == len(report.accelerated)
+    assert set(report.left.values()) <= {reason, "down_proj of the same experts is left"}
+
+
+def test_biases_are_used_and_left_where_they_are_trained(package: Any, tokens: Tensor) -> None:
+    model = with_lora(gpt_oss(torch.float64))
+    _experts(model).down_proj_bias.requires_grad_(True)
+    wanted = gradients(model, tokens)
+    with pytest.warns(UserWarning, match="its base bias is trained"):
+        assert len(package.accelerate(model).accelerated) == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = gradients(model, tokens)
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", ["trained", "hooks", "hooks inside"])
+def test_what_comes_later_is_left_to_peft(package: Any, tokens: Tensor, case: str) -> None:
+    change, reason = REFUSED[case]
+    model = with_lora(qwen3_moe(torch.float64))
+    wanted = model(tokens).logits
+    package.accelerate(model, strict=True)
+    change(model)
+    with pytest.warns(UserWarning, match=f"experts with LoRA run PEFT's own code: {reason}") as seen:
+        torch.testing.assert_close(model(tokens).logits, wanted, rtol=1e-12, atol=1e-12)
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize(
+    ("targets", "options", "reason"),
+    [
+        (BOTH, {"r": 2}, "rank 2 is not in moe_r4"),
+        (["mlp.gate.weight"], {}, "an adapter on a parameter of Qwen3MoeTopKRouter is not covered"),
+    ],
+    ids=["rank", "router"],
+)
+def test_other_ranks_and_parameters_are_left(
+    package: Any, tokens: Tensor, targets: list[str], options: dict[str, Any], reason: str
+) -> None:
+    model = with_lora(qwen3_moe(), targets, **options)
+    wanted = model(tokens).logits
+    with pytest.warns(UserWarning, match=reason) as seen:
+        report = package.accelerate(model)
+    assert len(seen) == 1 and set(report.left.values()) == {reason} and not report.accelerated
+    assert torch.equal(model(tokens).logits, wanted)
+
+
+def test_shapes_that_are_not_there_are_left(tmp_path: Path, tokens: Tensor) -> None:
+    model = with_lora(qwen3_moe())
+    with pytest.warns(
+        UserWarning, match=" left: experts of 4x24x16 are not in moe_r4 .* gathered experts of 4x16x48 are"
+    ):
+        assert not package_of(tmp_path, inner=32).accelerate(model).accelerated
+
+
+def test_float8_is_left(package: Any) -> None:
+    model = with_lora(qwen3_moe())
+    experts = _experts(model)
+    experts.down_proj = nn.Parameter(experts.down_proj.data.to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.warns(UserWarning, match=r"a stack of experts in torch.float8_e4m3fn \(Parameter\) is not covered"):
+        assert len(package.accelerate(model).accelerated) == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*rank_pattern keys did not match.*")
+def test_each_stack_gets_the_package_of_its_rank(
+    package: Any, of_rank_2: Any, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = with_lora(qwen3_moe(torch.float64), rank_pattern={DOWN: 2})
+    wanted = model(tokens).logits
+    monkeypatch.setattr(
+        live, "read_model", lambda _: SimpleNamespace(adapted={2: None}, bases=("plain",), base="plain")
+    )
+    monkeypatch.setattr(with_peft, "packages_for", lambda *_: [of_rank_2])
+    with pytest.raises(ValueError, match=r"gate_up_proj of the same experts is left .*rank 4 is not in moe_r2"):
+        with_peft.accelerate(model, strict=True)
+    monkeypatch.setattr(with_peft, "packages_for", lambda *_: [of_rank_2, package])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = with_peft.accelerate(model, strict=True)
+        torch.testing.assert_close(model(tokens).logits, wanted, rtol=1e-12, atol=1e-12)
+    assert len(report.accelerated) == 4 and report.modules == 2 and len(report.folders) == 2
+    assert len(with_peft.restore(model)) == 4
