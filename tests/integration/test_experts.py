@@ -71,7 +71,7 @@ def package_of(out: Path, rank: int = RANK, inner: int = INNER, gated: bool = Tr
         "base": BASES["plain"],
         "imported": sorted(node.name for node in nodes),
     }
-    for name in (*OF_MODELS, "experts_with_peft"):
+    for name in (*OF_MODELS, "experts", "experts_with_peft"):
         (folder / f"{name}.py").write_text(render(f"{name}.py.jinja", context), encoding="utf-8")
     (folder / "manifest.json").write_text(json.dumps({"rank": rank}), encoding="utf-8")
     return imported(folder)
@@ -506,7 +506,7 @@ def test_other_ranks_and_parameters_are_left(
 def test_shapes_that_are_not_there_are_left(tmp_path: Path, tokens: Tensor) -> None:
     model = with_lora(qwen3_moe())
     with pytest.warns(
-        UserWarning, match=" left: experts of 4x24x16 are not in moe_r4 .* gathered experts of 4x16x48 are"
+        UserWarning, match=" left: a stack of experts of 4x24x16 is not in moe_r4 .* gathered experts of 4x16x48 is"
     ):
         assert not package_of(tmp_path, inner=32).accelerate(model).accelerated
 
