@@ -71,7 +71,7 @@ def package_of(out: Path, rank: int = RANK, inner: int = INNER, gated: bool = Tr
         "base": BASES["plain"],
         "imported": sorted(node.name for node in nodes),
     }
-    for name in (*OF_MODELS, "experts", "experts_with_peft"):
+    for name in (*OF_MODELS, "experts", "experts_with_peft", "inject_experts"):
         (folder / f"{name}.py").write_text(render(f"{name}.py.jinja", context), encoding="utf-8")
     (folder / "manifest.json").write_text(json.dumps({"rank": rank}), encoding="utf-8")
     return imported(folder)
@@ -538,3 +538,196 @@ def test_each_stack_gets_the_package_of_its_rank(
         torch.testing.assert_close(model(tokens).logits, wanted, rtol=1e-12, atol=1e-12)
     assert len(report.accelerated) == 4 and report.modules == 2 and len(report.folders) == 2
     assert len(with_peft.restore(model)) == 4
+
+
+def injected(package: Any, model: Any, targets: Sequence[str] = BOTH, **options: Any) -> Any:
+    report = package.inject_lora(model, RANK, 8, target_parameters=targets, **options)
+    assert len(report.accelerated) == 2 * len(targets)
+    return filled(model)
+
+
+@pytest.mark.parametrize("targets", [[UP], [DOWN], BOTH], ids=["gate_up", "down", "both"])
+@pytest.mark.parametrize("name", MODELS)
+def test_without_peft_it_computes_what_peft_would(
+    package: Any, tokens: Tensor, name: str, targets: list[str], folder: str
+) -> None:
+    model = injected(package, MODELS[name](torch.float64), targets, use_rslora=True)
+    package.save_adapter(model, folder)
+    other = peft.PeftModel.from_pretrained(
+        MODELS[name](torch.float64), folder, is_trainable=True, autocast_adapter_dtype=False
+    )
+    torch.testing.assert_close(model(tokens).logits, other(tokens).logits, rtol=1e-12, atol=1e-12)
+    ours, theirs = gradients(model, tokens), gradients(other, tokens)
+    assert len(ours) == len(theirs) == 4 * len(targets)
+    stacks = {n: m.stack for n, m in package.adapters.lora_layers(model).items()}
+    for name, in_file in package.inject_experts.peft_names(stacks).items():
+        parent, _, child = name.rpartition(".")
+        for part in ("lora_A", "lora_B"):
+            gradient = package.inject_experts.packed(part, ours[f"{parent}.lora.{child}.{part}"])
+            wanted = theirs[f"base_model.model.{in_file}.{part}.default.weight"]
+            torch.testing.assert_close(gradient, wanted, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("targets", [[UP], [DOWN], BOTH], ids=["gate_up", "down", "both"])
+def test_adapters_of_peft_are_loaded(package: Any, tokens: Tensor, targets: list[str], folder: str) -> None:
+    """Into a model without any, for which they are put in, and into one with others."""
+    options = {"use_rslora": True, "alpha_pattern": {targets[0]: 3}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT reads patterns for parameters, and says that it does not
+        model = with_lora(qwen3_moe(), targets, **options)
+        model.save_pretrained(folder)
+    wanted = model(tokens).logits
+    other = qwen3_moe()
+    package.load_adapter(other, folder)
+    torch.testing.assert_close(other(tokens).logits, wanted)
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            if "lora_" in name:
+                parameter.normal_()
+    package.load_adapter(other, folder)
+    torch.testing.assert_close(other(tokens).logits, wanted)
+    package.save_adapter(other, folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        again = peft.PeftModel.from_pretrained(qwen3_moe(), folder)
+    torch.testing.assert_close(again(tokens).logits, wanted)
+    config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["target_parameters"] == sorted(target.removeprefix("mlp.") for target in targets)
+    assert config["target_modules"] == []
+
+
+@pytest.mark.parametrize(
+    ("targets", "options", "message"),
+    [
+        (["experts.w1"], {}, "target_parameters: no parameter of the model is called 'experts.w1'"),
+        (["mlp.gate.weight"], {}, "an adapter on a parameter of Qwen3MoeTopKRouter is not covered"),
+        (BOTH, {"lora_bias": True}, "target_parameters: lora_bias is not covered with them, as in PEFT"),
+        (BOTH, {"r": 8}, "r = 8: moe_r4 has modules for rank 4 only"),
+        (BOTH, {"target_modules": ["q_proj"]}, "2 left: 16x16 is not in moe_r4"),
+        ([], {}, r"target_modules: \(\) fits no linear inside the model"),
+    ],
+    ids=["name", "router", "lora_bias", "rank", "linear", "nothing"],
+)
+def test_injection_refused(package: Any, targets: list[str], options: dict[str, Any], message: str) -> None:
+    model = qwen3_moe()
+    with pytest.raises(ValueError, match=message):
+        package.inject_lora(model, target_parameters=targets, **options)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not any(package.adapters.is_lora_layer(module) for module in model.modules())
+
+
+def test_injection_refused_for_what_the_model_is(package: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="2 left: a stack of experts of 4x24x16 is not in moe_r4"):
+        package_of(tmp_path, inner=32).inject_lora(qwen3_moe(), target_parameters=[DOWN])
+    spread = qwen3_moe()
+    spread.model.layers[1].mlp.experts._is_expert_parallel = True
+    with pytest.raises(ValueError, match="its experts are spread over devices"):
+        package.inject_lora(spread, target_parameters=BOTH)
+    for model in (injected(package, qwen3_moe()), with_lora(qwen3_moe())):
+        with pytest.raises(ValueError, match="has LoRA layers already"):
+            package.inject_lora(model, target_parameters=BOTH)
+
+
+def test_other_experts_and_the_model_s_config_stay(package: Any, tokens: Tensor) -> None:
+    """The implementation of all others may change, as in ``generate``, and adapters go on working."""
+    model = qwen3_moe()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    report = package.inject_lora(model, target_parameters=["layers.0.mlp.experts.down_proj"])
+    assert report.accelerated == ("model.layers.0.mlp.experts.down_proj",) and report.modules == 1
+    assert str(report).startswith("1 of 1 adapters run on generated modules")
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == [
+        f"model.layers.0.mlp.experts.lora.down_proj.{part}" for part in ("lora_A", "lora_B")
+    ]
+    wanted = filled(model)(tokens).logits
+    assert model.config._experts_implementation == "eager"
+    model.set_experts_implementation("batched_mm")
+    torch.testing.assert_close(model(tokens).logits, wanted)
+    assert model.model.layers[1].mlp.experts.config._experts_implementation == "batched_mm"
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_merging_and_disabling(package: Any, tokens: Tensor, name: str) -> None:
+    model = MODELS[name](torch.float64)
+    frozen = model(tokens).logits
+    injected(package, model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    wanted = model(tokens).logits
+    assert not torch.allclose(wanted, frozen)
+    with package.adapters.disable_adapter(model):
+        torch.testing.assert_close(model(tokens).logits, frozen, rtol=1e-12, atol=1e-12)
+    package.merge(model)
+    package.merge(model)
+    torch.testing.assert_close(model(tokens).logits, wanted, rtol=1e-12, atol=1e-12)
+    with package.adapters.disable_adapter(model):
+        torch.testing.assert_close(model(tokens).logits, frozen, rtol=1e-12, atol=1e-12)
+    package.unmerge(model)
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+def test_what_a_merge_drops_is_said(package: Any) -> None:
+    model = injected(package, mixtral(torch.bfloat16))
+    with torch.no_grad():
+        for layer in package.adapters.lora_layers(model).values():
+            layer.lora_B.mul_(1e-3)
+    with pytest.warns(
+        UserWarning, match=r"16-bit weights hold less than 99% of the update in 4 layers, least in .*proj"
+    ):
+        package.merge(model)
+
+
+def test_save_pretrained_writes_the_adapter_too(package: Any, tokens: Tensor, folder: str) -> None:
+    model = injected(package, qwen3_moe())
+    wanted = model(tokens).logits
+    model.save_pretrained(folder)
+    again = transformers.Qwen3MoeForCausalLM.from_pretrained(folder).eval()
+    torch.testing.assert_close(again(tokens).logits, wanted)
+    package.merge(model)
+    model.save_pretrained(f"{folder}_merged")
+    merged = transformers.Qwen3MoeForCausalLM.from_pretrained(f"{folder}_merged").eval()
+    torch.testing.assert_close(merged(tokens).logits, wanted)
+
+
+def test_copies_have_adapters_of_their_own(package: Any, tokens: Tensor) -> None:
+    model = injected(package, qwen3_moe())
+    wanted = model(tokens).logits
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(again(tokens).logits, wanted)
+        package.merge(again)
+        torch.testing.assert_close(again(tokens).logits, wanted)
+    assert torch.equal(model(tokens).logits, wanted)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+def test_injected_adapters_are_checkpointed(package: Any, tokens: Tensor, use_reentrant: bool) -> None:
+    wanted = gradients(injected(package, qwen3_moe(torch.float64)), tokens)
+    model = checkpointed(qwen3_moe(torch.float64).train(), use_reentrant=use_reentrant)
+    for name, gradient in gradients(injected(package, model), tokens).items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-10, atol=1e-12)
+
+
+def test_injected_adapters_are_compiled_as_a_whole(package: Any, tokens: Tensor) -> None:
+    model = injected(package, gpt_oss())
+    wanted = gradients(model, tokens)
+    torch.compile(model, backend="aot_eager", fullgraph=True)(tokens, labels=tokens).loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad, 2 * wanted[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"r": 2}, r"lora_A of model\.layers\..*\.experts\..* is \(4, 2, .*and in the model \(4, 4, "),
+        ({"target_parameters": [UP]}, "has an adapter in one of the file and the model, not in both"),
+        ({"target_modules": ["q_proj"]}, "has an adapter in one of the file and the model, not in both"),
+    ],
+    ids=["rank", "fewer", "more"],
+)
+def test_adapters_of_others_are_refused(package: Any, folder: str, options: dict[str, Any], message: str) -> None:
+    with_lora(qwen3_moe(), **options).save_pretrained(folder)
+    model = injected(package, qwen3_moe())
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        package.load_adapter(model, folder)
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())

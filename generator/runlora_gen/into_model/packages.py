@@ -86,7 +86,8 @@ def packages_in(model: nn.Module) -> Iterator[Any]:
     for module in model.modules():
         kind = type(module)
         name = kind.__module__.rpartition(".")[0]
-        generated = hasattr(kind, "replaces") or (hasattr(kind, "from_linear") and hasattr(module, "lora_A"))
+        ours = hasattr(kind, "from_linear") or hasattr(module, "stack")  # a linear's, or one of a stack of experts
+        generated = hasattr(kind, "replaces") or (ours and hasattr(module, "lora_A"))
         if generated and name not in found:
             found.add(name)
             yield importlib.import_module(name)
