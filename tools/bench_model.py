@@ -94,7 +94,9 @@ class Shape:
         if not self.experts:
             return {"target_modules": "all-linear"}
         stacks = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-        return {"target_modules": "all-linear" if self.adapted == "all" else [], "target_parameters": stacks}
+        # Not the routers, of which all-linear takes the weights as parameters.
+        attention = ["q_proj", "k_proj", "v_proj", "o_proj"] if self.adapted == "all" else []
+        return {"target_modules": attention, "target_parameters": stacks}
 
     @property
     def tokens(self) -> int:

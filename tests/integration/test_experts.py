@@ -9,18 +9,19 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import peft
 import pytest
 import torch
 import transformers
-from runlora_gen.emit.package import OF_MODELS
-from runlora_gen.emit.render import Header, render
 from runlora_gen.from_model import live
+from runlora_gen.generation import Request, generated
 from runlora_gen.into_model import with_peft
 from runlora_gen.into_model.packages import imported, of_rank, packages_in
-from runlora_gen.request.bases import BASES
+from runlora_gen.request.architecture import LIVE, Architecture
+from runlora_gen.request.experts import Stack
+from runlora_gen.request.workload import make_workload
 from torch import Tensor, nn
 
 from .models import VOCABULARY, checkpointed, filled, gradients
@@ -28,52 +29,18 @@ from .models import VOCABULARY, checkpointed, filled, gradients
 EXPERTS, HIDDEN, INNER, RANK, TOP_K = 4, 16, 24, 4, 2
 UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
 BOTH = [UP, DOWN]
-REFERENCE = Path(__file__).with_name("experts_reference.py")
-
-
-class Node(NamedTuple):
-    """What the templates ask of a module of experts."""
-
-    name: str
-    rank: int
-    dropout: bool = False
 
 
 def package_of(out: Path, rank: int = RANK, inner: int = INNER, gated: bool = True) -> Any:
-    """A package for the experts alone, whose modules loop over them."""
-    shapes = [("gathered_experts", HIDDEN, 2 * inner if gated else inner), ("experts", inner, HIDDEN)]
-    folder = out / f"moe_r{rank}"
-    folder.mkdir(parents=True)
-    nodes = []
-    for kind, in_features, out_features in shapes:
-        node = Node(f"{kind}_{EXPERTS}x{in_features}x{out_features}_r{rank}", rank)
-        constants = {
-            "EXPERTS": EXPERTS,
-            "IN_FEATURES": in_features,
-            "OUT_FEATURES": out_features,
-            "RANK": rank,
-            "GATHERS": kind == "gathered_experts",
-        }
-        lines = "".join(f"{name} = {value!r}\n" for name, value in constants.items())
-        (folder / f"{node.name}.py").write_text(REFERENCE.read_text(encoding="utf-8") + lines, encoding="utf-8")
-        nodes.append(node)
-    context = {
-        "header": Header("", ""),
-        "title": "moe",
-        "modules": [],
-        "groups": [],
-        "experts": nodes,
-        "rank": rank,
-        "dropout": False,
-        "folder": False,
-        "kernels": False,
-        "quantized": False,
-        "base": BASES["plain"],
-        "imported": sorted(node.name for node in nodes),
-    }
-    for name in (*OF_MODELS, "experts", "experts_with_peft", "inject_experts"):
-        (folder / f"{name}.py").write_text(render(f"{name}.py.jinja", context), encoding="utf-8")
-    (folder / "manifest.json").write_text(json.dumps({"rank": rank}), encoding="utf-8")
+    """A package for the experts alone."""
+    name = "gate_up_proj" if gated else "up_proj"
+    options: dict[str, Any] = {"top_k": TOP_K, "bias": False, "count": 1, "module": "mlp.experts"}
+    stacks = (
+        Stack(name, EXPERTS, HIDDEN, 2 * inner if gated else inner, gathers=True, **options),
+        Stack("down_proj", EXPERTS, inner, HIDDEN, gathers=False, **options),
+    )
+    architecture = Architecture("moe", "moe", LIVE, (), stacks=stacks)
+    (folder,) = generated(Request({rank: architecture}, make_workload(device="cpu", dtype="fp32")), out)
     return imported(folder)
 
 

@@ -26,6 +26,8 @@ from .style import Style, style_of
 
 #: The files of a package that put its modules into a model; ``groups`` is one more where there are some.
 OF_MODELS = ("__init__", "adapters", "inject", "peft_layers", "report", "shapes", "warmup", "with_peft")
+#: The same of stacks of experts.
+OF_EXPERTS = ("experts", "experts_with_peft", "inject_experts")
 #: Where the manifest's JSON Schema is published, beside this file.
 MANIFEST_SCHEMA = "manifest.schema.json"
 
@@ -136,7 +138,7 @@ def build_package(
         "title": architecture.slug,
         "modules": nodes,
         "groups": groups,
-        "experts": [],
+        "experts": stacks,
         "rank": rank,
         "dropout": workload.dropout > 0,
         "folder": layout == FOLDER,
@@ -146,16 +148,17 @@ def build_package(
         "imported": sorted((node.name for node in every), key=natural),
     }
     rendered |= {f"{name}.py": text for name, text in shared.items()}
-    in_models = (*OF_MODELS, "groups") if groups else OF_MODELS
+    in_models = (*OF_MODELS, *(["groups"] if groups else []), *(OF_EXPERTS if stacks else ()))
     rendered |= {f"{name}.py": render(f"{name}.py.jinja", context) for name in in_models}
-    rendered["test_equivalence.py"] = render_test(
-        [node.name for node in nodes],
-        groups=groups,
-        dropout=workload.dropout > 0,
-        base=workload.stored,
-        shared=shared,
-        header=header,
-    )
+    if nodes:
+        rendered["test_equivalence.py"] = render_test(
+            [node.name for node in nodes],
+            groups=groups,
+            dropout=workload.dropout > 0,
+            base=workload.stored,
+            shared=shared,
+            header=header,
+        )
     former = _Former(out / folder if reuse else None, style)
     files = former.format(rendered)
     files["py.typed"] = ""
