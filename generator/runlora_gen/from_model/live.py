@@ -470,7 +470,7 @@ def _reason_of_experts(module: Any, names: Sequence[str], adapted: Mapping[str, 
         return "empty"
     if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
         return "its forward was replaced"
-    if module.has_post_expert_norm:
+    if getattr(module, "has_post_expert_norm", False):  # older ones have none
         return "a norm after each expert"
     if getattr(module, "_is_expert_parallel", False):
         return "its experts are on several devices"
