@@ -17,9 +17,9 @@ import torch
 import transformers
 from runlora_gen.from_model import live
 from runlora_gen.generation import Request, generated
-from runlora_gen.into_model import with_peft
+from runlora_gen.into_model import with_peft, without_peft
 from runlora_gen.into_model.packages import imported, of_rank, packages_in
-from runlora_gen.request.architecture import LIVE, Architecture
+from runlora_gen.request.architecture import LIVE, Architecture, Projection
 from runlora_gen.request.experts import Stack
 from runlora_gen.request.workload import make_workload
 from torch import Tensor, nn
@@ -698,3 +698,34 @@ def test_adapters_of_others_are_refused(package: Any, folder: str, options: dict
     with pytest.raises(ValueError, match=message):
         package.load_adapter(model, folder)
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+def test_what_is_asked_for_is_generated_and_put_in(
+    package: Any, tokens: Tensor, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of stacks and linears those alone that are targets."""
+    projection = Projection("q_proj", HIDDEN, HIDDEN, False, 2, "attention")
+    stacks = tuple(
+        Stack(name, EXPERTS, *sides, gathers=name != "down_proj", top_k=TOP_K, bias=False, count=2)
+        for name, sides in (("gate_up_proj", (HIDDEN, 2 * INNER)), ("down_proj", (INNER, HIDDEN)))
+    )
+    architecture = Architecture("moe", "qwen3_moe", "live", (projection,), stacks=stacks)
+    asked: list[Architecture] = []
+
+    def packages_for(model: Any, live: Any, by_rank: Mapping[int, Architecture], *_: Any) -> list[Any]:
+        asked.append(by_rank[RANK])
+        return [package]
+
+    monkeypatch.setattr(live, "read_model", lambda _: SimpleNamespace(architecture=architecture))
+    monkeypatch.setattr(without_peft, "packages_for", packages_for)
+    model = qwen3_moe()
+    report = without_peft.inject_lora(model, RANK, 8, (), target_parameters=[DOWN])
+    assert len(report.accelerated) == 2
+    without_peft.save_adapter(filled(model), folder)
+    other = qwen3_moe()
+    without_peft.load_adapter(other, folder)
+    torch.testing.assert_close(other(tokens).logits, model(tokens).logits)
+    assert [each.stacks for each in asked] == [stacks[1:], stacks[1:]]
+    assert [each.projections for each in asked] == [(), ()]
+    with pytest.raises(ValueError, match=r"target_parameters: 'mlp\.gate\.weight' is no stack of experts of the model"):
+        without_peft.inject_lora(qwen3_moe(), RANK, target_parameters=["mlp.gate.weight"])

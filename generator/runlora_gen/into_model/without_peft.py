@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from ..request.architecture import Architecture
+
 
 def inject_lora(
     model: nn.Module,
@@ -27,6 +30,7 @@ def inject_lora(
     lora_alpha: float = 8,
     target_modules: str | Sequence[str] = "all-linear",
     *,
+    target_parameters: Sequence[str] = (),
     adapter_dtype: torch.dtype | None = None,
     use_rslora: bool = False,
     lora_dropout: float = 0.0,
@@ -43,6 +47,7 @@ def inject_lora(
         lora_alpha: the update is scaled by lora_alpha / r.
         target_modules: as PEFT takes them: names, or ends of names, of linears; a regular expression for whole names;
             or "all-linear" for all but output embeddings and heads.
+        target_parameters: as PEFT takes them: names, or ends of names, of stacks of experts.
         adapter_dtype: of lora_A and lora_B; None for float32 over a 16-bit base, else the base's.
         use_rslora: scale by lora_alpha / sqrt(r).
         lora_dropout: the probability with which an element of an adapter's input is dropped while training.
@@ -64,9 +69,12 @@ def inject_lora(
     known = {projection.name for projection in live.architecture.projections}
     wanted = [name for name in names if name in known]
     architecture = live.architecture.restricted(wanted) if wanted else live.architecture
+    architecture = _with_stacks(architecture, target_modules, target_parameters)
     if adapter_dtype is not None:
         workload = {"adapter_dtype": dtype_name(adapter_dtype), **workload}
     options: dict[str, Any] = {"adapter_dtype": adapter_dtype, "use_rslora": use_rslora, "lora_bias": lora_bias}
+    if target_parameters:
+        options["target_parameters"] = target_parameters
     if lora_dropout:
         options["lora_dropout"] = lora_dropout = parse_dropout("lora_dropout", lora_dropout)
         workload = {"dropout": lora_dropout, **workload}
@@ -104,7 +112,9 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], **options:
         live = read_model(model)
         if config.get("lora_dropout"):
             options = {"dropout": parse_dropout("adapter_config.json: lora_dropout", config["lora_dropout"]), **options}
-        (package,) = packages_for(model, live, {rank: live.architecture}, output, layout, options)
+        targets = config.get("target_modules") or (), config.get("target_parameters") or ()
+        architecture = _with_stacks(live.architecture, *targets)
+        (package,) = packages_for(model, live, {rank: architecture}, output, layout, options)
         options = {}
     package.load_adapter(model, directory, **options)
 
@@ -144,6 +154,24 @@ def disable_adapter(model: nn.Module) -> contextlib.AbstractContextManager[None]
     """
     manager: contextlib.AbstractContextManager[None] = needed(model).disable_adapter(model)
     return manager
+
+
+def _with_stacks(
+    architecture: Architecture, target_modules: str | Sequence[str], target_parameters: Sequence[str]
+) -> Architecture:
+    """The same with those stacks of experts alone that are targets, and without linears if none is.
+
+    Raises:
+        SpecError: a target is no stack.
+    """
+    wanted = [target.rpartition(".")[2] for target in target_parameters]
+    known = {stack.name for stack in architecture.stacks}
+    for target, name in zip(target_parameters, wanted, strict=True):
+        if name not in known:
+            raise SpecError(f"target_parameters: {shorten(target)} is no stack of experts of the model")
+    stacks = tuple(stack for stack in architecture.stacks if stack.name in wanted)
+    projections = architecture.projections if target_modules or not stacks else ()
+    return replace(architecture, projections=projections, stacks=stacks)
 
 
 def _is_target(name: str, target_modules: str | Sequence[str]) -> bool:
