@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import pickle
 import warnings
@@ -507,6 +508,12 @@ def test_each_stack_gets_the_package_of_its_rank(
     assert len(with_peft.restore(model)) == 4
 
 
+def with_accelerated(package: Any, base: Any) -> Any:
+    model = with_lora(base)
+    assert len(package.accelerate(model, strict=True).accelerated) == 4
+    return model
+
+
 def injected(package: Any, model: Any, targets: Sequence[str] = BOTH, **options: Any) -> Any:
     report = package.inject_lora(model, RANK, 8, target_parameters=targets, **options)
     assert len(report.accelerated) == 2 * len(targets)
@@ -698,6 +705,23 @@ def test_adapters_of_others_are_refused(package: Any, folder: str, options: dict
     with pytest.raises(ValueError, match=message):
         package.load_adapter(model, folder)
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("put_in", [with_accelerated, injected], ids=["with PEFT", "without PEFT"])
+def test_stacks_of_each_kind_are_run_before_the_first_step(
+    package: Any, name: str, put_in: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = put_in(package, MODELS[name]())
+    assert package.warmup(model, 8, progress=False).nothing == "no layer lies on a GPU, as a whole and with one adapter"
+    warmup = importlib.import_module(f"{package.__name__}.warmup")
+    monkeypatch.setattr(warmup, "_is_whole_on_gpu", lambda _: True)
+    cases = warmup._cases(model)
+    assert len(cases) == 2
+    for case in cases:
+        warmup._step(case, 8)
+        assert len(case.zeros(8)) == (8 if case.given.module.GATHERS else 8 * TOP_K) and len(case.trained) == 2
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_what_is_asked_for_is_generated_and_put_in(
