@@ -14,6 +14,7 @@ from typing import Any
 
 import peft
 import pytest
+import runlora_gen
 import torch
 import transformers
 from runlora_gen.from_model import live
@@ -753,3 +754,35 @@ def test_what_is_asked_for_is_generated_and_put_in(
     assert [each.projections for each in asked] == [(), ()]
     with pytest.raises(ValueError, match=r"target_parameters: 'mlp\.gate\.weight' is no stack of experts of the model"):
         without_peft.inject_lora(qwen3_moe(), RANK, target_parameters=["mlp.gate.weight"])
+
+
+@pytest.mark.parametrize("grouped", [False, True], ids=["linears", "groups"])
+def test_beside_linears(tmp_path: Path, tokens: Tensor, grouped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package for linears, groups of them, and experts: with PEFT and without it."""
+    nodes = modules_into(tmp_path)
+
+    def with_experts(template: str, context: Mapping[str, Any]) -> str:
+        names = sorted([*context.get("imported", ()), *(node.name for node in nodes)])
+        return render(template, {**context, "experts": nodes, "imported": names})
+
+    monkeypatch.setattr(emit_package, "OF_MODELS", (*OF_MODELS, *IN_MODELS))
+    monkeypatch.setattr(emit_package, "render", with_experts)
+    if grouped:
+        pays = [(group, None) for group in groups(live.read_model(qwen3_moe()).architecture)]
+        monkeypatch.setattr(search_grouped, "decide_groups_of_step", lambda *_: pays)
+    (folder,) = runlora_gen.generate(qwen3_moe(), rank=RANK, tokens=64, kernels=False, output=tmp_path)
+    for node in nodes:
+        (tmp_path / f"{node.name}.py").rename(folder / f"{node.name}.py")
+    package = imported(folder)
+    model = with_lora(qwen3_moe(torch.float64), target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+    both_run(package, model, tokens, 12)
+    assert "12 of 12 LoRA linears run on generated modules" in str(package.accelerate(model))
+    assert len(package.restore(model)) == 12
+    adapter = str(tmp_path / "adapter")
+    model.save_pretrained(adapter)
+    other = qwen3_moe(torch.float64)
+    package.load_adapter(other, adapter)
+    torch.testing.assert_close(other(tokens).logits, model(tokens).logits, rtol=1e-12, atol=1e-12)
+    package.save_adapter(other, adapter)
+    again = peft.PeftModel.from_pretrained(qwen3_moe(torch.float64), adapter, autocast_adapter_dtype=False)
+    torch.testing.assert_close(again(tokens).logits, model(tokens).logits, rtol=1e-12, atol=1e-12)
