@@ -9,7 +9,6 @@ import pickle
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -17,11 +16,10 @@ import pytest
 import runlora_gen
 import torch
 import transformers
-from runlora_gen.from_model import live
 from runlora_gen.generation import Request, generated
 from runlora_gen.into_model import with_peft, without_peft
 from runlora_gen.into_model.packages import imported, of_rank, packages_in
-from runlora_gen.request.architecture import LIVE, Architecture, Projection
+from runlora_gen.request.architecture import LIVE, Architecture
 from runlora_gen.request.experts import Stack
 from runlora_gen.request.workload import make_workload
 from torch import Tensor, nn
@@ -489,21 +487,14 @@ def test_float8_is_left(package: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*rank_pattern keys did not match.*")
-def test_each_stack_gets_the_package_of_its_rank(
-    package: Any, of_rank_2: Any, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_stack_gets_the_package_of_its_rank(of_rank_2: Any, tokens: Tensor, tmp_path: Path) -> None:
     model = with_lora(qwen3_moe(torch.float64), rank_pattern={DOWN: 2})
     wanted = model(tokens).logits
-    monkeypatch.setattr(
-        live, "read_model", lambda _: SimpleNamespace(adapted={2: None}, bases=("plain",), base="plain")
-    )
-    monkeypatch.setattr(with_peft, "packages_for", lambda *_: [of_rank_2])
-    with pytest.raises(ValueError, match=r"gate_up_proj of the same experts is left .*rank 4 is not in moe_r2"):
-        with_peft.accelerate(model, strict=True)
-    monkeypatch.setattr(with_peft, "packages_for", lambda *_: [of_rank_2, package])
+    with pytest.raises(ValueError, match=r"rank 4 is not in moe_r2 .*gate_up_proj of the same experts is left"):
+        of_rank_2.accelerate(model, strict=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        report = with_peft.accelerate(model, strict=True)
+        report = with_peft.accelerate(model, tmp_path, strict=True)
         torch.testing.assert_close(model(tokens).logits, wanted, rtol=1e-12, atol=1e-12)
     assert len(report.accelerated) == 4 and report.modules == 2 and len(report.folders) == 2
     assert len(with_peft.restore(model)) == 4
@@ -725,54 +716,31 @@ def test_stacks_of_each_kind_are_run_before_the_first_step(
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_what_is_asked_for_is_generated_and_put_in(
-    package: Any, tokens: Tensor, folder: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_asked_for_is_generated_and_put_in(tokens: Tensor, folder: str, tmp_path: Path) -> None:
     """Of stacks and linears those alone that are targets."""
-    projection = Projection("q_proj", HIDDEN, HIDDEN, False, 2, "attention")
-    stacks = tuple(
-        Stack(name, EXPERTS, *sides, gathers=name != "down_proj", top_k=TOP_K, bias=False, count=2)
-        for name, sides in (("gate_up_proj", (HIDDEN, 2 * INNER)), ("down_proj", (INNER, HIDDEN)))
-    )
-    architecture = Architecture("moe", "qwen3_moe", "live", (projection,), stacks=stacks)
-    asked: list[Architecture] = []
-
-    def packages_for(model: Any, live: Any, by_rank: Mapping[int, Architecture], *_: Any) -> list[Any]:
-        asked.append(by_rank[RANK])
-        return [package]
-
-    monkeypatch.setattr(live, "read_model", lambda _: SimpleNamespace(architecture=architecture))
-    monkeypatch.setattr(without_peft, "packages_for", packages_for)
     model = qwen3_moe()
-    report = without_peft.inject_lora(model, RANK, 8, (), target_parameters=[DOWN])
+    report = without_peft.inject_lora(model, RANK, 8, (), target_parameters=[DOWN], output=tmp_path)
     assert len(report.accelerated) == 2
+    (made,) = report.folders
+    manifest = json.loads((made / "manifest.json").read_text(encoding="utf-8"))
+    assert [site["module"] for site in manifest["experts"]] == [f"combined_experts_{EXPERTS}x{INNER}x{HIDDEN}_r{RANK}"]
+    assert not manifest["layers"] and not manifest["groups"]
     without_peft.save_adapter(filled(model), folder)
     other = qwen3_moe()
-    without_peft.load_adapter(other, folder)
+    without_peft.load_adapter(other, folder, output=tmp_path / "loaded")
     torch.testing.assert_close(other(tokens).logits, model(tokens).logits)
-    assert [each.stacks for each in asked] == [stacks[1:], stacks[1:]]
-    assert [each.projections for each in asked] == [(), ()]
     with pytest.raises(ValueError, match=r"target_parameters: 'mlp\.gate\.weight' is no stack of experts of the model"):
         without_peft.inject_lora(qwen3_moe(), RANK, target_parameters=["mlp.gate.weight"])
 
 
 @pytest.mark.parametrize("grouped", [False, True], ids=["linears", "groups"])
-def test_beside_linears(tmp_path: Path, tokens: Tensor, grouped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_beside_linears(tmp_path: Path, tokens: Tensor, grouped: bool) -> None:
     """A package for linears, groups of them, and experts: with PEFT and without it."""
-    nodes = modules_into(tmp_path)
-
-    def with_experts(template: str, context: Mapping[str, Any]) -> str:
-        names = sorted([*context.get("imported", ()), *(node.name for node in nodes)])
-        return render(template, {**context, "experts": nodes, "imported": names})
-
-    monkeypatch.setattr(emit_package, "OF_MODELS", (*OF_MODELS, *IN_MODELS))
-    monkeypatch.setattr(emit_package, "render", with_experts)
-    if grouped:
-        pays = [(group, None) for group in groups(live.read_model(qwen3_moe()).architecture)]
-        monkeypatch.setattr(search_grouped, "decide_groups_of_step", lambda *_: pays)
-    (folder,) = runlora_gen.generate(qwen3_moe(), rank=RANK, tokens=64, kernels=False, output=tmp_path)
-    for node in nodes:
-        (tmp_path / f"{node.name}.py").rename(folder / f"{node.name}.py")
+    targets = {"target_modules": "all-linear", "target_parameters": BOTH}
+    graph = {"dtype": "bf16", "device": "h100", "launch": "graph", "tokens": 65536}
+    options: dict[str, Any] = graph if grouped else {"tokens": 64, "groups": "none"}
+    (folder,) = runlora_gen.generate(qwen3_moe(), rank=RANK, output=tmp_path, **targets, **options)
+    assert (folder / "groups.py").exists() is grouped
     package = imported(folder)
     model = with_lora(qwen3_moe(torch.float64), target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
     both_run(package, model, tokens, 12)

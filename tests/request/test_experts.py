@@ -74,7 +74,8 @@ def test_ranks_and_biases_are_those_of_stacks_too() -> None:
     with pytest.raises(SpecError, match="needs a linear that has one"):
         check_bias([alone], make_workload(bias="all"))
     check_bias([replace(alone, stacks=(replace(DOWN, bias=True),))], make_workload(bias="all"))
-    check_request(alone, (8,), make_workload(max_saved_bytes=1))  # said of linears
+    with pytest.raises(SpecError, match="no variant of the 24x64 experts saves at most 1 bytes at 4096 tokens"):
+        check_request(alone, (8,), make_workload(max_saved_bytes=1))
 
 
 # By a manifest

@@ -164,14 +164,15 @@ def _with_stacks(
     Raises:
         SpecError: a target is no stack.
     """
-    wanted = [target.rpartition(".")[2] for target in target_parameters]
-    known = {stack.name for stack in architecture.stacks}
-    for target, name in zip(target_parameters, wanted, strict=True):
-        if name not in known:
+    called: dict[str, None] = {}
+    for target in target_parameters:
+        # Names in the model are those of one layer; a stack is of all of them.
+        found = [s.parameter for s in architecture.known_stacks if s.is_called(target) or s.is_called_in(target)]
+        if not found:
             raise SpecError(f"target_parameters: {shorten(target)} is no stack of experts of the model")
-    stacks = tuple(stack for stack in architecture.stacks if stack.name in wanted)
-    projections = architecture.projections if target_modules or not stacks else ()
-    return replace(architecture, projections=projections, stacks=stacks)
+        called.update(dict.fromkeys(found))
+    names = tuple(projection.name for projection in architecture.projections) if target_modules or not called else ()
+    return architecture.only(names, tuple(called))
 
 
 def _is_target(name: str, target_modules: str | Sequence[str]) -> bool:

@@ -83,6 +83,11 @@ class Architecture:
     offered: tuple[Stack, ...] = field(default=(), compare=False)
 
     @property
+    def known_stacks(self) -> tuple[Stack, ...]:
+        """Stacks of experts that get an adapter, and those that may."""
+        return (*self.stacks, *self.offered)
+
+    @property
     def slug(self) -> str:
         """The name of its package, a valid one in Python."""
         return slug(self.package or self.name)
@@ -132,8 +137,7 @@ class Architecture:
 
     def only(self, target_modules: Sequence[str], target_parameters: Sequence[str]) -> Architecture:
         """The same with what it has of these."""
-        known = (*self.stacks, *self.offered)
-        stacks = tuple(stack for stack in known if any(stack.is_called(name) for name in target_parameters))
+        stacks = tuple(stack for stack in self.known_stacks if any(stack.is_called(name) for name in target_parameters))
         left_out = {
             where: why
             for where, why in self.left_out.items()

@@ -47,6 +47,10 @@ class Stack:
         """Whether a target parameter is its name or the end of it, as PEFT compares them."""
         return f".{self.parameter}".endswith(f".{target}")
 
+    def is_called_in(self, name: str) -> bool:
+        """Whether a parameter's whole name in a model is of this stack, in any of its layers."""
+        return f".{name}".endswith(f".{self.parameter}")
+
 
 @dataclass(frozen=True)
 class Experts:

@@ -14,6 +14,17 @@ KERNEL = Kernel(
     adapted={"BT": "max(16, BT * 16 // BR)"},
     largest_rank=64,
     helpers=frozenset(
-        {"by_expert", "of_expert", "rank_wide", "routed", "stacks", "sum_by_expert", "sum_chunks", "sum_parts", "mm_as", "scaled_mm"}
+        {
+            "by_expert",
+            "of_expert",
+            "rank_wide",
+            "routed",
+            "stacks",
+            "sum_by_expert",
+            "sum_chunks",
+            "sum_parts",
+            "mm_as",
+            "scaled_mm",
+        }
     ),
 )

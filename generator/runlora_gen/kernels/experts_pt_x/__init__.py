@@ -11,6 +11,8 @@ KERNEL = Kernel(
     tiles={"BT": 32, "BI": 128, "CHUNK": 1024, "WARPS": 4, "STAGES": 4},
     candidates=({"BT": 64}, {"BT": 64, "BI": 64}),
     largest_rank=128,
-    helpers=frozenset({"fitting", "of_expert", "routed", "stacks", "sum_by_expert", "sum_chunks", "mm_as", "scaled_mm"}),
+    helpers=frozenset(
+        {"fitting", "of_expert", "routed", "stacks", "sum_by_expert", "sum_chunks", "mm_as", "scaled_mm"}
+    ),
     replaces=("TR,TI->ERI",),
 )
