@@ -451,18 +451,45 @@ def test_what_comes_later_is_left_to_peft(package: Any, tokens: Tensor, case: st
     assert len(seen) == 1
 
 
-@pytest.mark.parametrize(
-    ("targets", "options", "reason"),
-    [
-        (BOTH, {"r": 2}, "rank 2 is not in moe_r4"),
-        (["mlp.gate.weight"], {}, "an adapter on a parameter of Qwen3MoeTopKRouter is not covered"),
-    ],
-    ids=["rank", "router"],
-)
-def test_other_ranks_and_parameters_are_left(
-    package: Any, tokens: Tensor, targets: list[str], options: dict[str, Any], reason: str
-) -> None:
-    model = with_lora(qwen3_moe(), targets, **options)
+ROUTER = "mlp.gate.weight"
+
+
+@pytest.mark.filterwarnings("ignore:.*rank_pattern keys did not match.*")
+def test_a_router_is_as_with_peft(package: Any, tokens: Tensor) -> None:
+    """A single matrix: also of another rank than the package's, disabled, merged, switched and pickled."""
+    model = with_lora(qwen3_moe(torch.float64), [*BOTH, ROUTER], rank_pattern={ROUTER: 2})
+    both_run(package, model, tokens, 6)
+    wanted = model(tokens).logits
+    with model.disable_adapter():
+        frozen = model(tokens).logits
+    assert not torch.equal(frozen, wanted)
+    model.merge_adapter()
+    torch.testing.assert_close(model(tokens).logits, wanted, rtol=1e-12, atol=1e-12)
+    model.unmerge_adapter()
+    again = pickle.loads(pickle.dumps(model))
+    torch.testing.assert_close(again(tokens).logits, wanted, rtol=1e-12, atol=1e-12)
+    assert len(package.restore(model)) == 6
+
+
+@pytest.mark.filterwarnings("ignore:.*(rank|alpha)_pattern keys did not match.*")
+def test_all_linear_is_one_graph(tokens: Tensor, tmp_path: Path) -> None:
+    """PEFT puts adapters on attention, on experts, of two ranks, and on routers; with PEFT it is none."""
+    config = peft.LoraConfig(r=RANK, target_modules="all-linear", init_lora_weights=False)
+    model: Any = peft.get_peft_model(qwen3_moe(), config)
+    wanted = gradients(model, tokens)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = with_peft.accelerate(model, tmp_path, strict=True)
+    assert len(report.accelerated) == 14 and len(report.folders) == 2
+    torch.compile(model, backend="aot_eager", fullgraph=True)(tokens, labels=tokens).loss.backward()
+    for name, gradient in wanted.items():
+        parameter = model.get_parameter(name)
+        torch.testing.assert_close(parameter.grad, 2 * gradient, rtol=1e-3, atol=1e-4)
+
+
+def test_other_ranks_are_left(package: Any, tokens: Tensor) -> None:
+    model = with_lora(qwen3_moe(), r=2)
+    reason = "rank 2 is not in moe_r4"
     wanted = model(tokens).logits
     with pytest.warns(UserWarning, match=reason) as seen:
         report = package.accelerate(model)
