@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import tempfile
 from dataclasses import dataclass
@@ -121,7 +122,7 @@ class _Adapted(_Projection):
     def __init__(self, problem: Problem, rank: int) -> None:
         super().__init__(problem)
         experts, out_features, in_features = problem.weight.shape
-        like = {"device": "cuda", "dtype": problem.x.dtype}
+        like: dict[str, Any] = {"device": "cuda", "dtype": problem.x.dtype}
         self.lora_A = nn.Parameter(torch.randn(experts, rank, in_features, **like) / in_features**0.5)
         self.lora_B = nn.Parameter(torch.randn(experts, out_features, rank, **like) * 0.1)
 
@@ -197,7 +198,7 @@ def errors(ours: Ours) -> dict[str, float]:
     routing, starts = problem.routing, problem.routing.starts.tolist()
     rows = wide["dX"][routing.rows // routing.top_k] if problem.site.gathers else wide["dX"]
     parts = []
-    for expert, (first, last) in enumerate(zip(starts, starts[1:], strict=False)):
+    for expert, (first, last) in enumerate(itertools.pairwise(starts)):
         low = rows[first:last] @ wide["dA"][expert].T @ wide["dB"][expert].T
         parts.append(rows[first:last] @ problem.weight[expert].double().T + SCALING * low)
     exact = torch.cat(parts)

@@ -277,6 +277,48 @@ def axolotl_kernels(folder: Path | None) -> Any:
     return sys.modules["axolotl.kernels.lora"]
 
 
+def _axolotl_experts(model: nn.Module, setup: Setup) -> tuple[nn.Module, dict[str, Any]]:
+    """Its experts, as its implementation for Transformers computes them, on PEFT's wrappers."""
+    parts = axolotl_scattermoe(setup.axolotl)
+    wrapped = peft_model(model, setup.rank, wide=False, targets=setup.targets)
+    wrappers: list[Any] = [module for module in wrapped.modules() if hasattr(module, "parameter_name")]
+    inner = {id(wrapper.base_layer) for wrapper in wrappers}
+
+    def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        experts, layer, adapters = self.get_base_layer(), self, {}
+        while hasattr(layer, "parameter_name"):
+            factors = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            packed = parts.packed(*factors, experts.num_experts, layer.r["default"])
+            adapters[layer.parameter_name] = (*packed, layer.scaling["default"])
+            layer = layer.base_layer
+        experts._scattermoe_lora = adapters
+        output: Tensor = parts.forward(experts, hidden_states, top_k_index, top_k_weights)
+        return output
+
+    for wrapper in wrappers:
+        if id(wrapper) not in inner:
+            wrapper.forward = types.MethodType(forward, wrapper)
+    return wrapped, {}
+
+
+def axolotl_scattermoe(folder: Path | None) -> Any:
+    """axolotl's ``scattermoe_lora`` without the rest of axolotl: ``forward`` of experts, and how factors are packed.
+
+    Raises:
+        Unavailable: the folder is not there.
+    """
+    place = "integrations/kernels/libs/scattermoe_lora"
+    if folder is None or not (folder / place).exists():
+        raise Unavailable(f"no {place} in {folder}: give --axolotl the folder src/axolotl of its sources")
+    name, at = "axolotl", folder
+    sys.modules.setdefault(name, _module(name, __path__=[str(at)]))
+    for part in place.split("/")[:-1]:  # what their packages import is not wanted
+        name, at = f"{name}.{part}", at / part
+        sys.modules.setdefault(name, _module(name, __path__=[str(at)]))
+    experts, layers = (importlib.import_module(f"{name}.scattermoe_lora.{part}") for part in ("experts", "layers"))
+    return types.SimpleNamespace(forward=experts.scattermoe_experts_forward, packed=layers.peft_lora_to_scattermoe)
+
+
 def _module(name: str, **attributes: Any) -> types.ModuleType:
     module = types.ModuleType(name)
     vars(module).update(attributes)
@@ -290,6 +332,7 @@ CONTENDERS = {
     "peft-fp32": Contender("PEFT, fp32 adapters without autocast", _peft(wide=True)),
     "peft-dropout": Contender("PEFT, 16-bit adapters, dropout 0.05", _peft(wide=False, dropout=0.05), exact=False),
     "axolotl": Contender("axolotl, 16-bit adapters", _axolotl),
+    "axolotl-experts": Contender("axolotl's ScatterMoE, 16-bit adapters", _axolotl_experts),
     "ours": Contender("ours", _ours("fp32")),
     "ours-bf16": Contender("ours, 16-bit adapters", _ours("bf16", wide=False)),
     "ours-none": Contender("ours none", _ours("none", wide=False, groups="none")),  # no groups
