@@ -114,8 +114,10 @@ class Products(_Projection):
 
     def forward(self, x: Tensor) -> Tensor:
         """Two products, whatever the input; of the output as many rows as are expected."""
-        made = _TwoProducts.apply(x, self.rows, self.gradient, self.problem.weight, self.offs)
-        return made[: self.problem.grad_output.shape[0]]  # type: ignore[no-any-return]
+        made: Tensor = _TwoProducts.apply(  # type: ignore[no-untyped-call]
+            x, self.rows, self.gradient, self.problem.weight, self.offs
+        )
+        return made[: self.problem.grad_output.shape[0]]
 
 
 class _Adapted(_Projection):
