@@ -15,6 +15,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -26,6 +27,8 @@ from runlora_gen.cost import device
 from runlora_gen.emit.package import OF_MODELS
 from runlora_gen.emit.render import MARKER, OUTPUT_LICENCE, SHARED, template_folder
 from runlora_gen.emit.style import DEFAULT_LINE_LENGTH, Style
+from runlora_gen.request.architecture import Projection
+from runlora_gen.request.experts import Stack
 
 CONFIG: dict[str, Any] = {
     "model_type": "qwen2",
@@ -66,6 +69,24 @@ SPECS = {
     ),
     "model type": ("--arch", "llama-3-8b", "--model-type", "mistral", "--target-modules", "v_proj, q_proj", *NARROW),
 }
+SPECS |= {
+    f"experts{in_folder}": (
+        *("--arch", "my.model/manifest.json", "--target-modules", "q_proj"),
+        *("--target-parameters", "gate_up_proj,down_proj", *NARROW, "--launch", "graph", "--tokens", "4096", *options),
+    )
+    for in_folder, options in (("", ()), (" in a folder", ("--layout", "folder")))
+}
+#: A model that is asked for by the manifest of a former package.
+MANIFEST: dict[str, Any] = {
+    "generator": "runlora-gen",
+    "arch": "mixed",
+    "model_type": "mixtral",
+    "projections": [asdict(Projection("q_proj", 64, 64, False, 2, "attention"))],
+    "stacks": [
+        asdict(Stack("gate_up_proj", 4, 64, 48, True, 2, False, 2, module="mlp.experts")),
+        asdict(Stack("down_proj", 4, 24, 64, False, 2, True, 2, layout="in_out", module="mlp.experts")),
+    ],
+}
 EVERYWHERE = {"__future__", "collections.abc", "typing"}
 
 
@@ -75,6 +96,7 @@ def made(request: pytest.FixtureRequest, run, tmp_path_factory: pytest.TempPathF
     place = tmp_path_factory.mktemp("text")
     (place / "my.model").mkdir()
     (place / "my.model" / "config.json").write_text(json.dumps(CONFIG))
+    (place / "my.model" / "manifest.json").write_text(json.dumps(MANIFEST))
     former = Path.cwd()
     os.chdir(place)
     try:
@@ -94,6 +116,10 @@ def is_folder(made: Path) -> bool:
     return "--layout folder" in json.loads((made / "manifest.json").read_text())["command"]
 
 
+#: What proves a package.
+TESTS = ("test_equivalence.py", "test_experts.py")
+
+
 def shared_files(made: Path) -> set[str]:
     """Of a package the names of files that modules may take something from."""
     return {name for name in SHARED if (made / f"{name}.py").exists()}
@@ -102,15 +128,20 @@ def shared_files(made: Path) -> set[str]:
 def test_files_are_those_of_the_contract(made: Path) -> None:
     modules = {path.name for path in made.glob("linear_*.py")}
     assert modules and all(re.fullmatch(r"linear_\d+x\d+_r4\.py", name) for name in modules)
-    groups = json.loads((made / "manifest.json").read_text())["groups"]
+    manifest = json.loads((made / "manifest.json").read_text())
+    groups, experts = manifest["groups"], [stack["module"] for stack in manifest["experts"]]
+    assert all(re.fullmatch(r"(gathered|combined)_experts_\d+x\d+x\d+_r4", name) for name in experts)
+    modules |= {f"{name}.py" for name in experts}
     modules |= {f"{group['module']}.py" for group in groups}
     assert all(re.fullmatch(r"[a-z][a-z_]*_\d+x\d+(_\d+)*_r4", group["module"]) for group in groups)
     rest = {"manifest.json", "py.typed", "test_equivalence.py", *(f"{name}.py" for name in OF_MODELS)}
     if groups:
         rest.add("groups.py")
+    if experts:
+        rest.add("test_experts.py")
     if is_folder(made):
         has_kernels = any("@triton.jit" in text for text in sources(made).values())
-        has = {"kernels": has_kernels, "quantized": False}
+        has = {"kernels": has_kernels, "quantized": False, "routing": bool(experts)}
         rest |= {f"{name}.py" for name in SHARED if has.get(name, True)}
     assert {path.name for path in made.iterdir()} == modules | rest
     assert (made / "py.typed").read_bytes() == b""
@@ -163,14 +194,16 @@ def test_imports(made: Path) -> None:
                     siblings |= {node.module} if node.module else {alias.name for alias in node.names}
                 else:
                     found.add(str(node.module).partition(".")[0])
-        extra = {"test_equivalence.py": {"pytest", "hypothesis"}, "adapters.py": {"safetensors"}}.get(name, set())
+        extra = {"pytest", "hypothesis"} if name in TESTS else {"safetensors"} if name == "adapters.py" else set()
         assert found - set(sys.stdlib_module_names) <= {"torch", "triton"} | extra
         if "triton" in found:  # guarded: without it everything runs through torch
             assert "except ImportError:\n        triton = None" in text
-        if name.startswith("linear_") or name.removesuffix(".py") in SHARED:
+        if name.startswith(("linear_", "gathered_", "combined_")) or name.removesuffix(".py") in SHARED:
             assert siblings <= shared_files(made)  # usable alone where there is none
         elif name in ("__init__.py", "shapes.py", "test_equivalence.py"):
             assert siblings >= {path.stem for path in made.glob("linear_*.py")}
+        elif name == "test_experts.py":
+            assert siblings >= {path.stem for path in made.glob("*_experts_*.py")}
         assert siblings <= {path.stem for path in made.glob("*.py")}
 
 
@@ -358,7 +391,8 @@ def test_no_two_names_give_one_namespace(with_kernels: Path) -> None:
 
 def test_modules_have_no_effects_at_import(made: Path) -> None:
     allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign, ast.If)
-    for path in (*made.glob("linear_*.py"), *(made / f"{name}.py" for name in shared_files(made))):
+    modules = (*made.glob("linear_*.py"), *made.glob("*_experts_*_r4.py"))
+    for path in (*modules, *(made / f"{name}.py" for name in shared_files(made))):
         body = ast.parse(path.read_text()).body
         assert isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant)
         assert all(isinstance(statement, allowed) for statement in body[1:])
@@ -373,6 +407,9 @@ def test_header_command_reproduces_the_folder(
     command = shlex.split(json.loads((made / "manifest.json").read_text())["command"])
     assert command[0] == "runlora-gen" and command[-2:] == ["-o", "."]
     shutil.copytree(made.parent / "my.model", tmp_path / "my.model")
+    if f"{made.name}/manifest.json" in command:  # no file says more of the model
+        (tmp_path / made.name).mkdir()
+        shutil.copy(made / "manifest.json", tmp_path / made.name)
     monkeypatch.chdir(tmp_path)
     run(*command[1:]).ok()
     assert tree(tmp_path / made.name) == tree(made)

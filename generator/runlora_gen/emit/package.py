@@ -20,7 +20,16 @@ from ..search.grouped import decide_groups
 from ..search.ranges import LayerChoice, decide_experts, decide_model
 from .manifest import MANIFEST, folder_name, package_digest, public_part, sha256
 from .nodes import ModuleNode, module_name, module_node, shared_node
-from .render import MAX_GENERATED_BYTES, SHARED, Header, natural, render, render_module, render_test
+from .render import (
+    MAX_GENERATED_BYTES,
+    SHARED,
+    Header,
+    natural,
+    render,
+    render_module,
+    render_test,
+    render_test_of_experts,
+)
 from .report import SCHEMA_VERSION, choice_data
 from .style import Style, style_of
 
@@ -159,6 +168,9 @@ def build_package(
             shared=shared,
             header=header,
         )
+    if stacks:
+        names = [node.name for node in stacks]
+        rendered["test_experts.py"] = render_test_of_experts(names, shared=shared, header=header)
     former = _Former(out / folder if reuse else None, style)
     files = former.format(rendered)
     files["py.typed"] = ""

@@ -26,7 +26,7 @@ from typing import Any
 import hypothesis
 import pytest
 
-from ..emit.render import SHARED, render_test
+from ..emit.render import SHARED, render_test, render_test_of_experts
 from ..request.bases import BASES
 from ..request.errors import one_line
 from .interpreter import quicken
@@ -98,22 +98,32 @@ def checks(modules: Sequence[str], part: str, examples: int) -> Iterator[Check]:
     hypothesis.settings.register_profile("verify", phases=phases)
     hypothesis.settings.load_profile("verify")
     os.environ["RUNLORA_EXAMPLES"] = str(examples)
-    tests = ModuleType(f"{_PACKAGE}.test_equivalence")
-    tests.__package__ = _PACKAGE
-    sys.modules[tests.__name__] = tests  # hypothesis looks modules up by name
     shared = [name for name in SHARED if f"{_PACKAGE}.{name}" in sys.modules]
     loaded = {name: sys.modules[f"{_PACKAGE}.{name}"] for name in modules}
     groups = [_Group(name, _function_of(module)) for name, module in loaded.items() if hasattr(module, "LINEARS")]
     lone = [name for name, module in loaded.items() if hasattr(module, "lora_linear")]
+    stacks = [name for name, module in loaded.items() if hasattr(module, "lora_experts")]
     dropout = any("dropout" in inspect.signature(loaded[name].lora_linear).parameters for name in lone)
     coded = [module.Quantized for module in loaded.values() if hasattr(module, "Quantized")]
     base = BASES[sys.modules[coded[0].__module__].BASE if coded else "plain"]
-    source = render_test(lone, groups=groups, dropout=dropout, base=base, shared=shared)
+    sources = {}
+    if lone or groups:
+        sources["test_equivalence"] = render_test(lone, groups=groups, dropout=dropout, base=base, shared=shared)
+    if stacks:
+        sources["test_experts"] = render_test_of_experts(stacks, shared=shared)
+    for name, source in sources.items():
+        for function in _properties(name, source):
+            if function.__name__.startswith(_OF_KERNELS) == (part == KERNELS):
+                yield from _expanded(function)
+
+
+def _properties(name: str, source: str) -> list[Any]:
+    """Those of a test's text."""
+    tests = ModuleType(f"{_PACKAGE}.{name}")
+    tests.__package__ = _PACKAGE
+    sys.modules[tests.__name__] = tests  # hypothesis looks modules up by name
     exec(compile(ast.parse(source), "<properties>", "exec"), tests.__dict__)
-    properties = [value for name, value in vars(tests).items() if name.startswith("test_") and name not in _LEFT_OUT]
-    for function in properties:
-        if function.__name__.startswith(_OF_KERNELS) == (part == KERNELS):
-            yield from _expanded(function)
+    return [value for name, value in vars(tests).items() if name.startswith("test_") and name not in _LEFT_OUT]
 
 
 def _expanded(function: Any) -> Iterator[Check]:

@@ -1,7 +1,8 @@
 """Prove generated modules, in a folder or alone, against a plain autograd LoRA.
 
-The properties are those of the emitted ``test_equivalence.py``, rendered afresh from the template, so that a folder
-cannot prove itself with a test that was changed. They run in processes of their own: :mod:`.proof`.
+The properties are those of the emitted ``test_equivalence.py`` and ``test_experts.py``, rendered afresh from the
+templates, so that a folder cannot prove itself with a test that was changed. They run in processes of their own:
+:mod:`.proof`.
 """
 
 from __future__ import annotations
