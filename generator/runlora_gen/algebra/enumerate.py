@@ -12,7 +12,7 @@ from typing import TypeVar
 from weakref import WeakValueDictionary
 
 from .derivation import NO_FACTS, Derivation, Facts, Way, holds
-from .operations import Fused, Operation, Symbol
+from .operations import Fused, Operation, Symbol, biases
 
 
 @dataclass(frozen=True, eq=False)  # made once by ``phase_of``: identity is equality, and cheap to hash
@@ -51,7 +51,7 @@ class Phase:
     def reads(self) -> frozenset[Symbol]:
         """Symbols that come from outside: inputs, and what the forward saved."""
         made = {symbol for operation in self.operations for symbol in operation.outputs}
-        return frozenset({s for operation in self.operations for s in operation.reads} - made)
+        return frozenset({s for op in self.operations for s in (*op.reads, *biases(op))} - made)
 
     @cached_property
     def kernels(self) -> frozenset[str]:

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import TypeGuard
 
 from .enumerate import Phase, Program
-from .operations import Fused, Operation, Symbol, products
+from .operations import Fused, Operation, Symbol, biases, products
 from .work import work
 
 
@@ -21,7 +21,9 @@ def dependents(phase: Phase) -> Mapping[Symbol, frozenset[Symbol]]:
     """
     # Sets of goals as integers with their bits.
     needed = {goal: 1 << position for position, goal in enumerate(phase.goals)}
-    steps = [(step.outputs, (*step.reads, *step.outputs)) for op in phase.operations for step in _apart(op)]
+    steps = [
+        (step.outputs, (*step.reads, *biases(step), *step.outputs)) for op in phase.operations for step in _apart(op)
+    ]
     changed = True
     while changed:
         changed = False
