@@ -53,13 +53,18 @@ def import_file(path: Path, name: str) -> ModuleType:
 
 
 def module_of_everything(workload: Workload, path: Path) -> ModuleType:
-    """A module with every operation and, where the workload's device has them, every kernel of its site.
-
-    Also those that were never measured, and that no choice is made of for that.
-    """
+    """A module with every operation and, where the workload's device has them, every kernel of its site."""
     point = Point(4096, 64, 64, 8)
-    setting = point.setting(workload)
-    decision = decide(workload, setting)
+    decision = of_everything(workload, decide(workload, point.setting(workload)))
+    return render_module(one_choice(point.layer, workload, decision), point.rank, workload, path, all_variants=True)
+
+
+def of_everything(workload: Workload, decision: Decision) -> Decision:
+    """The decision with candidates that together have all of that.
+
+    Also what was never measured, and that no choice is made of for that.
+    """
+    setting = decision.setting
     if workload.kernels and setting.device.kernels:
         known = {operation for c in decision.candidates for operation in c.program.operations}
         for program in enumerate_programs(setting.derivation, goals(workload, setting.derivation), facts=setting.facts):
@@ -70,4 +75,4 @@ def module_of_everything(workload: Workload, path: Path) -> ModuleType:
         single = alternatives(setting.derivation, "cheaper")
         programs = [Priced(with_kernels(c.program, single), c.cost) for c in decision.candidates]
         decision = replace(decision, candidates=(*decision.candidates, *programs))
-    return render_module(one_choice(point.layer, workload, decision), point.rank, workload, path, all_variants=True)
+    return decision

@@ -1,0 +1,134 @@
+"""Modules of experts: every variant is proved as a package proves its own, in both layouts, and the kernels of some."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runlora_gen.algebra.operations import Fused
+from runlora_gen.emit.package import build_package
+from runlora_gen.kernels.registry import KERNELS
+from runlora_gen.kernels.sites import operations_of
+from runlora_gen.measure import proof
+from runlora_gen.measure.modules import of_everything, one_choice, render_module
+from runlora_gen.request.architecture import Architecture, Projection
+from runlora_gen.request.experts import Experts, Stack
+from runlora_gen.request.layout import FOLDER, LAYOUTS
+from runlora_gen.request.workload import Workload
+from runlora_gen.search.candidates import setting_of
+from runlora_gen.search.choose import decide
+from runlora_gen.search.ranges import decide_model
+
+from ..quickened import quickened
+
+PACKAGE = "mixed_r8"
+STACKS = (
+    Stack("gate_up_proj", 8, 64, 96, True, 2, False, 2, module="mlp.experts"),
+    Stack("down_proj", 8, 48, 64, False, 2, True, 2, layout="in_out", module="mlp.experts"),
+)
+ARCHITECTURE = Architecture(
+    "mixed", "mixtral", "catalogue", (Projection("q_proj", 64, 64, False, 2, "x"),), stacks=STACKS
+)
+WORKLOAD = Workload(adapter_dtype="bf16", launch="graph", tokens=(4096,))
+SITES = {
+    "gathers": Experts(8, 64, 96, True, 2, False, 2, ("gate_up_proj",)),
+    "combines": Experts(8, 96, 64, False, 2, False, 2, ("down_proj",)),
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a package that has experts in each layout, at in_LAYOUT/."""
+    place = tmp_path_factory.mktemp("experts")
+    for layout in LAYOUTS:
+        out = place / f"in_{layout}"
+        made = build_package(ARCHITECTURE, 8, WORKLOAD, out=out, layout=layout)
+        (out / made.folder).mkdir(parents=True)
+        for file, text in made.files.items():
+            (out / made.folder / file).write_text(text, encoding="utf-8")
+    return place
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_package_proves_its_experts(place: Path, layout: str) -> None:
+    """The torch path and, in the interpreter, the kernels."""
+    environment = quickened({**os.environ, "RUNLORA_EXAMPLES": "4"})
+    environment.pop("TRITON_INTERPRET", None)
+    # The kernels in one of the layouts: their text is the same, and the interpreter slow.
+    which = "not kernels" if layout == FOLDER else "not kernels or own"
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "-k", which]
+    tests = place / f"in_{layout}" / PACKAGE / "test_experts.py"
+    done = subprocess.run([*command, tests], env=environment, cwd=place, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_verify_proves_them(place: Path, layout: str) -> None:
+    """All of a folder, those of linears as well."""
+    folder = place / f"in_{layout}" / PACKAGE
+    names = ("linear_64x64_r8", "gathered_experts_8x64x96_r8", "combined_experts_8x48x64_r8")
+    proof.load({name: folder / f"{name}.py" for name in names})
+    checks = list(proof.checks(names, proof.TORCH, 1))
+    for name in names:
+        titles = {check.title.rpartition(": ")[2] for check in checks if check.module == name}
+        assert "equals plain lora in float64" in titles
+        assert ("rows are sorted by expert" in titles) == ("experts" in name)
+    assert [check.title for check in proof.checks(names[1:2], proof.KERNELS, 1)] == [
+        "kernels round no worse than plain lora",
+        "kernels give wide gradients from wide sums",
+        "kernels give tokens of no expert no number",
+        "kernels leave to torch what a transform wraps",
+    ]
+
+
+def covering(variants: Sequence[str]) -> list[str]:
+    """Variants that together have every way to compute something; the first is the one that is selected."""
+    held = {name: {(i, way) for i, part in enumerate(name.split("/")) for way in part.split("-")} for name in variants}
+    found = list(variants[:1])
+    missing = set[tuple[int, str]]().union(*held.values()) - held[found[0]]
+    while missing:
+        found.append(max(variants, key=lambda name: len(held[name] & missing)))
+        missing -= held[found[-1]]
+    return found
+
+
+def proved(path: Path, part: str, examples: int, variants: Callable[[Sequence[str]], Sequence[str]]) -> int:
+    """How many properties hold; all must."""
+    name = "of_" + "_".join(path.parts[-3:-1])  # torch.compile takes what once had a name for what has it
+    proof.load({name: path})
+    module: Any = sys.modules[f"_runlora_gen_verified.{name}"]
+    module.VARIANTS = {name: module.VARIANTS[name] for name in variants(list(module.VARIANTS))}
+    checks = list(proof.checks([name], part, examples))
+    for check in checks:
+        outcome = proof.outcome(check)
+        assert "error" not in outcome, (check.title, outcome["error"])
+    return len(checks)
+
+
+@pytest.mark.parametrize("adapter_dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("site", SITES)
+def test_every_variant_is_proved(tmp_path: Path, site: str, adapter_dtype: str) -> None:
+    """In plain torch; of an adapter that is cast, which multiplies them, some that have all ways."""
+    workload = replace(WORKLOAD, adapter_dtype=adapter_dtype, kernels=False)
+    (choice,) = decide_model(workload, (SITES[site],), 8)
+    render_module(choice, 8, workload, tmp_path / site, all_variants=True)
+    (path,) = (tmp_path / site).iterdir()
+    assert proved(path, proof.TORCH, 1, list if adapter_dtype == "bf16" else covering) > 80
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_every_kernel_is_proved(tmp_path: Path, site: str) -> None:
+    pytest.importorskip("triton", minversion="3.4")
+    setting = setting_of(WORKLOAD, SITES[site], 8, 4096)
+    choice = one_choice(SITES[site], WORKLOAD, of_everything(WORKLOAD, decide(WORKLOAD, setting)))
+    module = render_module(choice, 8, WORKLOAD, tmp_path / site, all_variants=True)
+    launched = {name for name in KERNELS if hasattr(module, f"_launch_{name}")}
+    assert launched == {op.kernel for op in operations_of(setting.derivation) if isinstance(op, Fused)}
+    (path,) = (path for path in (tmp_path / site).iterdir() if path.suffix == ".py")
+    assert proved(path, proof.KERNELS, 10, covering) == 4
