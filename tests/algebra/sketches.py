@@ -1,7 +1,6 @@
 """Sites, and ways of sites, that no module is generated for yet: what they will be, in the table's words.
 
-They show what the ground carries: a mask that is kept, drawn again or never made; stacks of matrices of which each row
-takes its own.
+They show what the ground carries: a mask that is kept, drawn again or never made.
 """
 
 from __future__ import annotations
@@ -80,37 +79,5 @@ def dropout() -> Derivation:
             *rows_of_sum("dX", Term("dY @ W", first="base_first"), Term("P @ A"), when=(f"not {DROPOUT}",)),
             row("dA", "pt_x", "dA = P.T @ X", when=(f"not {DROPOUT}",)),
             row("dA", "pt_h", "dA = P.T @ H", when=(DROPOUT,)),
-        ),
-    )  # fmt: skip
-
-
-def experts() -> Derivation:
-    """Rows of X are sorted by expert, and each row takes its expert's matrices: E of them in a stack."""
-    return derive(
-        "experts",
-        symbols=_symbols(
-            "X: T I", "W: E O I, weight", "A: E R I, adapter", "B: E O R, adapter", "Y: T O", "S: T R", "dY: T O",
-            "P: T R", "dX: T I", "dA: E R I, adapter", "dB: E O R, adapter",
-        ),
-        arguments=(
-            Argument("X", gradient="dX", activation=True),
-            Argument("W"),
-            Argument("A", gradient="dA"),
-            Argument("B", gradient="dB"),
-        ),
-        outputs=("Y",),
-        output_gradients=("dY",),
-        base=("Y = X @ W[e].T", "dX = dY @ W[e]"),
-        table=(
-            row("S", "x_at", "S = s * X @ A[e].T"),
-            row("S", SAVED),
-            row("P", "dy_b", "P = s * dY @ B[e]"),
-            *rows_of_sum("Y", Term("X @ W[e].T", first="base_first"), Term("S @ B[e].T", first="lowrank_first")),
-            row("Y", "fused", "fused_gemm: Y = S @ B[e].T; Y += X @ W[e].T"),
-            *rows_of_sum("dX", Term("dY @ W[e]", first="base_first"), Term("P @ A[e]", first="lowrank_first")),
-            row("dX", "fused", "fused_gemm: dX = P @ A[e]; dX += dY @ W[e]"),
-            row("dA", "pt_x", "dA[e] = P.T @ X"),
-            row("dB", "dyt_s", "dB[e] = dY.T @ S"),
-            row("P dB", "one_pass", "p_db: P = s * dY @ B[e]; dB[e] = dY.T @ S"),
         ),
     )  # fmt: skip

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
-import pytest
 from runlora_gen.algebra.derivation import Derivation
 from runlora_gen.algebra.enumerate import Program, enumerate_programs
 from runlora_gen.algebra.operations import Draw, Map
 from runlora_gen.cost.device import load_device
-from runlora_gen.cost.price import price, price_frozen, price_operation
+from runlora_gen.cost.price import price, price_frozen
 from runlora_gen.cost.setting import DTYPES, Setting
 
-from .sketches import DROPOUT, dropout, experts
+from .sketches import DROPOUT, dropout
 
 ALL = ("dX", "dA", "dB")
 BF16 = DTYPES["bf16"]
-T, I, O, R, E = 4096, 5120, 13824, 16, 8  # noqa: E741 - as the formulas have it
+T, I, O, R = 4096, 5120, 13824, 16  # noqa: E741 - as the formulas have it
 
 
 def setting(derivation: Derivation) -> Setting:
-    return Setting(T, I, O, R, BF16, BF16, False, frozenset(ALL), load_device("h100"), derivation, {"E": E})
+    return Setting(T, I, O, R, BF16, BF16, False, frozenset(ALL), load_device("h100"), derivation)
 
 
 def priced(programs: Iterable[Program]) -> None:
@@ -31,9 +30,8 @@ def priced(programs: Iterable[Program]) -> None:
         assert frozen < cost.time_s < 10 * frozen and cost.flops > 4 * T * I * O
 
 
-@pytest.mark.parametrize("make", [dropout, experts])
-def test_their_formulas_parse_back(make: Callable[[], Derivation]) -> None:
-    site = make()
+def test_its_formulas_parse_back() -> None:
+    site = dropout()
     assert all(site.parse(str(operation)) == operation for operation in site.operations)
 
 
@@ -65,16 +63,3 @@ def test_under_dropout_a_mask_is_kept_or_drawn_again_and_nothing_is_merged() -> 
     assert saved("K8") == x + T * I and saved("K1") == x + T * I // 8
     assert saved("H", "K1") == x + T * I // 8 and saved("H", "S", "K8") == x + T * I + T * R * 2
     assert saved() == x
-
-
-def test_experts_cost_by_their_rows_and_hold_by_their_count() -> None:
-    site = experts()
-    programs = enumerate_programs(site, ALL)
-    # Y 3 ways; dX 3 ways, P and dB apart or in one pass, S kept or not.
-    assert len(programs) == 3 * 3 * 2 * 2
-    priced(programs)
-    where = setting(site)
-    forward, gradient = (price_operation(site.parse(text), where) for text in ("Y = X @ W[e].T", "dA[e] = P.T @ X"))
-    assert forward.flops == 2 * T * I * O and gradient.flops == 2 * T * R * I
-    assert forward.bytes_moved == (T * I + E * O * I + T * O) * 2
-    assert gradient.bytes_moved == (T * R + T * I + E * R * I) * 2

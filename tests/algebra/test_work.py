@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 
+from runlora_gen.algebra.experts import COMBINED, GATHERED
 from runlora_gen.algebra.linear import DROPPED, FLOAT8, LINEAR, QUANTIZED
 from runlora_gen.algebra.operations import Map, Operation, Symbol, parse
 from runlora_gen.algebra.work import work
@@ -80,23 +81,96 @@ KEYS = {
         "TO,OI->TI accumulated"
     ),
 }
+#: The same of experts, whose symbols of these names are of other shapes.
+OF_EXPERTS = {
+    GATHERED: {
+        "A = cast(lora_A)": "ERI->ERI cast",
+        "B = cast(lora_B)": "EOR->EOR cast",
+        "M[e] = W + s * B[e] @ A[e]": "EOR,ERI->EOI scaled added",
+        "Xr = gather(X)": "NI->TI gather",
+        "S = s * Xr @ A[e].T": "TI,ERI->TR scaled",
+        "experts_x_at: S = s * Xr @ A[e].T": "experts_x_at: TI,ERI->TR scaled",
+        "experts_x_at_gathered: Xr := gather(X); S = s * Xr @ A[e].T": (
+            "experts_x_at_gathered: NI->TI gather inner; TI,ERI->TR scaled"
+        ),
+        "Y = Xr @ W[e].T + b[e]": "TI,EOI->TO biased",
+        "Y = Xr @ M[e].T + b[e]": "TI,EOI->TO biased",
+        "Y += S @ B[e].T": "TR,EOR->TO accumulated",
+        "Y = S @ B[e].T + b[e]": "TR,EOR->TO biased",
+        "Y += Xr @ W[e].T": "TI,EOI->TO accumulated",
+        "experts_gemm_gathered: Xr := gather(X); Y = S @ B[e].T + b[e]; Y += Xr @ W[e].T": (
+            "experts_gemm_gathered: NI->TI gather inner; TR,EOR->TO biased; TI,EOI->TO accumulated"
+        ),
+        "P = s * dY @ B[e]": "TO,EOR->TR scaled",
+        "experts_x_at: P = s * dY @ B[e]": "experts_x_at: TO,EOR->TR scaled",
+        "dXr = dY @ W[e]": "TO,EOI->TI",
+        "dXr += P @ A[e]": "TR,ERI->TI accumulated",
+        "dXr = P @ A[e]": "TR,ERI->TI",
+        "dXr += dY @ W[e]": "TO,EOI->TI accumulated",
+        "experts_gemm: dXr = P @ A[e]; dXr += dY @ W[e]": "experts_gemm: TR,ERI->TI; TO,EOI->TI accumulated",
+        "dA[e] = P.T @ Xr": "TR,TI->ERI",
+        "experts_pt_x: dA[e] = P.T @ Xr": "experts_pt_x: TR,TI->ERI",
+        "experts_pt_x_gathered: Xr := gather(X); dA[e] = P.T @ Xr": (
+            "experts_pt_x_gathered: NI->TI gather inner; TR,TI->ERI"
+        ),
+        "dB[e] = dY.T @ S": "TO,TR->EOR",
+        "experts_p_db: P = s * dY @ B[e]; dB[e] = dY.T @ S": "experts_p_db: TO,EOR->TR scaled; TO,TR->EOR",
+        "dX = combine(dXr)": "TI->NI combine",
+        "experts_combine: dX = combine(dXr)": "experts_combine: TI->NI combine",
+    },
+    COMBINED: {
+        "experts_gemm: Yr = S @ B[e].T + b[e]; Yr += X @ W[e].T": (
+            "experts_gemm: TR,EOR->TO biased; TI,EOI->TO accumulated"
+        ),
+        "Y = combine(Yr, g)": "TO,T->NO combine",
+        "experts_combine: Y = combine(Yr, g)": "experts_combine: TO,T->NO combine",
+        "dYr = gather(dY)": "NO->TO gather",
+        "experts_x_at_gathered: dYr := gather(dY); P = s * dYr @ B[e]": (
+            "experts_x_at_gathered: NO->TO gather inner; TO,EOR->TR scaled"
+        ),
+        "experts_gemm_gathered: dYr := gather(dY); dXu = P @ A[e]; dXu += dYr @ W[e]": (
+            "experts_gemm_gathered: NO->TO gather inner; TR,ERI->TI; TO,EOI->TI accumulated"
+        ),
+        "experts_p_db_gathered: dYr := gather(dY); P = s * dYr @ B[e]; dB[e] = dYr.T @ Sg": (
+            "experts_p_db_gathered: NO->TO gather inner; TO,EOR->TR scaled; TO,TR->EOR"
+        ),
+        "dA[e] = Pg.T @ X": "TR,TI->ERI",
+        "Sg = weigh(S, g)": "TR,T->TR weigh",
+        "Pg = weigh(P, g)": "TR,T->TR weigh",
+        "dX = weigh(dXu, g)": "TI,T->TI weigh",
+        "dg = dot(dXu, X, dYr, b)": "TI,TI,TO,EO->T dot",
+        "dg = dot(dYr, Yr)": "TO,TO->T dot",
+        "experts_weigh: dYr := gather(dY); dX = weigh(dXu, g); dg = dot(dXu, X, dYr, b)": (
+            "experts_weigh: NO->TO gather inner; TI,T->TI weigh; TI,TI,TO,EO->T dot"
+        ),
+    },
+}
 #: What has no size, and so no time.
 NO_SIZE = {"seed = draw(dropout)": "-> draw"}
 
 
 def test_the_keys_that_profiles_hold() -> None:
     assert {formula: work(parse(formula, SYMBOLS)) for formula in (*KEYS, *NO_SIZE)} == {**KEYS, **NO_SIZE}
-    assert set(map(work, OPERATIONS)) == {*KEYS.values(), *NO_SIZE.values()} and WORKS.keys() == set(KEYS.values())
+    for site, keys in OF_EXPERTS.items():
+        assert {formula: work(site.parse(formula)) for formula in keys} == keys
+    sized = {*KEYS.values(), *(key for keys in OF_EXPERTS.values() for key in keys.values())}
+    assert set(map(work, OPERATIONS)) == {*sized, *NO_SIZE.values()} and WORKS.keys() == sized
     assert all(work(operation) == key for key, operation in WORKS.items())
 
 
 def same(first: Operation, second: Operation) -> bool:
-    """Whether they compute the same of matrices that are alike: M and D are alike W, H is alike X, dH alike dX."""
+    """Whether they compute the same of matrices that are alike: M and D are alike W, H is alike X, dH alike dX.
 
-    def plain(operation: Operation) -> str:
+    So are rows of experts, whatever a site calls them; but no stack is alike a matrix.
+    """
+
+    def plain(operation: Operation) -> tuple[str, int]:
         text = re.sub(r"\b[MD]\b(?! \+?=)", "W", str(operation))
         text = re.sub(r"\b(d?)H\b", r"\1X", text)
-        return text.replace("dX", "X") if isinstance(operation, Map) else text  # of elements: X and dX are alike
+        text = re.sub(r"\b(d?[XY]|[PS])[rug]\b", r"\1", text)
+        if isinstance(operation, Map):  # of elements: X and dX are alike, S and P
+            text = text.replace("dX", "X").replace("P", "S")
+        return text, max((len(symbol.shape) for symbol in operation.reads), default=0)
 
     return plain(first) == plain(second)
 

@@ -24,6 +24,8 @@ NAMES = list(KERNELS)
 GEMM = KERNELS["fused_gemm"]
 #: The classes that hold codes, by the kernels that read them: a name, and how many parts it has.
 HOLDS = {"dequantize": ("quantized_codes", 11), "rescale": ("quantized_scaled", 5)}
+#: What an operator takes of how rows are sorted by expert.
+ROUTING = ("rows", "places", "starts", "top_k")
 #: What a launch and an operator take of codes that a wrapper is given, where that is not all that is held.
 TAKEN = {
     "fused_gemm_8": {"left": ("left", "left_scale"), "right": ("right", "scale")},
@@ -68,12 +70,17 @@ def test_every_template_renders(name: str) -> None:
         parts = parts_of(name)
         assert arguments[0] == "Q" and taken[: len(parts)] == parts
         taken[: len(parts)] = "Q"
+    if "routing" in arguments:
+        at = arguments.index("routing")
+        assert taken[at : at + len(ROUTING)] == [*ROUTING]
+        taken[at : at + len(ROUTING)] = ["routing"]
     assert taken == [*arguments[:-1], "*", "tiles"] and arguments[-1] == "tiles"
     # A kernel of several linears may be called with a dtype for each, and give all the same. One that is told what is
     # needed gets nothing to read for the rest.
     wrapper = functions[f"_{name}"].args
     called = [argument.arg for argument in wrapper.args]
     given = ["dtype" if argument == "dtypes" else argument for argument in called if argument != "needs"]
+    given += [argument.arg for argument in wrapper.kwonlyargs if argument.arg != "tiles"]
     if name in TAKEN:
         assert sorted(part for arg in given for part in TAKEN[name].get(arg, (arg,))) == sorted(arguments[:-1])
     else:
@@ -101,7 +108,7 @@ def test_what_products_of_float8_take_says_so() -> None:
 def test_records_are_whole(name: str) -> None:
     kernel = KERNELS[name]
     # Where no loop adds up products, there are no stages of one.
-    single = name in HOLDS or kernel.call.startswith("{operands}")
+    single = name in HOLDS or kernel.call.startswith(("{operands}", "{weighed0}"))
     assert kernel.launches > 0 and {"WARPS", *(() if single else ("STAGES",))} <= kernel.tiles.keys()
     assert single == ("STAGES" not in kernel.tiles)
     assert bool(kernel.small_tiles) == ("descriptors" in kernel.helpers)
@@ -166,7 +173,10 @@ def test_what_a_launch_makes_of_constants(name: str, tokens: int, rank: int, row
     for constant in kernel.tiles:
         text = KernelNode(name).adapted(constant) if constant in kernel.adapted else f'constants["{constant}"]'
         assert at[constant] == eval(text, dict(scope))
-    assert 64 <= kernel.at(constants, tokens, rank)["BT"] <= 512
+    if name.startswith("experts_p_db"):  # as many elements of P at any rank, as far as tiles can be so low
+        assert at["BT"] == max(16, rows * 16 // block_rank(rank))
+    else:
+        assert 64 <= at["BT"] <= 512
 
 
 def test_a_kernel_that_adapts_nothing() -> None:
@@ -194,6 +204,22 @@ def test_a_persistent_kernel_is_busy_for_whole_waves(rows: int, columns: int, pr
     assert KERNELS["p_db"].waves(rows, columns, processors) == 1
 
 
+@given(
+    sizes=st.lists(st.integers(0, 2000), min_size=1, max_size=64).filter(any),
+    columns=st.integers(1, 5000),
+    processors=st.integers(1, 200),
+)
+def test_tiles_are_of_one_expert(sizes: list[int], columns: int, processors: int) -> None:
+    """Never fewer tiles than rows fill, and never one more of each expert: half of one on average."""
+    kernel = KERNELS["experts_gemm"]
+    height, across = kernel.tiles["BM"], math.ceil(columns / kernel.tiles["BN"])
+    rows, experts = sum(sizes), len(sizes)
+    busy = kernel.waves(rows, columns, processors, experts) * rows / height * across / processors
+    assert busy == pytest.approx(math.ceil((rows / height + min(experts, rows) / 2) * across / processors))
+    tiles = sum(math.ceil(size / height) for size in sizes) * across
+    assert abs(tiles - (rows / height + min(experts, rows) / 2) * across) <= min(experts, rows) * across / 2
+
+
 def test_what_walks_over_tiles_has_their_sides() -> None:
-    with pytest.raises(ValueError, match="BM, BN and PARTS"):
+    with pytest.raises(ValueError, match="the constants BM and BN"):
         replace(KERNELS["merge"], persistent=True)

@@ -7,6 +7,7 @@ from types import MappingProxyType
 
 import pytest
 from runlora_gen.algebra.derivation import Derivation
+from runlora_gen.algebra.experts import COMBINED, GATHERED
 from runlora_gen.algebra.group import group as group_of
 from runlora_gen.algebra.linear import DROPPED, FLOAT8, FLOAT8_DROPPED, LINEAR, QUANTIZED, SCALED, SCALED_DROPPED
 from runlora_gen.algebra.operations import Fused
@@ -33,6 +34,12 @@ FUSED, OF_TABLES, OF_NUMBERS, OF_FLOAT8 = (
     for site in (LINEAR, QUANTIZED, SCALED, FLOAT8)
 )
 DECODING = {**OF_TABLES, **OF_NUMBERS, **OF_FLOAT8}
+ROUTED = {
+    operation.kernel: operation
+    for site in (GATHERED, COMBINED)
+    for operation in operations_of(site)
+    if isinstance(operation, Fused)
+}
 
 
 def test_every_folder_is_a_kernel_with_all_its_files() -> None:
@@ -45,23 +52,26 @@ def test_every_folder_is_a_kernel_with_all_its_files() -> None:
 
 
 def test_every_kernel_is_of_a_site() -> None:
-    assert FUSED.keys() | DECODING.keys() | operations(("q", "k")).keys() | DROPPING.keys() == KERNELS.keys()
+    alone = FUSED.keys() | DECODING.keys() | operations(("q", "k")).keys() | DROPPING.keys()
+    assert alone | ROUTED.keys() == KERNELS.keys() and alone.isdisjoint(ROUTED)
     assert OF_TABLES.keys() - FUSED.keys() == {"dequantize", "dequantize_merged"}
     assert OF_NUMBERS.keys() - FUSED.keys() == {"rescale", "rescale_merged"}
     assert OF_FLOAT8.keys() - FUSED.keys() - OF_NUMBERS.keys() == {n for n, kernel in KERNELS.items() if kernel.float8}
     assert OF_NUMBERS.keys() <= OF_FLOAT8.keys(), "what does not multiply float8 makes the weight"
     for name, kernel in KERNELS.items():
-        if name not in FUSED and name not in DECODING:
+        if name not in FUSED and name not in DECODING and name not in ROUTED:
             assert kernel.priced_as in FUSED and not kernel.replaces, "of several linears, or of what is left of X"
             continue
         rows = (*LINEAR.operations, *QUANTIZED.operations, *SCALED.operations, *FLOAT8.operations)
+        rows = (*rows, *GATHERED.operations, *COMBINED.operations)
         in_rows = any(isinstance(op, Fused) and op.kernel == name for op in rows)
         assert in_rows != bool(kernel.replaces), "of several products, in a row, or in the place of a single one"
 
 
 def test_what_is_shared_has_every_helper() -> None:
     parts = FOLDER.parents[2] / "templates" / "parts"
-    files = (FOLDER / "support.jinja", FOLDER / "tiles.jinja", *sorted(parts.glob("quantized*.jinja")))
+    named = (parts / "routing.jinja", parts / "products.jinja", *sorted(parts.glob("quantized*.jinja")))
+    files = (FOLDER / "support.jinja", FOLDER / "tiles.jinja", *named)
     shared = "".join(file.read_text(encoding="utf-8") for file in files)
     for kernel in KERNELS.values():
         assert all(f'"{helper}" in module.helpers' in shared for helper in kernel.helpers - {"F"})
@@ -114,6 +124,46 @@ def test_calls_of_products_of_float8() -> None:
     assert line(FLOAT8.parse("mdY = largest(dY, Q)")) == "mdY = _largest_of(dY, Q.scale)"
     assert line(FLOAT8.parse("mX = largest(X)")) == "mX = _largest_of(X)"
     assert line(FLOAT8.parse("dYq = quantize(dY, mdY, Q)")) == "dYq = _quantized(dY, mdY, Q.scale)"
+
+
+def test_calls_of_experts() -> None:
+    """What is of tokens is gathered within; of a stack the transposed matrices are a view."""
+    assert calls_of(GATHERED) == {
+        'S = _experts_x_at(Xr, A, scaling, routing, tiles="S")',
+        'S = _experts_x_at_gathered(X, A, scaling, routing, tiles="S")',
+        'Y = _experts_gemm_gathered(X, W, S, B, b, routing, tiles="Y")',
+        'P = _experts_x_at(dY, B.mT, scaling, routing, tiles="P")',
+        'P, dB = _experts_p_db(dY, B, S, scaling, B_dtype, routing, tiles="P, dB")',
+        'dA = _experts_pt_x(P, Xr, A_dtype, routing, tiles="dA")',
+        'dA = _experts_pt_x_gathered(P, X, A_dtype, routing, tiles="dA")',
+        'dXr = _experts_gemm(dY, W.mT, P, A.mT, None, routing, tiles="dXr")',
+        'dX = _experts_combine(dXr, routing=routing, tiles="dX")',
+    }
+    assert calls_of(COMBINED) == {
+        'S = _experts_x_at(X, A, scaling, routing, tiles="S")',
+        'Yr = _experts_gemm(X, W, S, B, b, routing, tiles="Yr")',
+        'Y = _experts_combine(Yr, g, routing=routing, tiles="Y")',
+        'P = _experts_x_at(dYr, B.mT, scaling, routing, tiles="P")',
+        'P = _experts_x_at_gathered(dY, B.mT, scaling, routing, tiles="P")',
+        'P, dB = _experts_p_db_gathered(dY, B, Sg, scaling, B_dtype, routing, tiles="P, dB")',
+        'dA = _experts_pt_x(Pg, X, A_dtype, routing, tiles="dA")',
+        'dXu = _experts_gemm_gathered(dY, W.mT, P, A.mT, None, routing, tiles="dXu")',
+        'dX, dg = _experts_weigh(dXu, g, X, dY, b, routing, tiles="dX, dg")',
+    }
+    # By torch, an expert after the other where it has no kernel.
+    for formula, expected in {
+        "S = s * X @ A[e].T": "S = _by_expert(X, A.mT, routing, scaling)",
+        "Yr = X @ W[e].T + b[e]": "Yr = _by_expert(X, W.mT, routing, bias=b)",
+        "Yr += S @ B[e].T": "Yr = _by_expert(S, B.mT, routing, onto=Yr)",
+        "M[e] = W + s * B[e] @ A[e]": "M = torch.baddbmm(W, B, A, alpha=scaling)",
+        "dA[e] = Pg.T @ X": "dA = _sum_by_expert(Pg, X, routing, A_dtype)",
+        "dYr = gather(dY)": "dYr = _gathered(dY, routing)",
+        "Y = combine(Yr, g)": "Y = _combined(Yr, g, routing)",
+        "Pg = weigh(P, g)": "Pg = _weighed(P, g, routing)",
+        "dg = dot(dYr, Yr)": "dg = _dot(routing, dYr, Yr)",
+        "dg = dot(dXu, X, dYr, b)": "dg = _dot(routing, dXu, X, dYr, b)",
+    }.items():
+        assert line(COMBINED.parse(formula)) == expected
 
 
 def test_calls_for_a_linear_of_a_group_name_its_operands() -> None:

@@ -1,14 +1,15 @@
 """THE TABLE of experts: linears with a stack of weights, of which each row takes its expert's.
 
-Tokens choose experts: T rows, one for each expert of each of N tokens, are sorted by expert, and W[e] is the matrix of
-a row's expert: Y = X W[e]ᵀ + s X A[e]ᵀ B[e]ᵀ + b[e]. The first projection of an expert reads tokens, Xr = gather(X), and
-its dX is the sum of each token's rows. The last one gives tokens: Y = combine(Yr, g), of each the sum of its rows, by
-the router's weights g.
+Tokens choose experts: T rows, one for each expert of each of N tokens, are sorted by expert, and W[e] is the matrix
+of a row's expert: Y = X W[e]ᵀ + s X A[e]ᵀ B[e]ᵀ + b[e]. The first projection of an expert reads tokens, Xr = gather(X),
+and its dX is the sum of each token's rows. The last one gives tokens: Y = combine(Yr, g), of each the sum of its rows,
+by the router's weights g.
 
 Rows of tokens are never kept, as the tokens are there: they are gathered again, or within the kernels that read them.
-And what the last projection gives each row is not kept either, though g's gradient is dY · Yr: with the gradient of the
-row before it is weighed, dXu = dYr W[e] + P A[e], it is dXu · X + dYr · b[e] as well, so that both follow from one pass:
-dX = g dXu, dg = dXu · X + dYr · b[e]. So dYr is read as it is, and P and S are weighed for the gradients of factors.
+And what the last projection gives each row need not be kept, though g's gradient is dYr · Yr: with the gradient of the
+row before it is weighed, dXu = dYr W[e] + P A[e], it is dXu · X + dYr · b[e] as well, so that both follow from one
+pass: dX = g dXu, dg = dXu · X + dYr · b[e]. So dYr is read as it is, and P and S are weighed for the gradients of
+factors.
 
 A merged stack M = W + s B A is what PEFT computes with: it reads and writes all experts, whoever has rows.
 """

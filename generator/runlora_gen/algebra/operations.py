@@ -412,7 +412,8 @@ def dimensions(operation: Operation) -> tuple[str, ...]:
 
 _PRODUCT = re.compile(
     r"(?P<out>\w+)(?P<stacked>\[\w+\])? (?P<assign>\+?=) (?:(?P<addend>\w+) \+ )?(?:(?P<scaling>s(?:_\w+)?) \* )?"
-    r"(?P<left>\w+)(?P<ls>\[\w+\])?(?P<lt>\.T)? @ (?P<right>\w+)(?P<rs>\[\w+\])?(?P<rt>\.T)?(?: \+ (?P<bias>\w+)(?P<bs>\[\w+\])?)?"
+    r"(?P<left>\w+)(?P<ls>\[\w+\])?(?P<lt>\.T)? @ (?P<right>\w+)(?P<rs>\[\w+\])?(?P<rt>\.T)?"
+    r"(?: \+ (?P<bias>\w+)(?P<bs>\[\w+\])?)?"
 )
 _FUSED = re.compile(r"(?P<kernel>\w+): (?P<parts>.+)")
 _APPLIED = re.compile(r"(?P<out>\w+) (?P<assign>\+?=) (?P<function>\w+)\((?P<operands>\w+(?:, \w+)*)\)")

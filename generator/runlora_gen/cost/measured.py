@@ -39,15 +39,17 @@ def correction(operation: Operation, at: Size, dtype: DType, device: DeviceProfi
 def is_priced(operation: Operation, dtype: DType, device: DeviceProfile) -> bool:
     """Whether a kernel's price can be held against torch's: both measured, or both from the roofline.
 
-    What is no product takes its kernel's ratio, or the roofline as the kernel does. So do products of experts, until
-    one is measured.
+    What is no product takes its kernel's ratio, or the roofline as the kernel does. Of experts products and kernels are
+    both from the roofline until one of these products is measured: other tables say nothing of them.
     """
     if isinstance(operation, Fused) and not operation.products:
         return True
     times = meter_of(operation, dtype, device).times_for(dtype.name)
     if not times or measured_as(operation) in times:
         return True
-    return isinstance(operation, Fused) and not any(_ratios(part, dtype, device.meter) for part in operation.products)
+    if not isinstance(operation, Fused) or "E" not in dimensions(operation):
+        return False
+    return not any(_ratios(part, dtype, device.meter) for part in operation.products)
 
 
 def meter_of(operation: Operation, dtype: DType, device: DeviceProfile) -> DeviceProfile:

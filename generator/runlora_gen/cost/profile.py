@@ -269,9 +269,12 @@ def _constants(name: str, kernel: str, constants: Mapping[str, Any]) -> Constant
 
 
 def _axes(key: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The dimensions that the columns and the lines of a table differ in."""
+    """The dimensions that the columns and the lines of a table differ in; a line begins with a size."""
     dims = dimensions(WORKS[key])
-    return tuple(dim for dim in dims if dim in "TR"), tuple(dim for dim in dims if dim not in "TR")
+    across = tuple(dim for dim in dims if dim in "TRN")
+    if len(across) == len(dims):  # of the rank's width alone
+        across = across[:1]
+    return across, tuple(dim for dim in dims if dim not in across)
 
 
 def _cells(name: str, key: str, table: Any, value: Callable[[str], _Value]) -> dict[Size, _Value]:

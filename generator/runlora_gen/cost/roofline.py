@@ -23,8 +23,8 @@ from .setting import Setting
 from .vector import OperationCost
 
 #: Launches of what torch does in more than one. Where a weight is made of its codes, bitsandbytes' where the scales are
-#: quantized too: of the scales, of their offset, of the weight; torch's where the codes are numbers: of the product with
-#: the scales, and of its dtype. Between tokens and rows sorted by expert it takes indices, masks and sums.
+#: quantized too: of the scales, of their offset, of the weight; torch's where the codes are numbers: of the product
+#: with the scales, and of its dtype. Between tokens and rows sorted by expert it takes indices, masks and sums.
 LAUNCHES = {"dequantize": 3, "rescale": 2, "gather": 2, "combine": 7, "weigh": 3, "dot": 4}
 
 
@@ -52,8 +52,7 @@ def roofline(operation: Operation, setting: Setting) -> OperationCost:
             if kernel.persistent and device.multiprocessors is not None:
                 rows, _, _ = operation.products[0].mnk(dims)
                 columns = sum(dims[out.shape[-1]] for out in operation.outputs)
-                experts = dims["E"] if operation.products[0].right.stacked else 0
-                idle = kernel.waves(rows, columns, device.multiprocessors, experts)
+                idle = kernel.waves(rows, columns, device.multiprocessors, setting.experts)
         case Contract():
             m, n, k = operation.mnk(dims)
             flops = 2 * m * n * k

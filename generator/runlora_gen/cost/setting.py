@@ -71,6 +71,11 @@ class Setting:
         """Concrete dimensions by the names that symbols use."""
         return {"T": self.tokens, "I": self.in_features, "O": self.out_features, "R": self.rank, **self.sizes}
 
+    @property
+    def experts(self) -> int:
+        """How many experts share the rows; 0 of linears."""
+        return self.sizes.get("E", 0)
+
     @cached_property
     def _bytes(self) -> dict[Symbol, int]:
         """Those that were asked for: each is, of every program."""

@@ -63,8 +63,9 @@ class Kernel:
             product, ``scales`` those of codes that multiply columns; ``dtypes`` are those of results that are
             gradients of parameters, ``needs`` whether each result is wanted, where it is told. Where it is of several
             linears, ``*left0`` is the tuple of the left operands of all parts that do what the first one does,
-            one a linear, ``*left1`` that of the next kind of part; likewise the others. ``gathered0`` are the tokens whose
-            rows are read, ``weighed0`` those that are weighed by ``weights0``, ``dotted0`` and so on what rows are multiplied with.
+            one a linear, ``*left1`` that of the next kind of part; likewise the others. ``gathered0`` are the
+            tokens whose rows are read, ``weighed0`` those that are weighed by ``weights0``, ``dotted0`` and so on what
+            rows are multiplied with.
         tiles: its compile-time constants where none were tuned, for 16-bit operands on GPUs that have tensor
             descriptors and 227 KiB of shared memory a block.
         small_tiles: the same for operands and GPUs (from sm_80 on) where that does not hold; empty for a kernel that

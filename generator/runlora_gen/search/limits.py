@@ -118,7 +118,7 @@ def within(candidates: Sequence[Priced], workload: Workload, setting: Setting) -
 
 
 def _infeasible(limit: int, least: int, setting: Setting) -> SpecError:
-    kind = "experts" if "E" in setting.dims else "linear"
+    kind = "experts" if setting.experts else "linear"
     return SpecError(
         f"--max-saved-bytes: no variant of the {setting.in_features}x{setting.out_features} {kind} saves at most "
         f"{limit} bytes at {setting.tokens} tokens; the smallest feasible value is {least}"

@@ -1,0 +1,273 @@
+"""The table of experts: every program of it by numbers, how many there are, and what they keep."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from runlora_gen.algebra.count import count_programs
+from runlora_gen.algebra.derivation import CAST_ADAPTER, NO_FACTS, Derivation, Facts, Way
+from runlora_gen.algebra.enumerate import Phase, Program, enumerate_programs
+from runlora_gen.algebra.experts import COMBINED, GATHERED, experts
+from runlora_gen.algebra.operations import Contract, Convert, Fused, Map, Operand, Operation, Reduce, Route, products
+from runlora_gen.algebra.schedule import schedule
+from runlora_gen.kernels.sites import serves
+
+Array = NDArray[np.float64]
+Values = dict[str, Array]
+
+SITES = (GATHERED, COMBINED)
+GOALS = {GATHERED: ("dX", "dA", "dB"), COMBINED: ("dX", "dA", "dB", "dg")}
+WIDE = frozenset({CAST_ADAPTER})
+SCALING = 0.75
+every_site = pytest.mark.parametrize("site", SITES, ids=lambda site: site.site)
+
+
+def torch_alone(site: Derivation) -> tuple[Way, ...]:
+    return site.rows(lambda _: False)
+
+
+# By numbers
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Tokens that chose experts: of each row, sorted by expert, its token, its expert and the router's weight.
+
+    Expert 2 of 4 has no row.
+    """
+
+    tokens: Array
+    experts: Array
+    given: Values
+
+    def rows_of(self, expert: int) -> Array:
+        """Where they are."""
+        return np.flatnonzero(self.experts == expert)
+
+    def values(self, *names: str) -> Values:
+        """Some of what a site is given."""
+        return {name: self.given[name] for name in names if name in self.given}
+
+
+N, TOP_K, E, I, O, R = 5, 2, 4, 3, 6, 2  # noqa: E741 - as the formulas have it
+CHOSEN = ((0, 1), (3, 0), (1, 3), (0, 3), (1, 0))
+
+
+def problem(site: Derivation) -> Problem:
+    choices = np.array(CHOSEN).reshape(-1)
+    order = np.argsort(choices, kind="stable")
+    generator = np.random.default_rng(0)
+    sizes = {"N": N, "T": N * TOP_K, "E": E, "I": I, "O": O, "R": R}
+    names = ("X", "W", "b", "lora_A", "lora_B", "dY", *(("g",) if site is COMBINED else ()))
+    given = {name: generator.standard_normal([sizes[dim] for dim in site[name].shape]) for name in names}
+    given |= {"A": given["lora_A"], "B": given["lora_B"]}
+    return Problem(order // TOP_K, choices[order], given)
+
+
+def expected(site: Derivation, of: Problem) -> Values:
+    """Row by row, straight from what a linear with LoRA is, and its gradients from the chain rule."""
+    x, w, b, lora_a, lora_b, dy = (of.given[name] for name in ("X", "W", "b", "lora_A", "lora_B", "dY"))
+    found = {"Y": np.zeros((N, O)) if site is COMBINED else np.zeros((len(of.tokens), O))}
+    found |= {"dX": np.zeros_like(x), "dA": np.zeros_like(lora_a), "dB": np.zeros_like(lora_b)}
+    found |= {"dg": np.zeros_like(of.given["g"])} if site is COMBINED else {}
+    for row, (token, expert) in enumerate(zip(of.tokens, of.experts, strict=True)):
+        at = token if site is GATHERED else row
+        whole = w[expert] + SCALING * lora_b[expert] @ lora_a[expert]
+        made = whole @ x[at] + b[expert]
+        if site is GATHERED:
+            found["Y"][row] = made
+            gradient = dy[row]
+        else:
+            found["Y"][token] += of.given["g"][row] * made
+            found["dg"][row] = dy[token] @ made
+            gradient = of.given["g"][row] * dy[token]
+        found["dX"][at] += gradient @ whole
+        outer = SCALING * np.outer(gradient, x[at])
+        found["dA"][expert] += lora_b[expert].T @ outer
+        found["dB"][expert] += outer @ lora_a[expert].T
+    return found
+
+
+def matrices(operand: Operand, values: Values) -> Array:
+    value = values[operand.symbol.name]
+    return np.swapaxes(value, -1, -2) if operand.transposed else value
+
+
+def product(step: Contract, values: Values, of: Problem) -> Array:
+    left, right = matrices(step.left, values), matrices(step.right, values)
+    if step.stacked and step.right.stacked:
+        made = np.stack([left[e] @ right[e] for e in range(E)])
+    elif step.stacked:
+        made = np.stack([left[:, of.rows_of(e)] @ right[of.rows_of(e)] for e in range(E)])
+    else:
+        made = np.stack([left[row] @ right[expert] for row, expert in enumerate(of.experts)])
+    made = made * SCALING if step.scaled else made
+    if step.addend is not None:
+        made = made + values[step.addend.name]
+    return made if step.bias is None else made + values[step.bias.name][of.experts]
+
+
+def step_value(step: Operation, values: Values, of: Problem) -> Array:
+    """What a step makes."""
+    match step:
+        case Contract():
+            made = product(step, values, of)
+            return values[step.out.name] + made if step.accumulate else made
+        case Convert(function="cast"):
+            return values[step.operands[0].name]
+        case Route(function="gather"):
+            return values[step.operands[0].name][of.tokens]
+        case Route(function="combine"):
+            rows, *weights = (values[operand.name] for operand in step.operands)
+            weighed = rows * weights[0][:, None] if weights else rows
+            return np.stack([weighed[of.tokens == token].sum(0) for token in range(N)])
+        case Map(function="weigh"):
+            rows, weights = (values[operand.name] for operand in step.operands)
+            return rows * weights[:, None]
+        case Reduce(function="dot"):
+            first, second, *more = (values[operand.name] for operand in step.operands)
+            dots = (first * second).sum(1)
+            return dots + (more[0] * more[1][of.experts]).sum(1) if more else dots
+    raise AssertionError(step)
+
+
+def run(operations: Iterable[Operation], values: Values, of: Problem) -> Values:
+    """All that some operations make, each in its turn, and what stays within a kernel only there."""
+    for operation in operations:
+        inner = dict(values)
+        for step in products(operation):
+            inner[step.out.name] = step_value(step, inner, of)
+        values |= {out.name: inner[out.name] for out in operation.outputs}
+    return values
+
+
+def in_order(phase: Phase) -> Iterator[Operation]:
+    """As a module runs them."""
+    return (step.operation for step in schedule(phase, lambda _: 1).steps)
+
+
+def programs(site: Derivation) -> Iterator[Program]:
+    for facts in (NO_FACTS, WIDE):
+        yield from enumerate_programs(site, GOALS[site], facts=facts)
+
+
+@every_site
+def test_every_program_computes_the_same(site: Derivation) -> None:
+    """With a bias, and from what it saves alone."""
+    of = problem(site)
+    right = expected(site, of)
+    assert not of.rows_of(2).size and right.keys() == {"Y", *GOALS[site]}
+    for program in programs(site):
+        names = {argument.name for argument in site.arguments}
+        casts = any(isinstance(op, Convert) for op in program.forward.operations)
+        forward = run(in_order(program.forward), of.values(*names - ({"A", "B"} if casts else set())), of)
+        kept = {str(symbol): forward[str(symbol)] for symbol in (*program.kept, *program.saved_inputs)}
+        backward = run(in_order(program.backward), of.values("dY", "b") | kept, of)
+        for name, value in right.items():
+            made = (forward if name == "Y" else backward)[name]
+            assert np.allclose(made, value, rtol=1e-12, atol=1e-12), (program.id, name)
+
+
+def test_g_s_gradient_without_a_bias_is_that_of_the_rows_alone() -> None:
+    """The bias is the one part of a row that dXu · X does not hold."""
+    of = problem(COMBINED)
+    of.given["b"][:] = 0
+    rows = run((COMBINED.parse("dYr = gather(dY)"),), of.values("dY"), of)["dYr"]
+    values = of.values("X", "A", "B", "W", "b") | {"dYr": rows}
+    formulas = ("P = s * dYr @ B[e]", "dXu = P @ A[e]", "dXu += dYr @ W[e]", "dg = dot(dXu, X, dYr, b)")
+    made = run(tuple(map(COMBINED.parse, formulas)), values, of)
+    assert np.allclose(made["dg"], (made["dXu"] * of.given["X"]).sum(1))
+    assert np.allclose(made["dg"], expected(COMBINED, of)["dg"])
+
+
+@every_site
+def test_formulas_parse_back(site: Derivation) -> None:
+    assert all(site.parse(str(operation)) == operation for operation in site.operations)
+
+
+# How many
+
+
+@pytest.mark.parametrize(
+    ("site", "torch", "with_kernels"),
+    [
+        # Y 3 ways, dX 3, where M is read kept or made again, S kept or made again. With kernels S is made of rows or of
+        # tokens, as dA is, Y and dX have a way more, P and dB may be one pass: S kept 8 or made again 14, 5 × 2 × 2.
+        (GATHERED, 3 * 4 * 2, (8 + 14) * 5 * 2 * 2),
+        # dXu 2 ways and merged; dg of dXu, of Yr that is kept, made again in 2 ways or merged; M kept or made again
+        # where one is merged. With kernels Yr and dXu have a way more, dg is in one pass with dX; P 3 ways.
+        (COMBINED, 3 * 2 * (2 * 4 + 2 * 2 + 4 * 2 + 2), 4 * 2 * 3 * (3 * 6 + 3 * 2 + 6 * 2 + 2)),
+    ],
+    ids=lambda value: getattr(value, "site", None),
+)
+def test_exact_counts(site: Derivation, torch: int, with_kernels: int) -> None:
+    casts = {site["A"], site["B"]}
+    for table, expected in ((torch_alone(site), torch), (None, with_kernels)):
+        found = enumerate_programs(site, GOALS[site], table=table)
+        assert len(found) == len({program.id for program in found}) == expected
+        # Casts that the backward reads are kept or made again.
+        of_casts = enumerate_programs(site, GOALS[site], table=table, facts=WIDE)
+        assert len(of_casts) == sum(2 ** len(casts & program.backward.reads) for program in found)
+
+
+@every_site
+@pytest.mark.parametrize("facts", [NO_FACTS, WIDE], ids=["", "casts"])
+def test_they_are_counted_without_a_list(site: Derivation, facts: Facts) -> None:
+    every = GOALS[site]
+    for goals in itertools.chain.from_iterable(itertools.combinations(every, count) for count in range(1, 5)):
+        for table in (torch_alone(site), site.table):
+            found = enumerate_programs(site, goals, table=table, facts=facts)
+            assert count_programs(site, goals, table=table, facts=facts) == len(found)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rank", "left"),
+    [
+        ("bf16", 64, set()),
+        ("bf16", 65, {"experts_p_db"}),
+        ("bf16", 129, {"experts_p_db", "experts_x_at_gathered", "experts_pt_x_gathered"}),
+        ("fp32", 8, {"experts_gemm", "experts_gemm_gathered"}),
+    ],
+)
+def test_what_a_kernel_does_not_take_is_no_candidate(dtype: str, rank: int, left: set[str]) -> None:
+    def kernels(table: Iterable[Way]) -> set[str]:
+        return {op.kernel for way in table for op in way.operations if isinstance(op, Fused)}
+
+    assert kernels(GATHERED.table) - kernels(GATHERED.rows(partial(serves, dtype=dtype, rank=rank))) == left
+
+
+# What is kept
+
+
+@every_site
+def test_rows_of_tokens_are_never_kept(site: Derivation) -> None:
+    """The tokens are there: they are gathered again. Of what the last projection made rows may be kept, for dg."""
+    kept: set[str] = set()
+    for program in programs(site):
+        names = {str(symbol) for symbol in program.kept}
+        kept |= names
+        assert "X" in map(str, program.saved_inputs)
+        assert ("g" in map(str, program.saved_inputs)) == (site is COMBINED)
+        assert set(program.kept) <= program.backward.reads, "what nothing reads is not kept"
+    assert kept == {"S", "M", "A", "B", *(("Yr",) if site is COMBINED else ())}
+
+
+def test_which_site_a_projection_is() -> None:
+    assert experts(gathers=True) is GATHERED and experts(gathers=False) is COMBINED
+    assert [str(symbol) for symbol in GATHERED.gradients] == ["dX", "dA", "dB"]
+    assert [str(symbol) for symbol in COMBINED.gradients] == ["dX", "dA", "dB", "dg"]
+    assert [str(symbol) for symbol in GATHERED.inputs()] == ["X", "W", "A", "B"]
+    # The gradient of the router's weights reads the biases.
+    assert [str(symbol) for symbol in COMBINED.inputs(WIDE)] == ["X", "W", "lora_A", "lora_B", "b", "g"]
+
+
+@every_site
+def test_what_merges_loses_updates_in_16_bits(site: Derivation) -> None:
+    for program in programs(site):
+        assert program.lossy_in_16_bit == (site["M"] in program.forward.made | program.backward.made)
