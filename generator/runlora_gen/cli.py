@@ -19,6 +19,7 @@ from .from_model import meta
 from .generation import MAX_RANK, Request, built, read_request, up_to_date
 from .request.architecture import architecture_names, load_architecture
 from .request.errors import SpecError, one_line, reason, shorten
+from .request.experts import experts
 from .request.layers import layers
 from .request.layout import LAYOUTS, STANDALONE
 from .request.workload import (
@@ -305,11 +306,11 @@ def archs(as_json: bool) -> None:
 @click.option("--all", "show_all", is_flag=True, help="Also each shape's variants: every program.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def explain(variants: bool, show_all: bool, as_json: bool, **options: Any) -> None:
-    """Show what a model gains: time of its LoRA linears, memory that they keep, and what decides.
+    """Show what a model gains: time of its LoRA linears and experts, memory that they keep, and what decides.
 
-    Then a line for each shape: what was chosen, and its time over that of the frozen linear.
+    Then a line for each shape: what was chosen, and its time over that of the frozen linear, or of the frozen experts.
     """
-    from .emit.report import SCHEMA_VERSION, explain_table, gain_data, gain_lines, gain_table, site_data
+    from .emit.report import SCHEMA_VERSION, adapted, explain_table, gain_data, gain_lines, gain_table, site_data
     from .forecast.gain import gain
     from .search.grouped import alone, decide_groups_of_step
     from .search.ranges import decide_step, rest_of_step
@@ -319,11 +320,14 @@ def explain(variants: bool, show_all: bool, as_json: bool, **options: Any) -> No
     if len(request.ranks) > 1 or len(workload.tokens) > 1:
         raise SpecError("explain: several values of --rank or --tokens; give one of each")
     rank, tokens = request.ranks[0], workload.tokens[0]
-    sites = layers(architecture)
-    decisions = decide_step(workload, sites, rank, tokens)
+    sites, stacks = layers(architecture), experts(architecture.stacks)
+    every: list[Site] = [*sites, *stacks]
+    decisions = decide_step(workload, every, rank, tokens)
     grouped = decide_groups_of_step(workload, architecture, rank, tokens)
-    found = gain(architecture, sites, decisions, rest_of_step(workload, sites, rank, tokens), grouped)
-    decided = dict(zip(sites, decisions, strict=True))
+    stacked = list(zip(stacks, decisions[len(sites) :], strict=True))
+    rest = rest_of_step(workload, every, rank, tokens)
+    found = gain(architecture, sites, decisions[: len(sites)], rest, grouped, stacked)
+    decided = dict(zip(sites, decisions, strict=False))
     if as_json:
         data = {
             "schema_version": SCHEMA_VERSION,
@@ -338,11 +342,12 @@ def explain(variants: bool, show_all: bool, as_json: bool, **options: Any) -> No
             "model": gain_data(found),
             "layers": [site_data(layer, rank, decision) for layer, decision in decided.items()],
             "groups": [site_data(group, rank, decision) for group, decision in grouped],
+            "experts": [site_data(stack, rank, decision) for stack, decision in stacked],
         }
         click.echo(json.dumps(data, indent=1))
         return
     base = f" on {workload.base}" if workload.quantized else ""
-    # What runs: groups, and of each shape the linears that are in none.
+    # What runs: groups, of each shape the linears that are in none, and experts.
     shapes = {(layer.in_features, layer.out_features): decision for layer, decision in decided.items()}
     rows: list[tuple[Site, Decision]] = [
         *grouped,
@@ -350,13 +355,14 @@ def explain(variants: bool, show_all: bool, as_json: bool, **options: Any) -> No
             (layer, shapes[layer.in_features, layer.out_features])
             for layer in alone(architecture, [group for group, _ in grouped])
         ),
+        *stacked,
     ]
     console = _console(PLAIN_WIDTH)
     for line in gain_lines(found, [decision for _, decision in rows], workload):
         console.print(line, markup=False)
     console.print()
     console.print(
-        f"{found.linears} LoRA linears of {architecture.name}, rank {rank}, {tokens} tokens, {workload.dtype}{base}, "
+        f"{adapted(found)} of {architecture.name}, rank {rank}, {tokens} tokens, {workload.dtype}{base}, "
         f"{'' if workload.bias == 'none' else 'biases trained, '}{decisions[0].setting.device.title}"
     )
     console.print(gain_table(*zip(*rows, strict=True)))

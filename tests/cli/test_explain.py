@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
+import jsonschema
 import pytest
+from runlora_gen import emit
 from runlora_gen.cost.device import load_device
+
+SCHEMA = jsonschema.Draft202012Validator(
+    json.loads((Path(emit.__file__).parent / "explain.schema.json").read_text(encoding="utf-8"))
+)
 
 SPEC = ("--arch", "llama-9m", "--target-modules", "q_proj", "--rank", "8", "--tokens", "4096")
 #: With adapters in the activations' dtype, of which no casts are kept or not kept, there are fewer programs.
@@ -186,3 +193,71 @@ def test_the_model_is_the_sum_of_its_groups_and_what_is_in_none(grouped: dict) -
 def test_no_groups_by_request(run) -> None:
     found = json.loads(run("explain", "--arch", "llama-13b", "--rank", "8", "--groups", "none", "--json").ok().out)
     assert found["groups"] == []
+
+
+# Experts
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of two layers with a linear and 8 experts, by its manifest."""
+    common = {"experts": 8, "top_k": 2, "bias": False, "count": 2, "layout": "out_in", "module": "mlp.experts"}
+    values = {
+        "generator": "runlora-gen",
+        "arch": "mine",
+        "model_type": "mixtral",
+        "projections": [
+            {
+                **{"name": "q_proj", "in_features": 128, "out_features": 128, "bias": False, "count": 2},
+                **{"input": "attn_in", "layout": "out_in"},
+            }
+        ],
+        "stacks": [
+            {"name": "gate_up_proj", "in_features": 128, "out_features": 192, "gathers": True, **common},
+            {"name": "down_proj", "in_features": 96, "out_features": 128, "gathers": False, **common},
+        ],
+    }
+    folder = tmp_path_factory.mktemp("mixture")
+    (folder / "manifest.json").write_text(json.dumps(values))
+    return folder / "manifest.json"
+
+
+def test_experts_have_lines_beside_linears_and_alone(run, mixture: Path) -> None:
+    """The whole model is their sum, too, and what decides is one step of all of them."""
+    spec = ("explain", "--arch", mixture, "--rank", "4", "--target-parameters", "gate_up_proj,down_proj", *NARROW)
+    for more, linears, counted in (
+        ((), 0, "LoRA on 4 stacks of experts of mine"),
+        (("--target-modules", "q_proj"), 2, "2 LoRA linears and 4 stacks of experts of mine"),
+    ):
+        found = json.loads(run(*spec, *more, "--json").ok().out)
+        SCHEMA.validate(found)
+        model, of_shapes = found["model"], [*found["layers"], *found["experts"]]
+        assert (model["linears"], model["stacks"]) == (linears, 4) and len(found["layers"]) == bool(linears)
+        assert [site["projections"] for site in found["experts"]] == [["gate_up_proj"], ["down_proj"]]
+        chosen = [next(v for v in site["variants"] if v["id"] == site["chosen"]) for site in of_shapes]
+        assert model["ours"]["device_us"] == pytest.approx(2 * sum(each["device_us"] for each in chosen), rel=1e-4)
+        assert len({site["host_share"] for site in of_shapes} | {model["host_share"]}) == 1
+        # What is combined to tokens is kept for the gradient of the router's weights by all but us.
+        rows = 2 * 4096 * 2 * 128 * 2
+        assert model["frozen"]["kept_bytes"] == rows and model["peft"]["kept_bytes"] > rows
+        lines = run(*spec, *more).ok().out.splitlines()
+        assert lines[4].startswith(f"{counted}, rank 4, 4096 tokens") and max(map(len, lines)) <= 80
+        text = "\n".join(lines)
+        assert "gathered_experts" in text and "combined_experts" in text and ("q_proj" in text) == bool(linears)
+
+
+def test_variants_of_experts(run, mixture: Path) -> None:
+    spec = ("explain", "--arch", mixture, "--rank", "4", "--target-parameters", "down_proj", *NARROW)
+    (site,) = json.loads(run(*spec, "--json").ok().out)["experts"]
+    assert (site["experts"], site["top_k"], site["gathers"]) == (8, 2, False)
+    text = run(*spec, "--variants").ok().out
+    front = {variant["id"] for variant in site["variants"] if variant["pareto"]}
+    assert set(rows(text)) == front | {site["chosen"]} and f"→ chosen: {site['chosen']} " in text
+
+
+def test_a_step_with_adapters_on_experts_is_not_estimated(run, mixture: Path) -> None:
+    outcome = run("estimate", "--arch", mixture, "--rank", "4", "--sequence", "2k", "--target-parameters", "down_proj")
+    assert outcome.code == 2 and outcome.err.splitlines()[-1] == (
+        "runlora-gen: error: estimate: mine has adapters on experts, of which no whole step is estimated yet; "
+        "`explain` says what these gain"
+    )

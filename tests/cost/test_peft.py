@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from runlora_gen.cost.device import load_device
 from runlora_gen.cost.peft import price_peft
 from runlora_gen.cost.price import price_frozen
 from runlora_gen.measure.memory import saved_bytes
+from runlora_gen.request.experts import Experts
 from runlora_gen.request.workload import Workload
-from runlora_gen.search.candidates import setting_for
+from runlora_gen.search.candidates import setting_for, setting_of
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 RESULTS = Path(__file__).parents[2] / "tools" / "results"
 TOKENS, IN, OUT, RANK = 24, 48, 80, 4
@@ -78,3 +83,88 @@ def test_more_is_computed_for_more_gradients() -> None:
     assert seconds(bias="lora_bias") > whole == seconds(bias="all"), "the linear has no bias of its own"
     for less in ({"train": ("a",)}, {"train": ("b",)}, {"input_grad": False}, {"adapter_dtype": "bf16"}):
         assert all(mine < most for mine, most in zip(seconds(**less), whole, strict=True))
+
+
+@pytest.mark.parametrize("adapter_dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("names", [("gate_up_proj",), ("down_proj",), ("gate_up_proj", "down_proj")], ids="-".join)
+def test_what_experts_of_peft_keep_and_launch(names: tuple[str, ...], adapter_dtype: str) -> None:
+    """On Transformers' experts, beside what they keep and launch without adapters."""
+    modeling = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
+    tuner, peft = pytest.importorskip("peft.tuners.lora.layer"), pytest.importorskip("peft")
+    experts, top_k = 4, 2
+    config = modeling.MixtralConfig(
+        hidden_size=IN, intermediate_size=OUT, num_local_experts=experts, num_experts_per_tok=top_k
+    )
+    config._experts_implementation = "grouped_mm"
+    frozen = modeling.MixtralExperts(config).to(torch.bfloat16).requires_grad_(False)
+    for parameter in frozen.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(TOKENS, IN, dtype=torch.bfloat16, requires_grad=True)
+    weights = torch.rand(TOKENS, top_k, dtype=torch.bfloat16, requires_grad=True)
+    index = torch.rand(TOKENS, experts).topk(top_k).indices
+
+    def kept(module: nn.Module) -> int:
+        return saved_bytes(lambda: module(x, index, weights), [*module.parameters(), x])
+
+    def launches(module: nn.Module) -> tuple[Counter[str], Counter[str]]:
+        forward, backward = Launches(), Launches()
+        with forward:
+            output = module(x, index, weights)
+        with backward:
+            output.sum().backward()
+        return forward.counts, backward.counts
+
+    without, ahead = kept(frozen), launches(frozen)
+    adapted: nn.Module = frozen
+    for name in names:
+        lora = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_parameters=[name])
+        adapted = tuner.ParamWrapper(adapted, "default", parameter_name=name, config=lora, r=RANK, lora_alpha=2 * RANK)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(torch.bfloat16 if adapter_dtype == "bf16" else torch.float32)
+            parameter.requires_grad_()
+    shapes = {"gate_up_proj": (IN, 2 * OUT, True), "down_proj": (OUT, IN, False)}
+    workload = Workload(adapter_dtype=adapter_dtype)
+    sites = [Experts(experts, *shapes[name], top_k, False, 1, (name,)) for name in names]
+    assert kept(adapted) - without == sum(
+        price_peft(setting_of(workload, site, RANK, TOKENS)).own_bytes for site in sites
+    )
+    # The stack is merged twice, the second time to be used; one product by expert makes its gradient, and two of
+    # stacks with what scales them those of the factors.
+    forward, backward = launches(adapted)
+    more = {name: forward[name] - ahead[0][name] for name in ("baddbmm", "_grouped_mm")}
+    assert more == {"baddbmm": 2 * len(names), "_grouped_mm": 0}
+    more = {name: backward[name] - ahead[1][name] for name in ("_grouped_mm", "bmm")}
+    assert more == {"_grouped_mm": len(names), "bmm": 2 * len(names)}
+    assert backward["mul"] - ahead[1]["mul"] == 2 * len(names)
+
+
+class Launches(TorchDispatchMode):
+    """Counts operators by their names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("gathers", [True, False])
+def test_experts_of_peft_read_and_write_whole_stacks(gathers: bool) -> None:
+    """Whoever has rows: with few tokens they take far longer than frozen ones, and no less than their stacks' bytes."""
+
+    def added_s(**options: Any) -> float:
+        setting = setting_of(Workload(launch="graph", adapter_dtype="bf16", **options), site, 8, 16)
+        return price_peft(setting).times.device_s - price_frozen(setting)
+
+    site = Experts(128, 2048, 1536, gathers, 8, False, 1, ("experts",))
+    stack_s = 128 * 2048 * 1536 * 2 / load_device("h100").bytes_per_s
+    # M is made twice, of W and of the copy of W; dM is written once, and read for either factor.
+    assert 2 * 4 * stack_s + 3 * stack_s < added_s() < 1.1 * (2 * 4 + 3) * stack_s
+    assert added_s(train=("a",)) < added_s() - 0.9 * stack_s
+    # Without dX no M is read in the backward, by frozen experts neither: W is in its place.
+    assert added_s(input_grad=False) == pytest.approx(added_s(), rel=0.05)

@@ -251,7 +251,7 @@ def test_what_no_manifest_may_hold(merged: dict[str, Any], path: tuple, value: o
 def test_the_issue_s_fields_are_there(both) -> None:
     _, _, explained = both
     top = ["schema_version", "arch", "rank", "tokens", "dtype", "adapter_dtype", "base", "device"]
-    top += ["launch", "model", "layers", "groups"]
+    top += ["launch", "model", "layers", "groups", "experts"]
     assert list(explained) == top
     for layer in explained["layers"]:
         wanted = ["name", "in_features", "out_features", "rank", "count", "projections", "chosen", "variants"]

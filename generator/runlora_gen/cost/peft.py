@@ -1,4 +1,4 @@
-"""The price of a LoRA linear as PEFT runs it: what a gain is held against.
+"""The price of a LoRA linear, or of a stack of experts, as PEFT runs it: what a gain is held against.
 
 ``lora.Linear.forward`` of PEFT 0.21 is ``base(x) + lora_B(lora_A(dropout(x))) * scaling``, operator by operator, and
 its backward is autograd's. Where the adapter has another dtype than the activations, X is cast to the adapter's first
@@ -8,12 +8,21 @@ of bytes, both of which every linear keeps; without it there is no operator. ``l
 for a copy of what the base gives, and under autocast it does not cast X; ``Linear8bitLt`` does not cast X either. The
 base makes its weight of the codes in the forward, and again for dX. (Where it is of 8 bits, bitsandbytes and
 Transformers make it for dX alone, and multiply in the forward by kernels of their own: those have no price here.)
+
+``lora.ParamWrapper`` gives the experts of Transformers a parametrization, ``torch.baddbmm(W, B, A, alpha=scaling)``:
+with M, the merged stack, in the place of W they run as they do without adapters (``grouped_mm_experts_forward``). What
+that adds is of whole stacks, whoever has rows: M is made twice in every forward, first where the parametrization is
+registered, which tries it, and is kept; its gradient dM is a product over the rows of each expert, which have to be
+kept for it, and the factors' are products of all of dM. Not priced is what the host needs to register it and to remove
+it, at every call.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from ..algebra.operations import Operation, Symbol, parse
 from .passes import CAST, Times, price_passes
 from .price import price_operation
 from .setting import Setting
@@ -21,7 +30,7 @@ from .setting import Setting
 
 @dataclass(frozen=True)
 class PeftCost:
-    """Price of one linear in PEFT's order.
+    """Price of one linear, or one stack of experts, in PEFT's order.
 
     Attributes:
         times: of its forward and of its backward.
@@ -41,7 +50,9 @@ class PeftCost:
 
 
 def price_peft(setting: Setting) -> PeftCost:
-    """Price a linear in PEFT's order, as far as the setting's gradients are wanted."""
+    """Price a linear, or a stack of experts, in PEFT's order, as far as the setting's gradients are wanted."""
+    if setting.experts:
+        return _experts(setting)
     wanted, casts, drops = setting.gradients, setting.casts, "dropout" in setting.derivation.symbols
     size, adapter_size = setting.dtype.bytes, setting.adapter_dtype.bytes
     x, y = setting.tokens * setting.in_features, setting.tokens * setting.out_features
@@ -85,16 +96,57 @@ def price_peft(setting: Setting) -> PeftCost:
     if casts:  # what dX and P read
         kept += size * (adapter["dA"] * ("dX" in wanted) + adapter["dB"] * bool(wanted & {"dX", "dA"}))
     return PeftCost(
-        forward=_phase(forward, passes, casts_forward, setting),
-        backward=_phase(backward, back, casts_backward, setting),
+        forward=_phase(map(setting.derivation.parse, forward), passes, casts_forward, setting),
+        backward=_phase(map(setting.derivation.parse, backward), back, casts_backward, setting),
         keeps_input="dA" in wanted and not widens and not drops,
         own_bytes=kept,
     )
 
 
-def _phase(formulas: list[str], passes: list[int], casts: list[int], setting: Setting) -> Times:
+def _experts(setting: Setting) -> PeftCost:
+    """Price a stack of experts: what they do without adapters, with M in the place of W, and what M takes."""
+    derivation, wanted, size = setting.derivation, setting.gradients, setting.dtype.bytes
+    symbols = {**derivation.symbols, "dM": Symbol("dM", ("E", "O", "I"), store="weight")}
+    read, given = ("X", "dYr") if "dYr" in symbols else ("Xr", "dY")
+
+    def operations(*formulas: str) -> list[Operation]:
+        return [parse(formula, symbols) for formula in formulas]
+
+    base = operations(*(str(operation).replace("W[e]", "M[e]") for operation in derivation.base))
+    ahead = 1 + [str(operation.outputs[0]) for operation in base].index("Y")
+    factors = {name: symbols[name].numel(setting.dims) for name in ("dA", "dB")}
+    whole, widths = symbols["dM"].numel(setting.dims), size + setting.adapter_dtype.bytes
+    # W is copied to what torch adds the product to; B, whose experts lie side by side, to where each is a matrix.
+    made = operations("M[e] = W + s * B[e] @ A[e]")
+    passes = [2 * whole * size, 2 * factors["dB"] * size]
+    back: list[int] = []
+    casts = [elements * widths for elements in factors.values()] if setting.casts else []
+    backward = base[ahead:] if "dX" in wanted else [op for op in base[ahead:] if str(op.outputs[0]) == given]
+    casts_backward = []
+    trained = [name for name in factors if name in wanted]
+    if trained:
+        backward += operations(f"dM[e] = {given}.T @ {read}")
+    for name in trained:
+        product = "dA[e] = B[e].T @ dM[e]" if name == "dA" else "dB[e] = dM[e] @ A[e].T"
+        backward += operations(product)
+        # * scaling; B is copied again where it is read; dB, to the order of lora_B.
+        back += [2 * factors[name] * size, 2 * factors["dB"] * size]
+        casts_backward += [factors[name] * widths] if setting.casts else []
+    kept = whole * size if "dX" in wanted else 0
+    kept += symbols[read].numel(setting.dims) * size if trained else 0  # the rows, for dM
+    if setting.casts:  # what the products of dM read
+        kept += size * sum(factors[other] for name, other in (("dA", "dB"), ("dB", "dA")) if name in trained)
+    return PeftCost(
+        forward=_phase([*made, *made, *base[:ahead]], [*passes, *passes], casts, setting),
+        backward=_phase(backward, back, casts_backward, setting),
+        keeps_input=False,
+        own_bytes=kept,
+    )
+
+
+def _phase(operations: Iterable[Operation], passes: list[int], casts: list[int], setting: Setting) -> Times:
     # Products are of one dtype, and their casts are passes.
     narrow = replace(setting, adapter_dtype=setting.dtype)
-    costs = [price_operation(setting.derivation.parse(formula), narrow) for formula in formulas]
+    costs = [price_operation(operation, narrow) for operation in operations]
     products = Times(sum(cost.device_s for cost in costs), sum(cost.host_s for cost in costs))
     return products + price_passes(passes, setting.device) + price_passes(casts, setting.device, reach=CAST)

@@ -111,10 +111,11 @@ def _lines(formula: str) -> list[str]:
 def _priced_at(
     setting: Setting, workload: Workload, device_s: float, host_s: float, host_share: float
 ) -> Iterable[str]:
-    """What it was priced for, and what it takes beside the frozen linear."""
+    """What it was priced for, and what it takes beside what is frozen."""
     frozen_device, frozen_host = (price_frozen(setting, share) for share in (DEVICE_BOUND, HOST_BOUND))
     adapter = f", the adapter in {setting.adapter_dtype.name}," if setting.casts else ""
-    linear = "linear" if len(setting.derivation.outputs) == 1 else "linears"
+    several = "experts" if setting.experts else "linears"
+    linear = several if setting.experts or len(setting.derivation.outputs) > 1 else "linear"
     yield (
         f"Priced at {setting.tokens} tokens in {setting.dtype.name}{adapter} {_priced_by(setting)}: "
         f"{device_s / frozen_device:.3f} times the frozen {linear} ({show_time(frozen_device)}) on the device."

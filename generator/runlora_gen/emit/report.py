@@ -13,6 +13,7 @@ from ..cost.vector import DEVICE_BOUND, HOST_BOUND
 from ..forecast.estimate import Batch, Estimate
 from ..forecast.gain import Gain, Side, shared_stem
 from ..request.architecture import Architecture
+from ..request.experts import Experts
 from ..request.groups import Group
 from ..request.workload import Workload
 from ..search.candidates import Site
@@ -83,10 +84,13 @@ def _range_data(part: Range[Decision]) -> dict[str, Any]:
 
 
 def site_data(site: Site, rank: int, decision: Decision) -> dict[str, Any]:
-    """One layer shape or group with all candidates in one setting."""
+    """One layer shape, group or shape of experts with all candidates in one setting."""
+    own: dict[str, Any] = {"linears": site.linears} if isinstance(site, Group) else {}
+    if isinstance(site, Experts):
+        own = {"experts": site.experts, "gathers": site.gathers, "top_k": site.top_k}
     return {
         "name": site.name,
-        **({"linears": site.linears} if isinstance(site, Group) else {}),
+        **own,
         "in_features": site.in_features,
         "out_features": site.out_features,
         "rank": rank,
@@ -102,7 +106,7 @@ def site_data(site: Site, rank: int, decision: Decision) -> dict[str, Any]:
 
 
 def gain_data(found: Gain) -> dict[str, Any]:
-    """The whole model: all its LoRA linears in one step."""
+    """The whole model: all its LoRA linears and experts in one step."""
 
     def side(one: Side) -> dict[str, Any]:
         return {
@@ -114,6 +118,7 @@ def gain_data(found: Gain) -> dict[str, Any]:
 
     return {
         "linears": found.linears,
+        "stacks": found.stacks,
         "host_share": found.host_share,
         "frozen": side(found.frozen),
         "peft": side(found.peft),
@@ -124,6 +129,14 @@ def gain_data(found: Gain) -> dict[str, Any]:
 
 def _us(seconds: float) -> float:
     return round(seconds * 1e6, 3)
+
+
+def adapted(found: Gain) -> str:
+    """What has adapters, counted: ``280 LoRA linears and 96 stacks of experts``."""
+    stacks = f"{found.stacks} stack{'' if found.stacks == 1 else 's'} of experts"
+    if not found.linears:
+        return f"LoRA on {stacks}"
+    return f"{found.linears} LoRA linears" + (f" and {stacks}" if found.stacks else "")
 
 
 def gain_lines(found: Gain, decisions: Sequence[Decision], workload: Workload) -> Iterable[str]:
@@ -208,7 +221,7 @@ def estimate_lines(
 
 
 def gain_table(sites: Sequence[Site], decisions: Sequence[Decision]) -> RenderableType:
-    """One line a site: how often the model has it, what was chosen, and its ratio to the frozen linears."""
+    """One line a site: how often the model has it, what was chosen, and its ratio to what is frozen."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="bold")

@@ -120,8 +120,13 @@ def check_modelled(architecture: Architecture) -> None:
     """Refuse a model of which more would have to be known.
 
     Raises:
-        SpecError: its family is not modelled, or its config has no vocabulary.
+        SpecError: it has experts, its family is not modelled, or its config has no vocabulary.
     """
+    if architecture.stacks:
+        raise SpecError(
+            f"estimate: {architecture.name} has adapters on experts, of which no whole step is estimated yet; "
+            "`explain` says what these gain"
+        )
     if architecture.decoder is None:
         raise SpecError(
             f"estimate: {architecture.name} is of model type {architecture.model_type}, of which only the linears are "

@@ -1,4 +1,4 @@
-"""What generated modules gain in a whole model: its LoRA linears ours, in PEFT's order, and frozen."""
+"""What generated modules gain in a whole model: its LoRA linears and experts ours, in PEFT's order, and frozen."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from ..cost.price import price_frozen
 from ..cost.setting import Setting
 from ..cost.vector import DEVICE_BOUND, HOST_BOUND, weighted
 from ..request.architecture import Architecture, Projection
+from ..request.experts import Experts
 from ..request.groups import Group, ungrouped
 from ..request.layers import Layer
 from ..search.choose import Decision
@@ -33,7 +34,7 @@ class Keeps:
 
 @dataclass(frozen=True)
 class Side:
-    """One way to run all LoRA linears of a model: times of a step, and bytes kept for the backward."""
+    """One way to run all LoRA linears and experts of a model: times of a step, and bytes kept for the backward."""
 
     times: Times
     kept_bytes: int
@@ -42,21 +43,43 @@ class Side:
         """Seconds that count, of a step that the host bounds to this share."""
         return weighted(self.times.device_s, self.times.host_s, host_share)
 
+    def __add__(self, other: Side) -> Side:
+        return Side(self.times + other.times, self.kept_bytes + other.kept_bytes)
+
+    def __mul__(self, count: int) -> Side:
+        return Side(self.times * count, self.kept_bytes * count)
+
+
+@dataclass(frozen=True)
+class _Sides:
+    """The three ways side by side."""
+
+    frozen: Side
+    peft: Side
+    ours: Side
+
+    def __add__(self, other: _Sides) -> _Sides:
+        return _Sides(self.frozen + other.frozen, self.peft + other.peft, self.ours + other.ours)
+
+    def __mul__(self, count: int) -> _Sides:
+        return _Sides(self.frozen * count, self.peft * count, self.ours * count)
+
 
 @dataclass(frozen=True)
 class Gain:
-    """All LoRA linears of a model in one step, forward and backward.
+    """All LoRA linears and stacks of experts of a model in one step, forward and backward.
 
     Attributes:
-        linears: how many there are.
+        linears, stacks: how many there are.
         host_share: what bounds the step, see :func:`~.cost.vector.weighted`.
-        frozen: the linears alone, without adapters.
+        frozen: they alone, without adapters.
         peft: with adapters, as PEFT runs them.
         ours: as generated modules run them.
         rest: what the model does beside them.
     """
 
     linears: int
+    stacks: int
     host_share: float
     frozen: Side
     peft: Side
@@ -83,16 +106,18 @@ def gain(
     decisions: Sequence[Decision],
     rest: Times,
     grouped: Sequence[tuple[Group, Decision]] = (),
+    stacked: Sequence[tuple[Experts, Decision]] = (),
 ) -> Gain:
-    """Sum up a model.
+    """Sum up a model of linears, of experts, or of both.
 
     Args:
         architecture: the model.
         sites: its layer shapes.
         decisions: what was chosen for each of them, in one step.
-        rest: what the model does beside its linears, as :func:`~.ranges.rest_of_step` has it; of groups we do a part of
-            it, the sums of their inputs' gradients.
+        rest: what the model does beside these, as :func:`~.ranges.rest_of_step` has it; of groups we do a part of it,
+            the sums of their inputs' gradients.
         grouped: the linears that are computed together.
+        stacked: the stacks of experts, with what was chosen for them in the same step.
     """
     chosen = dict(zip(((site.in_features, site.out_features) for site in sites), decisions, strict=True))
     peft = {shape: price_peft(decision.setting) for shape, decision in chosen.items()}
@@ -105,28 +130,49 @@ def gain(
     def total(times: dict[tuple[int, int], Times]) -> Times:
         return sum((times[site.in_features, site.out_features] * site.count for site in sites), Times())
 
-    size = decisions[0].setting.dtype.bytes
-    tokens = decisions[0].setting.tokens
-    return Gain(
-        linears=sum(site.count for site in sites),
-        host_share=decisions[0].host_share,
-        frozen=Side(total(frozen), 0),
-        peft=Side(
+    one = (*decisions, *(decision for _, decision in stacked))[0]
+    row = one.setting.tokens * one.setting.dtype.bytes
+    experts = [_of_experts(decision) * stack.count for stack, decision in stacked]
+    linears = (
+        Side(total(frozen), 0),
+        Side(
             total({shape: cost.times for shape, cost in peft.items()}),
-            kept_bytes(
-                architecture.projections, {s: Keeps(c.keeps_input, c.own_bytes) for s, c in peft.items()}, tokens * size
-            ),
+            kept_bytes(architecture.projections, {s: Keeps(c.keeps_input, c.own_bytes) for s, c in peft.items()}, row),
         ),
-        ours=Side(
+        Side(
             ours,
             kept_bytes(
                 architecture.projections,
                 {s: keeps(d) for s, d in chosen.items()},
-                tokens * size,
+                row,
                 grouped=[(group, keeps(decision)) for group, decision in grouped],
             ),
         ),
+    )
+    sides = sum(experts, _Sides(*linears))
+    return Gain(
+        linears=sum(site.count for site in sites),
+        stacks=sum(stack.count for stack, _ in stacked),
+        host_share=one.host_share,
+        frozen=sides.frozen,
+        peft=sides.peft,
+        ours=sides.ours,
         rest=rest,
+    )
+
+
+def _of_experts(decision: Decision) -> _Sides:
+    """One stack of experts in the three ways.
+
+    Whoever combines rows keeps them for the gradient of the router's weights, but for what we chose.
+    """
+    setting = decision.setting
+    rows = setting.bytes_of(setting.derivation["Yr"]) if "dg" in setting.gradients else 0
+    peft = price_peft(setting)
+    return _Sides(
+        Side(frozen_times(setting), rows),
+        Side(peft.times, peft.own_bytes + rows),
+        Side(Times.of(decision.chosen.cost), decision.chosen.cost.saved_bytes),
     )
 
 
