@@ -29,6 +29,7 @@ from .request.workload import (
     parse_counts,
     parse_dtype,
     parse_shapes,
+    parse_stacks,
 )
 
 if TYPE_CHECKING:
@@ -504,6 +505,12 @@ def verify(path: Path, examples: int, require_kernels: bool, exitfirst: bool, qu
 @click.option("-o", "--output", metavar="FILE.toml", required=True, help="The profile; an unfinished one is resumed.")
 @click.option("--arch", metavar="NAME|PATH", help="Measure at the shapes of an architecture.")
 @click.option("--shapes", metavar="IxO", multiple=True, help="Measure at these shapes, such as 4096x4096,4096x11008.")
+@click.option(
+    "--experts",
+    metavar="ExK:IxO",
+    multiple=True,
+    help="Measure stacks of E experts, K a token, such as 128x8:2048x1536.",
+)
 @click.option("--tokens", metavar="T", multiple=True, help="Token counts to measure at.")
 @click.option("--rank", "-r", metavar="R", multiple=True, help="Ranks to measure at.")
 @click.option("--dtype", metavar=_DTYPES, multiple=True, help="[bf16; on a CPU fp32]; repeat it.")
@@ -514,6 +521,7 @@ def tune(
     output: str,
     arch: str | None,
     shapes: tuple[str, ...],
+    experts: tuple[str, ...],
     tokens: tuple[str, ...],
     rank: tuple[str, ...],
     dtype: tuple[str, ...],
@@ -531,22 +539,33 @@ def tune(
     """  # noqa: D301
     if not output.endswith(".toml"):
         raise SpecError(f"--output: {shorten(output)} is not allowed; give a file that ends in .toml")
-    if arch is not None and shapes:
-        raise SpecError("--shapes: given beside --arch; give one of both")
-    wanted = parse_shapes("--shapes", shapes) if shapes else ()
+    for option, given in (("--shapes", shapes), ("--experts", experts)):
+        if arch is not None and given:
+            raise SpecError(f"{option}: given beside --arch; give one of both")
+    wanted, stacks = parse_shapes("--shapes", shapes), parse_stacks("--experts", experts)
     if arch is not None:
-        wanted = tuple(
-            (layer.in_features, layer.out_features) for layer in layers(load_architecture(arch, others=meta))
+        architecture = load_architecture(arch, others=meta)
+        wanted = tuple((layer.in_features, layer.out_features) for layer in layers(architecture))
+        stacks = tuple(
+            dict.fromkeys(
+                (s.experts, s.top_k, s.in_features, s.out_features)
+                for s in (*architecture.stacks, *architecture.offered)
+            )
         )
     counts = parse_counts("--tokens", tokens, maximum=MAX_TOKENS, kilo=True) if tokens else ()
     ranks = parse_counts("--rank", rank, maximum=MAX_RANK) if rank else ()
     try:
-        from .measure.tune import GRID, points
+        from .measure.tune import GRID, GRID_OF_EXPERTS, points, points_of_experts
         from .measure.tune import tune as measure
     except ModuleNotFoundError as error:
         raise SpecError(f"tune: needs {error.name}: pip install torch") from None
-    default = GRID[device]
-    sizes = points(wanted or default[0], counts or default[1], ranks or default[2])
+    usual, usual_of_experts = GRID[device], GRID_OF_EXPERTS[device]
+    if not wanted and not stacks:
+        wanted, stacks = usual[0], usual_of_experts[0]
+    sizes = (
+        *points(wanted, counts or usual[1], ranks or usual[2]),
+        *points_of_experts(stacks, counts or usual_of_experts[1], ranks or usual_of_experts[2]),
+    )
     if not sizes:
         raise SpecError(f"--rank: {ranks} are above min(in, out) of every shape")
     dtypes = tuple(parse_dtype("--dtype", name) for name in dtype) or ("bf16" if device == "cuda" else "fp32",)

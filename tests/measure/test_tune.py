@@ -17,18 +17,21 @@ from typing import Any
 
 import pytest
 from runlora_gen.algebra.enumerate import enumerate_programs
+from runlora_gen.algebra.experts import COMBINED, GATHERED
 from runlora_gen.algebra.linear import FLOAT8, LINEAR
-from runlora_gen.algebra.operations import Convert, Fused, dimensions
+from runlora_gen.algebra.operations import Convert, Fused, Operation, dimensions
 from runlora_gen.algebra.work import work
 from runlora_gen.cost.device import load_device
+from runlora_gen.cost.price import price_operation
 from runlora_gen.cost.profile import Profile, parse_toml, read_profile, render_profile
 from runlora_gen.kernels.registry import KERNELS
 from runlora_gen.kernels.sites import WORKS, operations_of
 from runlora_gen.measure import clock, tune
 from runlora_gen.measure.modules import module_of_everything
 from runlora_gen.request.errors import SpecError
+from runlora_gen.request.experts import Experts
 from runlora_gen.request.workload import DTYPE_NAMES, Workload
-from runlora_gen.search.candidates import goals
+from runlora_gen.search.candidates import goals, setting_of
 
 SIZE = ("--shapes", "24x40", "--tokens", "16", "--rank", "4")
 ON_CPU = ("tune", "--device", "cpu", "-q", *SIZE)
@@ -236,6 +239,18 @@ def test_kernels_are_measured_with_all_their_constants(tmp_path: Path, monkeypat
     assert device.tiles_for("bf16") == {key: tuple(best.items()) for key, best in profile.tiles["fp16"].items()}
 
 
+def noted(name: str, real: Callable[..., Any], launched: Counter[str]) -> Callable[..., Any]:
+    """A launch that must not refuse its operands, counted."""
+
+    def launch(*operands: Any) -> Any:
+        made = real(*operands)
+        assert made is not None, f"{name} refused what it is measured on"
+        launched[name] += 1
+        return made
+
+    return launch
+
+
 def test_what_products_of_float8_take_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each kernel is called on what it would be given: codes with scales, codes alone, the largest of each row.
 
@@ -256,24 +271,105 @@ def test_what_products_of_float8_take_is_measured(tmp_path: Path, monkeypatch: p
         bench.module = module = bench.module_on("fp8")
         assert module.BASE == "fp8" and bench.module_on("fp8") is module, "made once"
         assert {bench.module_on(tune._base_of(op)) for op in expected} == {module}
-
-        def noted(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
-            def launch(*operands: Any) -> Any:
-                made = real(*operands)
-                assert made is not None, f"{name} refused what it is measured on"
-                launched[name] += 1
-                return made
-
-            return launch
-
         for name in {f"_launch_{op.kernel}" for op in expected}:
-            monkeypatch.setattr(module, name, noted(name, getattr(module, name)))
+            monkeypatch.setattr(module, name, noted(name, getattr(module, name), launched))
         tune._measure(bench, profile, "fp16", tune.Point(24, 16, 32, 8))
     assert profile.times["fp16"].keys() == set(map(work, expected)) and len(launched) == 6
     tune._write(tmp_path / "x.toml", profile)
     assert read(tmp_path / "x.toml").times["fp16"].keys() == set(map(work, expected))
     # A transpose has neither tokens nor a rank.
     assert profile.times["fp16"]["transpose: OI->IO transpose"].keys() == {(16, 32)}
+
+
+def of_experts() -> list[Operation]:
+    """What experts do, in one dtype and without kernels."""
+    both = (op for site in (GATHERED, COMBINED) for op in operations_of(site))
+    return [op for op in both if not isinstance(op, Convert | Fused)]
+
+
+def test_every_torch_operation_of_experts_is_measured(run, tmp_path: Path) -> None:
+    """And no linear's, where only experts are asked for; rows are as many as tokens have experts."""
+    path = tmp_path / "x.toml"
+    size = ("--experts", "4x2:24x40", "--tokens", "8", "--rank", "4")
+    outcome = run("tune", "--device", "cpu", "-q", *size, "-o", path).ok()
+    dims = {"T": 16, "N": 8, "E": 4, "I": 24, "O": 40, "R": 4}
+    times = read(path).times["fp32"]
+    expected = {work(op): [tuple(dims[d] for d in dimensions(op))] for op in of_experts()}
+    assert {key: list(figures) for key, figures in times.items()} == expected
+    assert expected["TI,EOI->TO biased"] == [(16, 24, 40, 4)] and expected["TR,T->TR weigh"] == [(16, 4)]
+    assert expected["NI->TI gather"] == [(16, 24, 8)]
+    assert "warning" not in outcome.err
+    # The prices of experts are those times.
+    site = Experts(4, 24, 40, True, 2, False, 1, ("up_proj",))
+    workload = Workload(dtype="fp32", device=os.fspath(path))
+    setting = setting_of(workload, site, 4, 8)
+    product = GATHERED.parse("Y = Xr @ W[e].T + b[e]")
+    (measured,) = times["TI,EOI->TO biased"].values()
+    assert price_operation(product, setting).device_s == pytest.approx(measured * 1e-6)
+    # What is known is not measured again.
+    before = path.read_bytes()
+    run("tune", "--device", "cpu", "-q", *size, "-o", path).ok()
+    assert path.read_bytes() == before
+
+
+def test_experts_of_an_architecture(run, machine: Machine, tmp_path: Path) -> None:
+    """Beside its linears; without any sizes a grid of both."""
+    pytest.importorskip("transformers")
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "mixtral", "num_hidden_layers": 2, "num_local_experts": 4, **sizes})
+    )
+    path = tmp_path / "x.toml"
+    spec = ("tune", "--device", "cpu", "-q", "--tokens", "8", "--rank", "4", "-o", path)
+    run(*spec, "--arch", tmp_path / "config.json").ok()
+    times = read(path).times["fp32"]
+    assert list(times["TI,EOI->TO biased"]) == [(16, 64, 192, 4), (16, 96, 64, 4)]
+    assert list(times["TI,OI->TO biased"]) == [(8, 64, 32), (8, 64, 64)]
+    path.unlink()
+    run("tune", "--device", "cpu", "-q", "-o", path).ok()
+    (stack,), tokens, _ = tune.GRID_OF_EXPERTS["cpu"]
+    measured = list(read(path).times["fp32"]["TI,EOI->TO biased"])
+    assert measured == [(stack[1] * count, *stack[2:], stack[0]) for count in tokens]
+
+
+@pytest.mark.parametrize("name", sorted({name for name in KERNELS if name.startswith("experts_")}))
+def test_kernels_of_experts_are_measured(name: str, bench_of_experts: tune._Workbench, tmp_path: Path) -> None:
+    """Each on rows that are sorted by expert; one that gathers is priced as that which does not."""
+    bench, profile = bench_of_experts, begun()
+    mine = [op for op in bench._of_experts if isinstance(op, Fused) and op.kernel == name]
+    assert bool(mine) == (KERNELS[name].priced_as is None)
+    if not mine:
+        return
+    launched = Counter[str]()
+    with pytest.MonkeyPatch.context() as patch:
+        for module in {bench.module_for(op) for op in mine}:
+            patch.setattr(module, f"_launch_{name}", noted(name, getattr(module, f"_launch_{name}"), launched))
+        patch.setattr(bench, "_of_experts", tuple(mine))
+        for constant, value in (("MOST_SETS", 1), ("LEAST_S", 0)):
+            patch.setattr(tune, constant, value)
+        tune._measure(bench, profile, "fp16", tune.Point(8, 16, 32, 8, experts=4, top_k=2))
+    assert profile.times["fp16"].keys() == set(map(work, mine)) and launched[name] >= len(mine)
+    for key, best in profile.tiles["fp16"].items():
+        assert all(constants in ({}, *KERNELS[name].candidates) for constants in best.values()), key
+    tune._write(tmp_path / "x.toml", profile)
+    assert read(tmp_path / "x.toml").times["fp16"] == profile.times["fp16"]
+
+
+@pytest.fixture(scope="module")
+def bench_of_experts() -> Iterator[tune._Workbench]:
+    """One with kernels, in Triton's interpreter."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("triton", minversion="3.4")
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    with tune._Workbench(torch.device("cpu")) as bench, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "kernels", True)
+        patch.setattr(bench, "workload", Workload(adapter_dtype="bf16", device="h100", launch="graph"))
+        patch.setattr(
+            bench, "_of_experts", tuple({work(op): op for op in reversed(bench._timed_of_experts())}.values())
+        )
+        patch.setattr(bench, "module", bench.module_for(bench._of_experts[0]))
+        yield bench
 
 
 @pytest.mark.parametrize(
@@ -616,6 +712,11 @@ class TestBadInput:
             (("--shapes", "3y4"), "--shapes: '3y4' is not allowed; give shapes in x out such as 4096x11008"),
             (("--shapes", "0x4"), "--shapes: '0x4'"),
             (("--arch", "llama-9m", "--shapes", "3x4"), "--shapes: given beside --arch"),
+            (("--arch", "llama-9m", "--experts", "4x2:3x4"), "--experts: given beside --arch"),
+            (("--experts", "4:3x4"), "--experts: '4:3x4' is not allowed; give experts x those of a token : in x out"),
+            (("--experts", "4x5:3x4"), "--experts: '4x5:3x4' is not allowed"),
+            (("--experts", "4x2:3x0"), "--experts: '3x0' is not allowed"),
+            (("--experts", "4x2:8x8", "--rank", "9"), "--rank: "),
             (("--arch", "llama-9"), "did you mean llama-9m?"),
             (("--shapes", "8x8", "--rank", "9"), "--rank: "),
             (("--tokens", "0"), "--tokens: '0'"),

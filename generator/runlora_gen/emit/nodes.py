@@ -22,7 +22,7 @@ from ..request.groups import Group
 from ..request.layers import Layer
 from ..request.layout import FOLDER, STANDALONE
 from ..request.workload import TORCH_NAMES, Workload
-from ..search.candidates import Site, goals
+from ..search.candidates import Site, goals, setting_of
 from ..search.choose import Decision, ForwardDecision
 from ..search.criterion import Priced
 from ..search.ranges import LayerChoice
@@ -253,7 +253,9 @@ def module_node(
     operations += [operation for phase in forwards for operation in phase.operations]
     fused = list(dict.fromkeys(op for op in operations if isinstance(op, Fused)))
     # One set of constants for all token counts: those of the largest, where a step takes longest.
-    setting = replace(choice.ranges[-1].decision.setting, tokens=max(workload.tokens))
+    most = max(workload.tokens)
+    sizes = setting_of(workload, site, rank, most).sizes
+    setting = replace(choice.ranges[-1].decision.setting, tokens=most, sizes=sizes)
     trains, frozen = _trained(setting.derivation, goals(workload, setting.derivation))
     return ModuleNode(
         site=site,

@@ -9,13 +9,15 @@ from pathlib import Path
 from types import ModuleType
 
 from ..algebra.enumerate import enumerate_programs
+from ..algebra.operations import Operation
 from ..cost.lower import with_kernels
 from ..cost.price import price
 from ..emit.nodes import module_name, module_node
 from ..emit.render import render_module as text_of
 from ..kernels.sites import alternatives
+from ..request.experts import Experts
 from ..request.workload import Workload
-from ..search.candidates import Site, goals
+from ..search.candidates import Site, goals, setting_of
 from ..search.choose import Decision, decide, decide_forward
 from ..search.criterion import Priced
 from ..search.ranges import LayerChoice, Range
@@ -50,6 +52,26 @@ def import_file(path: Path, name: str) -> ModuleType:
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
+
+
+def module_of_experts(workload: Workload, path: Path, *, gathers: bool) -> ModuleType:
+    """A module with every operation and, where the workload has them, every kernel of a projection of experts.
+
+    There are many programs, of which it has as few as hold them all.
+    """
+    site, rank = Experts(4, 64, 64, gathers, 2, False, 1, ("experts",)), 8
+    setting = setting_of(workload, site, rank, 4096)
+    single = alternatives(setting.derivation, "cheaper") if workload.kernels else ()
+    decision, known = decide(workload, setting), set[Operation]()
+    held = []
+    table = setting.derivation.rows(lambda _: workload.kernels)
+    for each in enumerate_programs(setting.derivation, goals(workload, setting.derivation), table=table):
+        for program in (each, with_kernels(each, single)):
+            if not known.issuperset(program.operations):
+                known.update(program.operations)
+                held.append(Priced(program, decision.chosen.cost))
+    decision = replace(decision, candidates=tuple(held))
+    return render_module(one_choice(site, workload, decision), rank, workload, path, all_variants=True)
 
 
 def module_of_everything(workload: Workload, path: Path) -> ModuleType:

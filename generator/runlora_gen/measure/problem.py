@@ -21,12 +21,14 @@ TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.flo
 
 @dataclass(frozen=True)
 class Point:
-    """A size: tokens, in_features, out_features and rank."""
+    """A size: tokens, in_features, out_features and rank; of experts how many there are, and how many a token has."""
 
     tokens: int
     in_features: int
     out_features: int
     rank: int
+    experts: int = 0
+    top_k: int = 1
 
     @classmethod
     def parse(cls, text: str, rank: int | None = None) -> Point:
@@ -38,7 +40,8 @@ class Point:
     @property
     def dims(self) -> dict[str, int]:
         """By the names that symbols use."""
-        return {"T": self.tokens, "I": self.in_features, "O": self.out_features, "R": self.rank}
+        sizes = {"T": self.tokens * self.top_k, "I": self.in_features, "O": self.out_features, "R": self.rank}
+        return sizes | ({"E": self.experts, "N": self.tokens} if self.experts else {})
 
     @property
     def layer(self) -> Layer:

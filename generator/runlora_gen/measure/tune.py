@@ -40,11 +40,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..algebra.enumerate import Program, enumerate_programs
+from ..algebra.experts import COMBINED, GATHERED
 from ..algebra.linear import FLOAT8, LINEAR, QUANTIZED
 from ..algebra.liveness import wanted_operations
 from ..algebra.lookup import Asked
 from ..algebra.operations import Convert, Fused, Operation, Symbol, dimensions
 from ..algebra.work import work
+from ..cost.measured import measured_as
 from ..cost.profile import FLOAT8 as FLOAT8_RATE
 from ..cost.profile import MAX_PROFILE_BYTES, Profile, Size, check_title, parse_toml, read_profile, render_profile
 from ..emit.code import line, tiles_key
@@ -56,7 +58,7 @@ from ..request.workload import Workload
 from ..search.candidates import goals
 from .clock import Key, Run, captured, interleaved, repeated, seconds
 from .machine import machine_name
-from .modules import module_of_everything
+from .modules import module_of_everything, module_of_experts
 from .problem import TORCH_DTYPES, Point, Problem, random_codes, random_float8
 
 #: Rounds of a batch, whose median is one figure.
@@ -114,6 +116,17 @@ GRID: Mapping[str, tuple[tuple[tuple[int, int], ...], tuple[int, ...], tuple[int
 }
 
 
+#: The same of experts: how many there are, how many a token has, and their sizes.
+GRID_OF_EXPERTS: Mapping[str, tuple[tuple[tuple[int, int, int, int], ...], tuple[int, ...], tuple[int, ...]]] = {
+    "cuda": (
+        ((128, 8, 2048, 1536), (128, 8, 768, 2048), (32, 4, 2880, 5760), (32, 4, 2880, 2880), (8, 2, 4096, 14336)),
+        (1024, 4096, 16384),
+        (8, 32),
+    ),
+    "cpu": (((8, 2, 256, 512),), (256, 1024), (8,)),
+}
+
+
 #: Times of a dtype that are known, by work and size.
 Known = Mapping[str, Mapping[Size, float]]
 
@@ -134,6 +147,17 @@ def points(shapes: Sequence[tuple[int, int]], tokens: Sequence[int], ranks: Sequ
         for count in tokens
         for rank in ranks
         if rank <= min(in_features, out_features)
+    )
+
+
+def points_of_experts(
+    stacks: Sequence[tuple[int, int, int, int]], tokens: Sequence[int], ranks: Sequence[int]
+) -> tuple[Point, ...]:
+    """The same of experts: E, how many a token has, I and O."""
+    return tuple(
+        replace(point, experts=experts, top_k=top_k)
+        for experts, top_k, *shape in stacks
+        for point in points([(shape[0], shape[1])], tokens, ranks)
     )
 
 
@@ -193,7 +217,8 @@ def tune(
             _compile_ahead(missing)
         left_out: dict[tuple[str, Operation, Size], str] = {}
         for dtype, point in missing:
-            label = f"{dtype} {point.tokens}:{point.in_features}x{point.out_features} r{point.rank}"
+            of_experts = f" {point.experts} experts, {point.top_k} a token" if point.experts else ""
+            label = f"{dtype} {point.tokens}:{point.in_features}x{point.out_features} r{point.rank}{of_experts}"
             progress.update(task, description=label)
             try:
                 unsettled = _measure(bench, profile, dtype, point)
@@ -252,6 +277,7 @@ class _Workbench:
             timed += [op for op in coded if isinstance(op, Fused) and self._able(op)]
         # One for all that do the same work.
         self._operations = tuple({work(op): op for op in reversed(timed)}.values())
+        self._of_experts = tuple({work(op): op for op in reversed(self._timed_of_experts())}.values())
         #: A square linear whose launches take longest. Operators of a CPU wait for their results: there calls count.
         self.launching = Point(1024, 256, 256, 8) if self.on_gpu else Point(8, 8, 8, 8)
         self.launching_dtype = torch.bfloat16 if self.on_gpu else torch.float32
@@ -264,6 +290,30 @@ class _Workbench:
             folder = Path(self._folder.name) / f"everything_on_{base}_{os.getpid()}"
             self._modules[base] = module_of_everything(replace(self.workload, base=base), folder)
         return self._modules[base]
+
+    def _timed_of_experts(self) -> list[Operation]:
+        """What experts do, each as one of their sites has it, but for kernels that others are priced for."""
+        own = [op for site in (GATHERED, COMBINED) for op in operations_of(site) if not isinstance(op, Convert)]
+        return [op for op in own if not isinstance(op, Fused) or (self.kernels and measured_as(op) == work(op))]
+
+    def module_for(self, operation: Operation) -> ModuleType:
+        """A module that has an operation."""
+        for gathers, site in ((True, GATHERED), (False, COMBINED)):
+            if operation in operations_of(site):
+                return self.module_of_experts(gathers=gathers)
+        return self.module_on(_base_of(operation))
+
+    def module_of_experts(self, *, gathers: bool) -> ModuleType:
+        """A module with all operations of a projection of experts."""
+        name = "experts_that_gather" if gathers else "experts_that_combine"
+        if name not in self._modules:
+            folder = Path(self._folder.name) / f"{name}_{os.getpid()}"
+            self._modules[name] = module_of_experts(self.workload, folder, gathers=gathers)
+        return self._modules[name]
+
+    def operations_at(self, point: Point) -> tuple[Operation, ...]:
+        """What is timed at a size: of experts, or of a linear."""
+        return self._of_experts if point.experts else self._operations
 
     def _able(self, operation: Fused) -> bool:
         """Whether this GPU has what a kernel needs."""
@@ -307,14 +357,18 @@ class _Workbench:
             at_once = False
 
     def never_timed(self, known: Known) -> list[str]:
-        """Torch's operations without a time, where others have some."""
-        single = (operation for operation in self._operations if not isinstance(operation, Fused))
-        return [str(operation) for operation in single if known and work(operation) not in known]
+        """Torch's operations without a time, where others of linears, or of experts, have some."""
+        missing = []
+        for operations in (self._operations, self._of_experts):
+            single = [operation for operation in operations if not isinstance(operation, Fused)]
+            lacking = [str(operation) for operation in single if work(operation) not in known]
+            missing += lacking if len(lacking) < len(single) else []
+        return missing
 
     def trials(self, dtype: str, point: Point, known: Known) -> list[Trial]:
         """What is to be timed at a size: what is not known of it, kernels with all their constants."""
         found = []
-        for operation in self._operations:
+        for operation in self.operations_at(point):
             if _at(operation, point) in known.get(work(operation), {}):
                 continue
             if not isinstance(operation, Fused):
@@ -325,7 +379,7 @@ class _Workbench:
                 # What comes to the same constants is tried once.
                 sets: dict[tuple[int, ...], Mapping[str, int]] = {}
                 for constants in ({}, *candidates):
-                    at = kernel.at({**kernel.tiles, **constants}, point.tokens, point.rank)
+                    at = kernel.at({**kernel.tiles, **constants}, point.dims["T"], point.rank)
                     sets.setdefault(tuple(at.values()), constants)
                 found += [Trial(operation, tuple(constants.items())) for constants in sets.values()]
         return found
@@ -337,16 +391,18 @@ class _Workbench:
         return bool(self.module._tma_serves(*matrices))
 
     def runner(self, trial: Trial, sets: Sequence[Mapping[Symbol, Any]], dtype: torch.dtype) -> Callable[[], None]:
-        """A call that runs a trial once on each set of buffers."""
+        """A call that runs a trial once on each set of buffers; of experts it has no biases."""
         operation = trial.operation
-        module = self.module_on(_base_of(operation))
-        symbols = sorted({*operation.reads, *(operation.outputs if operation.accumulate else ())})
+        module = self.module_for(operation)
+        symbols = sorted({*operation.reads, *(operation.outputs if operation.accumulate else ())} - {COMBINED["b"]})
         key = None
         if isinstance(operation, Fused) and trial.constants:
             own = tiles_key(operation)
             key = f"{own} {dict(trial.constants)}".replace('"', "")
             module._TILES[key] = {**module._TILES[own], **dict(trial.constants)}
         namespace = {**vars(module), "scaling": 0.5, "b": None, "A_dtype": dtype, "B_dtype": dtype}
+        if _ROUTING in sets[0]:
+            symbols = [*symbols, _ROUTING]
         exec(f"def run({', '.join(map(str, symbols))}):\n    {line(operation, tiles=key)}\n", namespace)
         run = namespace["run"]
         calls = [[tensors[symbol] for symbol in symbols] for tensors in sets]
@@ -361,6 +417,8 @@ class _Workbench:
         """As many sets of random operands as fill the cache several times over."""
         symbols = sorted({s for trial in trials for s in (*trial.operation.reads, *trial.operation.outputs)})
         activations = sum(LINEAR[name].numel(point.dims) for name in ("X", "W", "dY")) * dtype.itemsize
+        if point.experts:
+            activations += (point.experts - 1) * point.in_features * point.out_features * dtype.itemsize
         cache = torch.cuda.get_device_properties(self.device).L2_cache_size if self.on_gpu else _CPU_CACHE
         count = max(1, min(MOST_SETS, math.ceil(4 * cache / activations)))
 
@@ -374,9 +432,22 @@ class _Workbench:
                     return made.codes if symbol == FLOAT8["Qt"] else made
                 case "acc32":
                     return torch.rand(shape, device=self.device) + 3
+            if symbol == COMBINED["g"]:  # as the router has them
+                shape = [point.tokens, point.top_k]
             return torch.randn(shape, device=self.device, dtype=dtype)
 
-        return [{symbol: drawn(symbol) for symbol in symbols} for _ in range(count)]
+        def routed() -> dict[Symbol, Any]:
+            """How the rows of tokens that choose experts at random are sorted."""
+            if not point.experts:
+                return {}
+            chosen = torch.rand(point.tokens, point.experts, device=self.device).topk(point.top_k).indices
+            return {_ROUTING: self.module_of_experts(gathers=True).route(chosen, point.experts)}
+
+        return [{symbol: drawn(symbol) for symbol in symbols} | routed() for _ in range(count)]
+
+
+#: How rows are sorted by expert, among what an operation of theirs is given.
+_ROUTING = Symbol("routing", ())
 
 
 def _base_of(operation: Operation) -> str:
@@ -469,13 +540,13 @@ def _at(operation: Operation, point: Point) -> Size:
 
 def _compile_ahead(missing: Sequence[tuple[str, Point]]) -> None:
     """Fill Triton's cache on all cores: one after the other, compiling would take longest of all."""
-    tasks = dict.fromkeys((dtype, point.rank) for dtype, point in missing)
+    tasks = dict.fromkeys((dtype, point.rank, point.experts) for dtype, point in missing)
     context = multiprocessing.get_context("spawn")
     workers = min(12, os.cpu_count() or 1)
     with concurrent.futures.ProcessPoolExecutor(workers, context, _start_compiler) as executor:
         jobs = [
-            executor.submit(_compile, dtype, rank, share, of)
-            for dtype, rank in tasks
+            executor.submit(_compile, dtype, rank, experts, share, of)
+            for dtype, rank, experts in tasks
             for of in [max(1, workers // len(tasks))]
             for share in range(of)
         ]
@@ -491,11 +562,12 @@ def _start_compiler() -> None:
     _compiler = _Workbench(torch.device("cuda"))
 
 
-def _compile(dtype: str, rank: int, share: int, of: int) -> None:
+def _compile(dtype: str, rank: int, experts: int, share: int, of: int) -> None:
     """Run a share of the kernels' trials of one rank, in both ways in which a last wave of tiles may fill up."""
     assert _compiler is not None
-    for tokens, features in ((2048, 2048), (4096, 5120), (512, 512)):
-        point = Point(tokens, features, features, rank)
+    sizes = ((512, 512),) if experts else ((2048, 2048), (4096, 5120), (512, 512))
+    for tokens, features in sizes:
+        point = Point(tokens, features, features, rank, experts, min(2, experts) or 1)
         trials = [t for t in _compiler.trials(dtype, point, {}) if isinstance(t.operation, Fused)]
         for trial in trials[share::of]:
             with contextlib.suppress(Exception):  # what fails here fails again, and loudly, when it is measured

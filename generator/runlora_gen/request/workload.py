@@ -11,6 +11,7 @@ from typing import Any
 from .architecture import LIVE, Architecture, slug
 from .bases import BASES, Base
 from .errors import SpecError, nearest, shorten
+from .experts import MAX_EXPERTS, MAX_TOP_K
 
 #: The dtypes that layers are generated for.
 DTYPE_NAMES = ("bf16", "fp16", "fp32")
@@ -185,6 +186,25 @@ def parse_shapes(option: str, values: Iterable[str]) -> tuple[tuple[int, int], .
             raise SpecError(f"{option}: {shorten(text)} is not allowed; give shapes in x out such as 4096x11008")
         shapes.append((int(sides[0]), int(sides[1])))
     return tuple(dict.fromkeys(shapes))
+
+
+def parse_stacks(option: str, values: Iterable[str]) -> tuple[tuple[int, int, int, int], ...]:
+    """Stacks of experts from repeated options and comma lists: E, how many a token has, in_features, out_features.
+
+    Raises:
+        SpecError: an element is not of the form 128x8:2048x1536, or a number is out of bounds.
+    """
+    stacks = []
+    for text in (part.strip() for value in values for part in value.split(",")):
+        found = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,4}):([0-9]+x[0-9]+)", text)
+        experts, top_k = (int(found[1]), int(found[2])) if found else (0, 0)
+        if not found or not 1 <= top_k <= min(experts, MAX_TOP_K) or experts > MAX_EXPERTS:
+            raise SpecError(
+                f"{option}: {shorten(text)} is not allowed; give experts x those of a token : in x out, such as "
+                "128x8:2048x1536"
+            )
+        stacks.append((experts, top_k, *parse_shapes(option, [found[3]])[0]))
+    return tuple(dict.fromkeys(stacks))
 
 
 def parse_train(value: str) -> tuple[str, ...]:
