@@ -597,3 +597,13 @@ def test_peft_s_own_tests() -> None:
     text = (ROOT / "docs" / "with-peft.md").read_text(encoding="utf-8")
     for group in ("passed_on_ours", "passed_without_a_call", "fails_without_ours", "tests"):
         assert re.search(rf"\b{data[group]}\b", text), group
+
+
+def test_the_table_of_experts() -> None:
+    loads = {"even": "even", "uneven": "one has a third", "empty": "40 of 128 have none"}
+    for row in results("experts_h100.json")["rows"]:
+        kind, shape = row["site"].split("_experts_")
+        experts, features = shape.split("x", 1)
+        assert (experts, row["top_k"], row["tokens"], row["rank"]) == ("128", 8, 4096, 8)
+        split, ours = (over_frozen(row["results"][name], "graph") for name in ("split", "generated"))
+        assert f"| {kind}, {features.replace('x', '→')} | {loads[row['load']]} | {split} | **{ours}** |" in README

@@ -208,8 +208,13 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "model_type": "mixtral",
         "projections": [
             {
-                **{"name": "q_proj", "in_features": 128, "out_features": 128, "bias": False, "count": 2},
-                **{"input": "attn_in", "layout": "out_in"},
+                "name": "q_proj",
+                "in_features": 128,
+                "out_features": 128,
+                "bias": False,
+                "count": 2,
+                "input": "attn_in",
+                "layout": "out_in",
             }
         ],
         "stacks": [

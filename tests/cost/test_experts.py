@@ -11,10 +11,12 @@ from runlora_gen.cost.device import DeviceProfile, load_device
 from runlora_gen.cost.price import price, price_frozen, price_operation
 from runlora_gen.cost.roofline import roofline
 from runlora_gen.cost.setting import Setting
+from runlora_gen.emit.derivation_text import program_text
 from runlora_gen.kernels.registry import KERNELS
 from runlora_gen.request.experts import Experts
 from runlora_gen.request.workload import Workload
 from runlora_gen.search.candidates import enumerated, rows_for, setting_of
+from runlora_gen.search.choose import decide
 
 N, E, TOP_K, I, O, R = 4096, 128, 8, 2048, 1536, 16  # noqa: E741 - as the formulas have it
 T = N * TOP_K
@@ -112,6 +114,21 @@ def test_programs_take_longer_than_frozen_experts(site: Experts) -> None:
     assert frozen * 0.9 < min(times.values()) < 1.5 * frozen
     merged = min(time for name, time in times.items() if name.startswith("merged/"))
     assert merged > min(times.values())
+
+
+def test_nothing_rounds_a_merged_stack_stochastically() -> None:
+    """So where that is asked for none is merged: rounded to the nearest, it would lose what was to stay."""
+    stochastic = replace(WORKLOAD, allow_lossy_merge=True, merge_rounding="stochastic")
+    case = setting(COMBINED, workload=stochastic)
+    assert any(program.lossy_in_16_bit for program in enumerated(WORKLOAD, case))
+    programs = enumerated(stochastic, case)
+    assert programs and not any(program.lossy_in_16_bit for program in programs)
+
+
+def test_what_docstrings_hold_it_against() -> None:
+    decision = decide(WORKLOAD, setting())
+    text = " ".join(program_text(decision.chosen, decision, WORKLOAD, "", 100))
+    assert " times the frozen experts (" in text and "linear" not in text
 
 
 def test_kernels_of_experts_are_candidates_until_torch_s_products_are_measured() -> None:

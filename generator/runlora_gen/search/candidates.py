@@ -180,7 +180,8 @@ def rows_for(workload: Workload, setting: Setting) -> tuple[Way, ...]:
     With fused kernels where the device has them and the workload allows them, and where they were measured if
     torch's products were. In fp32 only if they were measured: the roofline takes them for as fast as cuBLAS. Not
     where rows of X, W or Y would start off 16 bytes: the kernels run then, but without tensor descriptors, slower
-    than torch.
+    than torch. Where merges are to round stochastically, none of a site whose merge nothing rounds so, as that of
+    experts.
     """
     dtype, kernels = setting.dtype, _kernels(workload, setting)
 
@@ -188,7 +189,10 @@ def rows_for(workload: Workload, setting: Setting) -> tuple[Way, ...]:
         taken = kernels and serves(operation, dtype=dtype.name, rank=setting.rank)
         return taken and is_priced(operation, dtype, setting.device)
 
-    return setting.derivation.rows(candidate)
+    rows = setting.derivation.rows(candidate)
+    if workload.merge_rounding == "stochastic" and not stochastic_for(workload, setting):
+        return tuple(way for way in rows if setting.derivation.lossy.isdisjoint(way.targets))
+    return rows
 
 
 def multiplies_float8(workload: Workload) -> bool:
