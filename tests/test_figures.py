@@ -64,6 +64,44 @@ def test_the_table_of_groups() -> None:
             assert f"| {' | '.join(cells)} | **{together}** | {' | '.join(peaks)} |" in README
 
 
+def test_the_table_of_projections_of_experts() -> None:
+    for row in results("experts_h100.json")["rows"]:
+        what = "tokens to rows" if row["site"].startswith("gathered") else "rows to tokens"
+        _, in_features, out_features = row["site"].rpartition("_")[2].split("x")
+
+        def cell(title: str, mode: str, row: dict[str, Any] = row) -> str:
+            found = row["results"][title][mode]
+            return f"{found['over_frozen']['median']:.2f} ({found['over_products']['median']:.2f})"
+
+        line = f"| {what}, {in_features}→{out_features} | {row['load']} | {cell('split', 'graph')} "
+        assert f"{line}| **{cell('generated', 'graph')}** | {cell('generated', 'forward')} |" in README
+
+
+def test_the_tables_of_models_with_experts() -> None:
+    titles = {"frozen": "frozen", "PEFT": "PEFT, 16-bit adapters", "**ours**": "ours, 16-bit adapters"}
+    rows = results("model_experts_h100.json")["rows"]
+    for called, title in titles.items():
+        cells = []
+        for row in rows:
+            found = row["results"][title]
+            cells += [over_frozen(found, "eager"), over_frozen(found, "compiled")]
+            cells.append(f"{found['compiled']['peak_bytes'] / 2**20:.0f} MiB")
+        assert f"| {called} | {' | '.join(cells)} |" in README
+    graph = rows[0]["results"]["ours for graphs, 16-bit adapters"]
+    assert f"{over_frozen(graph, 'eager')} with modules for `launch=\"graph\"`" in README
+    assert f"and {over_frozen(graph, 'compiled')}, PEFT 3.00" in README
+    (row,) = results("model_experts_rivals_h100.json")["rows"]
+    peft, axolotl, ours = (
+        row["results"][f"{name}, 16-bit adapters"] for name in ("PEFT", "axolotl's ScatterMoE", "ours")
+    )
+    for mode in ("eager", "checkpointing"):
+        wide = over_frozen(row["results"]["ours"], mode)
+        peaks = [f"{each[mode]['peak_bytes'] / 2**20:.0f}" for each in (row["results"]["frozen"], peft, axolotl, ours)]
+        line = f"| {mode} | {over_frozen(peft, mode)} | {over_frozen(axolotl, mode)} "
+        line += f"| **{over_frozen(ours, mode)} ({wide})**"
+        assert f"{line} | {', '.join(peaks)} MiB |" in README
+
+
 def test_the_table_of_options_of_groups() -> None:
     options = ((16, "bf16", 0.0), (16, "fp32", 0.0), (16, "bf16", 0.05), (128, "bf16", 0.0))
     cells: dict[str, dict[tuple[int, str, float], str]] = {}
@@ -597,13 +635,3 @@ def test_peft_s_own_tests() -> None:
     text = (ROOT / "docs" / "with-peft.md").read_text(encoding="utf-8")
     for group in ("passed_on_ours", "passed_without_a_call", "fails_without_ours", "tests"):
         assert re.search(rf"\b{data[group]}\b", text), group
-
-
-def test_the_table_of_experts() -> None:
-    loads = {"even": "even", "uneven": "one has a third", "empty": "40 of 128 have none"}
-    for row in results("experts_h100.json")["rows"]:
-        kind, shape = row["site"].split("_experts_")
-        experts, features = shape.split("x", 1)
-        assert (experts, row["top_k"], row["tokens"], row["rank"]) == ("128", 8, 4096, 8)
-        split, ours = (over_frozen(row["results"][name], "graph") for name in ("split", "generated"))
-        assert f"| {kind}, {features.replace('x', '→')} | {loads[row['load']]} | {split} | **{ours}** |" in README
