@@ -24,7 +24,7 @@ from typing import Any
 import black
 import pytest
 from runlora_gen.cost import device
-from runlora_gen.emit.package import OF_MODELS
+from runlora_gen.emit.package import OF_EXPERTS, OF_MODELS
 from runlora_gen.emit.render import MARKER, OUTPUT_LICENCE, SHARED, template_folder
 from runlora_gen.emit.style import DEFAULT_LINE_LENGTH, Style
 from runlora_gen.request.architecture import Projection
@@ -87,6 +87,8 @@ MANIFEST: dict[str, Any] = {
         asdict(Stack("down_proj", 4, 24, 64, False, 2, True, 2, layout="in_out", module="mlp.experts")),
     ],
 }
+#: What files beside modules and tests import, within the functions that need it.
+MORE = {"adapters.py": {"safetensors"}, "experts.py": {"transformers"}, "inject_experts.py": {"transformers"}}
 EVERYWHERE = {"__future__", "collections.abc", "typing"}
 
 
@@ -138,7 +140,7 @@ def test_files_are_those_of_the_contract(made: Path) -> None:
     if groups:
         rest.add("groups.py")
     if experts:
-        rest.add("test_experts.py")
+        rest |= {"test_experts.py", *(f"{name}.py" for name in OF_EXPERTS)}
     if is_folder(made):
         has_kernels = any("@triton.jit" in text for text in sources(made).values())
         has = {"kernels": has_kernels, "quantized": False, "routing": bool(experts)}
@@ -194,7 +196,7 @@ def test_imports(made: Path) -> None:
                     siblings |= {node.module} if node.module else {alias.name for alias in node.names}
                 else:
                     found.add(str(node.module).partition(".")[0])
-        extra = {"pytest", "hypothesis"} if name in TESTS else {"safetensors"} if name == "adapters.py" else set()
+        extra = {"pytest", "hypothesis"} if name in TESTS else MORE.get(name, set())
         assert found - set(sys.stdlib_module_names) <= {"torch", "triton"} | extra
         if "triton" in found:  # guarded: without it everything runs through torch
             assert "except ImportError:\n        triton = None" in text

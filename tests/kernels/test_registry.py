@@ -148,7 +148,7 @@ def test_calls_of_experts() -> None:
         'P, dB = _experts_p_db_gathered(dY, B, Sg, scaling, B_dtype, routing, tiles="P, dB")',
         'dA = _experts_pt_x(Pg, X, A_dtype, routing, tiles="dA")',
         'dXu = _experts_gemm_gathered(dY, W.mT, P, A.mT, None, routing, tiles="dXu")',
-        'dX, dg = _experts_weigh(dXu, g, X, dY, b, routing, tiles="dX, dg")',
+        'dX, dg = _experts_weigh(dXu, g, X, dY, b, (need_dX, need_dg), routing, tiles="dX, dg")',
     }
     # By torch, an expert after the other where it has no kernel.
     for formula, expected in {
