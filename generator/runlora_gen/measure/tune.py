@@ -401,6 +401,7 @@ class _Workbench:
             key = f"{own} {dict(trial.constants)}".replace('"', "")
             module._TILES[key] = {**module._TILES[own], **dict(trial.constants)}
         namespace = {**vars(module), "scaling": 0.5, "b": None, "A_dtype": dtype, "B_dtype": dtype}
+        namespace |= {f"need_{out}": True for out in operation.outputs}
         if _ROUTING in sets[0]:
             symbols = [*symbols, _ROUTING]
         exec(f"def run({', '.join(map(str, symbols))}):\n    {line(operation, tiles=key)}\n", namespace)
