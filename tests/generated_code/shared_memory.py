@@ -24,11 +24,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 
-DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int64: "i64"}
+DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
 #: Ranks of the lone linear, and of three in a group: the largest, and such as fill what their sum of tiles may take.
 RANKS = (128, 64, 32)
 RANKS_OF_GROUPS = ((64, 64, 64), (64, 64, 16), (64, 32, 16), (32, 32, 32))
 TOKENS, FEATURES = 512, 256
+EXPERTS, TOP_K = 8, 2
 
 
 def kind(value: Any, described: Any) -> str:
@@ -97,6 +98,7 @@ def launch_all(kernels: Any, dtype: torch.dtype) -> None:
         kernels._launch_p_db(dY, B, S, 0.5, dtype, "P, dB")
         kernels._launch_x_at_dropped(X, A, 0.5, seed, 0.1, "S seeded")
         kernels._launch_dx_da(S, A, X, dY, W, seed, 0.1, dtype, "dA, dX seeded")
+    launch_experts(kernels, dtype)
     for ranks in RANKS_OF_GROUPS:
         As, Ss, half = [draw(rank, FEATURES) for rank in ranks], [draw(TOKENS, rank) for rank in ranks], [0.5] * 3
         kernels._launch_x_ats(X, As, half, "S_q, S_k, S_v")
@@ -104,6 +106,23 @@ def launch_all(kernels: Any, dtype: torch.dtype) -> None:
         kernels._launch_x_ats_dropped(X, As, half, [seed] * 3, 0.1, "S_q, S_k, S_v seeded")
         given = (Ss, As, X, [dY] * 3, [W] * 3, [seed] * 3, 0.1, dtype)
         kernels._launch_dx_das(*given, "dA_q, dA_k, dA_v, dX seeded")
+
+
+def launch_experts(kernels: Any, dtype: torch.dtype) -> None:
+    """The same of those of experts, of rows and of tokens."""
+    rows = TOKENS * TOP_K
+    places = torch.arange(rows)
+    routing = kernels.Routing(places, places, torch.zeros(EXPERTS + 1, dtype=torch.int32), TOP_K)
+    for rank, gathered in itertools.product(RANKS, ("", "_gathered")):
+        X = torch.zeros(TOKENS if gathered else rows, FEATURES, dtype=dtype)
+        A, B, W = (
+            torch.zeros(EXPERTS, *shape, dtype=dtype) for shape in ((rank, FEATURES), (FEATURES, rank), (FEATURES,) * 2)
+        )
+        S = torch.zeros(rows, rank, dtype=dtype)
+        getattr(kernels, f"_launch_experts_x_at{gathered}")(X, A, 0.5, routing, "S")
+        getattr(kernels, f"_launch_experts_pt_x{gathered}")(S, X, dtype, routing, "dA")
+        getattr(kernels, f"_launch_experts_p_db{gathered}")(X, B, S, 0.5, dtype, routing, "P, dB")
+        getattr(kernels, f"_launch_experts_gemm{gathered}")(X, W, S, B, None, routing, "Y" if gathered else "Yr")
 
 
 def records(
@@ -136,6 +155,7 @@ if __name__ == "__main__":
     assert not triton.knobs.runtime.interpret
     import_file(folder / "__init__.py", folder.name)
     modules = [
-        import_file(folder / f"{name}.py", f"{folder.name}.{name}") for name in ("autograd", "products", "kernels")
+        import_file(folder / f"{name}.py", f"{folder.name}.{name}")
+        for name in ("autograd", "products", "routing", "kernels")
     ]
     print(json.dumps(list(records(modules[-1], architecture, dtype, only))))

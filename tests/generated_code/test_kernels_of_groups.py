@@ -62,12 +62,15 @@ def alone(folder: Path, operations_of: Mapping[Derivation, Sequence[Fused]], *, 
     """These kernels, with the table's tiles, as a folder has them for its modules."""
     half = DTYPES["fp16"]
     further = {**dict.fromkeys(("O_q", "O_k", "O_v"), 64), **dict.fromkeys(("R_q", "R_k", "R_v"), 8)}
+    further |= {"E": 8, "N": 2048}
     calls = tuple(
         KernelCall(op, Setting(4096, 64, 64, 8, half, half, False, frozenset(), load_device("a100"), site, further))
         for site, found in operations_of.items()
         for op in found
     )
     found = [call.operation for call in calls]
+    of_experts = any("E" in symbol.shape for op in found for symbol in op.outputs)
+    files = ("autograd", "products", *(("routing",) if of_experts else ()), "kernels")
     node = SharedNode(
         rank=8,
         arguments=list(operations_of)[-1].arguments,
@@ -82,13 +85,15 @@ def alone(folder: Path, operations_of: Mapping[Derivation, Sequence[Fused]], *, 
         calls=calls,
         function="lora_qkv",
         linears=LINEARS,
+        lone=True,
         groups=True,
+        experts="routing" in files,
         folder=True,
         width=120,
     )
     (folder / "__init__.py").touch()
     import_file(folder / "__init__.py", folder.name)
-    for name in ("autograd", "products", "kernels"):
+    for name in files:
         text = render(f"{name}.py.jinja", {"header": Header("", ""), "module": node})
         (folder / f"{name}.py").write_text(text, encoding="utf-8")
         module = import_file(folder / f"{name}.py", f"{folder.name}.{name}")
