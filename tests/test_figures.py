@@ -626,8 +626,9 @@ def test_the_paper_s_rows() -> None:
         assert best["speedup_percent"]["median"] >= paper["speedup"], "as it has been since this was measured"
 
 
-def test_peft_s_own_tests() -> None:
-    data = results("peft_tests.json")
+@pytest.mark.parametrize("name", ["peft_tests.json", "peft_tests_experts.json"])
+def test_peft_s_own_tests(name: str) -> None:
+    data = results(name)
     groups = ("passed_on_ours", "passed_without_a_call", "broken", "fails_without_ours", "left_out")
     assert data["tests"] == sum(data[group] for group in groups) and data["broken"] == 0
     for group in ("broken", "fails_without_ours", "left_out"):

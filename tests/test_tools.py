@@ -270,7 +270,7 @@ def test_peft_s_tests_are_told_apart() -> None:
     """By what became of them with our layers, and without."""
     told = imported("peft_tests").summary
     case = "Tests::test_it[True-Vanilla MLP 1 LoRA-MLP-LoraConfig-config_kwargs6]"
-    record = {"outcome": "passed", "calls": 0, "accelerated": 0, "left": []}
+    record = {"outcome": "passed", "calls": 0, "accelerated": 0, "left": [], "watches": False}
     failed = {**record, "outcome": "failed", "reason": "OSError: no Hub"}
     ours = {
         case: {**record, "calls": 2, "accelerated": 1},
@@ -278,19 +278,24 @@ def test_peft_s_tests_are_told_apart() -> None:
         "Tests::dora": {**record, "left": ["DoRA is not covered"]},
         "Tests::broken": failed,
         "Tests::hub": failed,
+        "Tests::counts[org/tiny-MoE-LoraConfig-config_kwargs6]": {**failed, "watches": True},
         case.replace("True", "False"): {**record, "outcome": "skipped", "reason": "no GPU"},
     }
     found = told({**dict.fromkeys(ours, record), "Tests::hub": failed}, ours)
     assert found == {
-        "tests": 6,
+        "tests": 7,
         "passed_on_ours": 1,
         "passed_without_a_call": 1,
         "broken": 1,
         "fails_without_ours": 1,
-        "left_out": 2,
+        "left_out": 3,
         "calls_of_ours": 2,
         "reasons": {
-            "left_out": {"DoRA is not covered": {"Tests::dora": 1}, "PEFT skips it: no GPU": {"Vanilla MLP 1 LoRA": 1}},
+            "left_out": {
+                "DoRA is not covered": {"Tests::dora": 1},
+                "it watches PEFT's _LoraFactorsProxy, which ours does not call": {"org/tiny-MoE": 1},
+                "PEFT skips it: no GPU": {"Vanilla MLP 1 LoRA": 1},
+            },
             "broken": {"OSError: no Hub": {"Tests::broken": 1}},
             "fails_without_ours": {"OSError: no Hub": {"Tests::hub": 1}},
         },

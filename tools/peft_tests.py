@@ -1,13 +1,17 @@
 """Run PEFT's own tests of LoRA on layers that are accelerated by generated modules.
 
     python tools/peft_tests.py PATH_TO_PEFT_SOURCE --json tools/results/peft_tests.json
+    python tools/peft_tests.py PATH_TO_PEFT_SOURCE --file tests/test_target_parameters.py --json experts.json
 
 The path is PEFT's source with its tests, of the version that is installed (an unpacked ``pip download --no-binary :all:
---no-deps peft``). Its ``tests/test_custom_models.py`` is run twice, unchanged: as it is, and with every LoRA layer
-accelerated as soon as PEFT has put it in, by one generated module that serves all shapes and ranks (generated modules
-accept any). This file is the plugin of pytest that does that, too. The result counts the tests that pass on generated
-modules, those that pass with accelerated layers that they save, merge or switch and never call, and the others by their
-reason and by the case that they test.
+--no-deps peft``). One of its files is run twice, unchanged: as it is, and with every LoRA layer accelerated as soon as
+PEFT has put it in, by one generated module that serves all shapes and ranks (generated modules accept any); stacks of
+experts by one for each of the two kinds. This file is the plugin of pytest that does that, too. The result counts the
+tests that pass on generated modules, those that pass with accelerated layers that they save, merge or switch and never
+call, and the others by their reason and by the case that they test.
+
+Nothing is loaded from the Hub. Of three of its tiny models, which the tests of experts load, the Hub's cache holds
+stand-ins: models of the same classes, as tiny, with random weights. Tests that load others fail both times.
 """
 
 from __future__ import annotations
@@ -26,13 +30,36 @@ import sys
 import tempfile
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 #: Where the plugin writes, and whether it switches our layers on.
 _RECORD, _OURS = "RUNLORA_PEFT_TESTS_RECORD", "RUNLORA_PEFT_TESTS_OURS"
-TESTS = "tests/test_custom_models.py"
+FILE = "tests/test_custom_models.py"
+#: Stand-ins for the models of the Hub, as Transformers' config is called and what it is given.
+STAND_INS: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "trl-internal-testing/tiny-GptOssForCausalLM": ("GptOssConfig", {"num_local_experts": 4, "dtype": "bfloat16"}),
+    "trl-internal-testing/tiny-Llama4ForCausalLM": (
+        "Llama4TextConfig",
+        {"num_local_experts": 4, "intermediate_size_mlp": 32},
+    ),
+    "hf-internal-testing/tiny-random-LlamaForCausalLM": ("LlamaConfig", {}),
+}
+_SIZES = {
+    "vocab_size": 200,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+#: What PEFT's own code calls for a stack of experts, and ours does not: tests that count its calls can't pass on ours.
+_PEFT_ALONE = "_LoraFactorsProxy"
 Record = dict[str, Any]
 
 
@@ -51,20 +78,18 @@ class _AnyRank(int):
     __hash__ = int.__hash__
 
 
-class _AnyShape(dict[tuple[int, int], Any]):
-    """As a package's linears: one for every shape, which counts its calls."""
+class _AnyShape(dict[tuple[Any, ...], Any]):
+    """As a package's linears or stacks of experts: one for every shape, or of each kind, which counts its calls."""
 
-    def __init__(self, linear: Any) -> None:
-        super().__init__()
-        self._linear = linear
-        self.calls = 0
+    calls = 0
 
     def __contains__(self, shape: object) -> bool:
         return True
 
-    def __getitem__(self, shape: tuple[int, int]) -> Any:
+    def __getitem__(self, shape: tuple[Any, ...]) -> Any:
         self.calls += 1
-        return self._linear
+        # What stands behind the sizes of a stack is its kind.
+        return next(module for own, module in self.items() if own[3:] == shape[3:])
 
 
 class Plugin:
@@ -76,25 +101,44 @@ class Plugin:
         self._found: dict[str, Record] = {}
         self._left: collections.Counter[str] = collections.Counter()
         self._accelerated = 0
-        self._linears: _AnyShape | None = None
+        self._watches = False
+        self._served: list[_AnyShape] = []
         if ours:
             self._switch_on()
 
     def _switch_on(self) -> None:
         from peft.tuners import lora
-        from runlora_gen import generate
-        from runlora_gen.into_model.packages import imported
+        from transformers import Qwen3MoeConfig
 
-        folder = Path(tempfile.mkdtemp())
-        options: dict[str, Any] = {"dtype": "fp32", "device": "cpu", "kernels": False, "dropout": 0.1}
-        (path,) = generate("llama-9m", rank=4, output=folder, target_modules=["q_proj"], **options)
-        with_peft = imported(path).with_peft
-        (linear,) = with_peft.LINEARS.values()
-        shutil.rmtree(folder)
-        self._linears = with_peft.LINEARS = _AnyShape(linear)
-        with_peft.RANK = _AnyRank()
+        linears = _package("llama-9m", target_modules=["q_proj"], dropout=0.1)
+        experts = _package(Qwen3MoeConfig(), target_parameters=["gate_up_proj", "down_proj"])
+        linears.with_peft.LINEARS = _AnyShape(linears.with_peft.LINEARS)
+        experts.experts.EXPERTS = experts.experts_with_peft.EXPERTS = _AnyShape(experts.experts.EXPERTS)
+        experts.experts_with_peft.RANK = linears.with_peft.RANK = _AnyRank()
+        self._served = [linears.with_peft.LINEARS, experts.experts.EXPERTS]
+        for package in (linears, experts):
+            self._watch(package, stacks=package is experts)
         tuners: Any = lora.LoraModel
-        judge, inject = with_peft._why_not, tuners.inject_adapter
+        inject = tuners.inject_adapter
+
+        def inject_adapter(tuner: Any, *args: Any, **options: Any) -> Any:
+            made = inject(tuner, *args, **options)
+            with warnings.catch_warnings():  # the tests count PEFT's
+                warnings.simplefilter("ignore")
+                for package in (linears, experts):
+                    with contextlib.suppress(ValueError):  # there is no such LoRA layer
+                        self._accelerated += len(package.accelerate(tuner.model).accelerated)
+            return made
+
+        tuners.inject_adapter = inject_adapter
+
+    def _watch(self, package: Any, *, stacks: bool) -> None:
+        """Show a package the layers of its kind alone, and keep why it leaves some."""
+        with_peft, here = package.with_peft, package.peft_layers
+        judge = with_peft._why_not
+
+        def lora_layers(model: Any) -> dict[str, Any]:
+            return {name: layer for name, layer in here.lora_layers(model).items() if here.is_stack(layer) == stacks}
 
         def why_not(layer: Any, **options: Any) -> Any:
             reason = judge(layer, **options)
@@ -102,15 +146,11 @@ class Plugin:
                 self._left[reason] += 1
             return reason
 
-        def inject_adapter(tuner: Any, *args: Any, **options: Any) -> Any:
-            made = inject(tuner, *args, **options)
-            with warnings.catch_warnings():  # the tests count PEFT's
-                warnings.simplefilter("ignore")
-                with contextlib.suppress(ValueError):  # there is no LoRA layer
-                    self._accelerated += len(with_peft.accelerate(tuner.model).accelerated)
-            return made
+        with_peft.lora_layers, with_peft._why_not = lora_layers, why_not
 
-        with_peft._why_not, tuners.inject_adapter = why_not, inject_adapter
+    def pytest_collection_finish(self) -> None:
+        """PEFT's tests ask the Hub for a model once; for the stand-ins never."""
+        sys.modules["tests.testing_utils"]._HUB_MODEL_ACCESSES.update(dict.fromkeys(STAND_INS, 0))
 
     def pytest_collection_modifyitems(self, config: Any, items: list[Any]) -> None:
         """Keep the tests that make a LoRA layer: a parameter of theirs, or their own code, names its config."""
@@ -121,20 +161,31 @@ class Plugin:
     def pytest_runtest_setup(self, item: Any) -> None:
         self._left.clear()
         self._accelerated = 0
-        if self._linears is not None:
-            self._linears.calls = 0
+        self._watches = _PEFT_ALONE in item.function.__code__.co_names
+        for served in self._served:
+            served.calls = 0
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         record = self._found.setdefault(report.nodeid.partition("::")[2], {"outcome": "passed"})
         if report.outcome != "passed":
             record["outcome"] = report.outcome
             record["reason"] = _said(report)
-        record["calls"] = self._linears.calls if self._linears is not None else 0
+        record["calls"] = sum(served.calls for served in self._served)
         record["accelerated"] = self._accelerated
         record["left"] = sorted(self._left)
+        record["watches"] = self._watches
 
     def pytest_sessionfinish(self) -> None:
         self._record.write_text(json.dumps(self._found), encoding="utf-8")
+
+
+def _package(model: Any, **options: Any) -> Any:
+    from runlora_gen import generate
+    from runlora_gen.into_model.packages import imported
+
+    with tempfile.TemporaryDirectory() as folder:
+        (path,) = generate(model, rank=4, output=folder, dtype="fp32", device="cpu", kernels=False, **options)
+        return imported(path)
 
 
 def _tests_lora(item: Any) -> bool:
@@ -168,14 +219,28 @@ def _stand_in(module: str, name: str) -> None:
         importlib.import_module(module)
     except ImportError:
         stand_in = types.ModuleType(module)
-        setattr(stand_in, name, None)
+        setattr(stand_in, name, type(name, (), {}))
         sys.modules[module] = stand_in
 
 
 # The tool
 
 
-def run(source: Path, expression: str | None, *, ours: bool) -> dict[str, Record]:
+def fill_cache(folder: Path) -> None:
+    """Put the stand-ins into a cache of the Hub's, where Transformers finds what it has loaded before."""
+    import torch
+
+    transformers: Any = importlib.import_module("transformers")
+    for name, (config, options) in STAND_INS.items():
+        cached = folder / f"models--{name.replace('/', '--')}"
+        (cached / "refs").mkdir(parents=True)
+        (cached / "refs" / "main").write_text("0" * 40, encoding="utf-8")
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**_SIZES, **options))
+        model.save_pretrained(cached / "snapshots" / ("0" * 40))
+
+
+def run(source: Path, file: str, expression: str | None, cache: Path, *, ours: bool) -> dict[str, Record]:
     """What became of each test.
 
     Raises:
@@ -185,8 +250,9 @@ def run(source: Path, expression: str | None, *, ours: bool) -> dict[str, Record
         record = Path(folder, "record.json")
         paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-        environment |= {_RECORD: str(record), _OURS: str(int(ours)), "HF_HUB_OFFLINE": "1", "TRITON_INTERPRET": "1"}
-        command = [sys.executable, "-m", "pytest", "-p", "peft_tests", "-q", "--no-header", "--tb=no", TESTS]
+        environment |= {_RECORD: str(record), _OURS: str(int(ours)), "TRITON_INTERPRET": "1"}
+        environment |= {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, "-m", "pytest", "-p", "peft_tests", "-q", "--no-header", "--tb=no", file]
         command += ["-p", "no:cacheprovider", "-p", "no:randomly", *(["-k", expression] if expression else [])]
         done = subprocess.run(command, cwd=root, env=environment, stdout=sys.stderr, check=False)
         if done.returncode not in (0, 1) or not record.exists():
@@ -210,8 +276,12 @@ def summary(plain: dict[str, Record], ours: dict[str, Record]) -> Record:
     reasons: dict[str, dict[str, collections.Counter[str]]] = {}
     for test, record in ours.items():
         reason = record.get("reason", "")
-        if record["outcome"] == "failed":
-            group = "fails_without_ours" if plain[test]["outcome"] == "failed" else "broken"
+        if record["outcome"] == "failed" and plain[test]["outcome"] == "failed":
+            group = "fails_without_ours"
+        elif record["outcome"] == "failed" and record["watches"]:
+            group, reason = "left_out", f"it watches PEFT's {_PEFT_ALONE}, which ours does not call"
+        elif record["outcome"] == "failed":
+            group = "broken"
         elif record["outcome"] == "skipped":
             group, reason = "left_out", f"PEFT skips it: {reason}"
         elif record["calls"]:
@@ -237,20 +307,24 @@ def _case(test: str) -> str:
     case, config, _ = parameters.partition("-LoraConfig")
     if not config:
         return name
-    return re.sub("^(True|False)-", "", case.rpartition("-")[0])
+    return case if "/" in case else re.sub("^(True|False)-", "", case.rpartition("-")[0])  # one has the model alone
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("source", type=Path, help="PEFT's source, with its tests")
+    parser.add_argument("--file", default=FILE, help=f"of its tests, in its source [{FILE}]")
     parser.add_argument("-k", dest="expression", help="as pytest takes it: some of the tests")
     parser.add_argument("--json", type=Path, help="where to write the result; by default it is printed")
     options = parser.parse_args()
-    if not (options.source / TESTS).exists():
-        parser.error(f"{options.source} has no {TESTS}")
-    found = summary(*(run(options.source, options.expression, ours=ours) for ours in (False, True)))
+    if not (options.source / options.file).exists():
+        parser.error(f"{options.source} has no {options.file}")
+    with tempfile.TemporaryDirectory() as cache:
+        fill_cache(Path(cache))
+        chosen = options.source, options.file, options.expression, Path(cache)
+        found = summary(*(run(*chosen, ours=ours) for ours in (False, True)))
     versions = {name: importlib.metadata.version(name) for name in ("peft", "torch", "transformers")}
-    result = {"date": datetime.date.today().isoformat(), "versions": versions, "file": TESTS, **found}
+    result = {"date": datetime.date.today().isoformat(), "versions": versions, "file": options.file, **found}
     text = json.dumps(result, indent=2) + "\n"
     if options.json:
         options.json.write_text(text, encoding="utf-8")
