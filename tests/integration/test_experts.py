@@ -505,6 +505,18 @@ def test_shapes_that_are_not_there_are_left(tmp_path: Path, tokens: Tensor) -> N
         assert not package_of(tmp_path, inner=32).accelerate(model).accelerated
 
 
+def test_a_package_for_linears_leaves_stacks(tmp_path: Path, tokens: Tensor) -> None:
+    """Of the shape of one of its linears, too."""
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": 2 * INNER, "num_hidden_layers": 1}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=2, vocab_size=VOCABULARY)
+    (folder,) = runlora_gen.generate(config, rank=RANK, output=tmp_path, tokens=64, device="cpu", dtype="fp32")
+    linears = imported(folder)
+    assert (HIDDEN, 2 * INNER) in linears.shapes.LINEARS
+    model = with_lora(qwen3_moe(), target_modules=["q_proj"])
+    with pytest.warns(UserWarning, match="4 left: stacks of experts are not in llama_r4"):
+        assert len(linears.accelerate(model).accelerated) == 2
+
+
 def test_float8_is_left(package: Any) -> None:
     model = with_lora(qwen3_moe())
     experts = _experts(model)
