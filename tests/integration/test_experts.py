@@ -367,6 +367,19 @@ def test_compiled_as_a_whole(package: Any, tokens: Tensor, name: str, targets: l
             torch.testing.assert_close(parameter.grad, 2 * wanted[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("targets", [[UP], BOTH], ids=["gate_up", "both"])
+def test_the_output_may_be_changed_in_place(package: Any, targets: list[str]) -> None:
+    """As by a model that adds what shared experts give."""
+    model = with_lora(qwen3_moe(), targets)
+    package.accelerate(model, strict=True)
+    layer = model.base_model.model.model.layers[0].mlp.experts
+    x, index, weights = torch.randn(6, HIDDEN), torch.tensor([[0, 1]] * 6), torch.full((6, 2), 0.5)
+    y, again = (layer(x, index, weights) for _ in range(2))
+    y += x
+    torch.testing.assert_close(y, again + x)
+    y.square().sum().backward()
+
+
 def _experts(model: Any) -> Any:
     return model.base_model.model.model.layers[0].mlp.experts.get_base_layer()
 
