@@ -254,6 +254,17 @@ def test_the_training_example_learns_and_draws(tmp_path: Path) -> None:
     assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_training_example_trains_experts(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    path = tmp_path / "losses.json"
+    options = ("--device", "cpu", "--steps", 10, "--pretrain", 5, "--sequence", 32, "--hidden", 64)
+    text = tool("train_example", *options, "--experts", 4, "--top-k", 2, "--json", path)
+    assert re.search(r"^loss of the last 10 steps .* and .*, .* apart at most in a step$", text, re.M)
+    runs = json.loads(path.read_text())["runs"]
+    assert runs["ours"]["losses"] == pytest.approx(runs["peft"]["losses"], rel=1e-3)
+
+
 def test_the_training_example_s_text_is_true() -> None:
     example = imported("train_example")
     lines = example.corpus("products", 2000, seed=1).decode().splitlines()

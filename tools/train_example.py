@@ -1,4 +1,4 @@
-"""Fine-tune a small Llama with LoRA, with PEFT's layers or on generated modules, and compare both losses.
+"""Fine-tune a small Llama or mixture of experts with LoRA, with PEFT's layers or on generated modules: both losses.
 
     python tools/train_example.py                                             # both, on what device there is
     python tools/train_example.py --adapter ours --dtype bf16 --adapter-dtype fp32 --json ours.json
@@ -6,6 +6,9 @@
 
 The text is made here, and tokens are its bytes: the base learns sums in words, with all its weights; then the adapters
 learn products, over the frozen base. Every contender starts from the same base and adapters, and sees the same batches.
+
+``--experts 16 --top-k 4``: a mixture of experts (Qwen3's) in place of the Llama, with adapters on the stacks of experts
+and in attention.
 
 ``--base nf4`` (or int8, fp8, ...): the frozen base is quantized after it has learnt. Where that is to float8, PEFT runs
 on the same weights in ``--dtype``, as the kernels of Transformers' linears of float8 come from a hub.
@@ -22,6 +25,7 @@ import importlib.metadata
 import importlib.util
 import json
 import random
+import statistics
 import sys
 import tempfile
 import time
@@ -48,6 +52,8 @@ _ONES += ["thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen",
 _TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 #: Steps whose time does not count: the first ones compile kernels.
 _WARMUPS = 3
+#: Steps at the end whose mean loss is told.
+_LAST = 50
 
 
 def words(number: int) -> str:
@@ -84,20 +90,38 @@ def batches(text: bytes, batch: int, sequence: int, seed: int, device: torch.dev
 
 
 def base_model(options: argparse.Namespace) -> nn.Module:
-    """A small Llama over bytes, with random weights."""
+    """A small Llama or mixture of experts over bytes, with random weights."""
     transformers: Any = import_module("transformers")
     torch.manual_seed(options.seed)
-    config = transformers.LlamaConfig(
+    heads = max(1, options.hidden // 64)
+    experts = {
+        "num_experts": options.experts,
+        "num_experts_per_tok": options.top_k,
+        "moe_intermediate_size": options.hidden * 5 // 4,
+        "num_key_value_heads": heads,
+        "head_dim": options.hidden // heads,
+    }
+    config = transformers.AutoConfig.for_model(
+        "qwen3_moe" if options.experts else "llama",
         vocab_size=256,
         hidden_size=options.hidden,
         intermediate_size=options.hidden * 5 // 2,
         num_hidden_layers=options.layers,
-        num_attention_heads=max(1, options.hidden // 64),
+        num_attention_heads=heads,
         max_position_embeddings=options.sequence,
         use_cache=False,
+        **(experts if options.experts else {}),
     )
-    model: nn.Module = transformers.LlamaForCausalLM(config)
+    model: nn.Module = transformers.AutoModelForCausalLM.from_config(config)
     return model.to(options.device)
+
+
+def targets(options: argparse.Namespace) -> dict[str, Any]:
+    """What gets adapters, as PEFT takes it."""
+    if not options.experts:
+        return {"target_modules": "all-linear"}
+    stacks = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    return {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], "target_parameters": stacks}
 
 
 def train(model: Any, data: Iterator[Tensor], steps: int, rate: float, report: Callable[[int, float], None]) -> float:
@@ -143,7 +167,8 @@ def finetune(adapter: str, base: nn.Module, options: argparse.Namespace, report:
         frozen = decoded(frozen, options.base)
     elif options.base != "plain":
         frozen = coded(frozen, options.base, options.device, dtype)
-    model: Any = peft_model(frozen, options.rank, wide=options.adapter_dtype == "fp32")
+    wide = options.adapter_dtype == "fp32"
+    model: Any = peft_model(frozen, options.rank, wide=wide, targets=targets(options))
     generator = torch.Generator().manual_seed(options.seed + 1)
     for lora_A, _ in adapters(model):  # on float8 PEFT rounds what it draws
         bound = lora_A.shape[1] ** -0.5
@@ -176,6 +201,16 @@ def finetune(adapter: str, base: nn.Module, options: argparse.Namespace, report:
         "tokens_per_s": round(options.batch * options.sequence / step_s),
         "peak_bytes": peak,
     }
+
+
+def apart(runs: dict[str, dict[str, Any]]) -> str:
+    """What the losses of both are at the end, and how far they are from each other at most."""
+    peft, ours = (runs[name]["losses"] for name in ADAPTERS)
+    means = (f"{statistics.fmean(losses[-_LAST:]):.4f}" for losses in (peft, ours))
+    largest = max(abs(a - b) for a, b in zip(peft, ours, strict=True))
+    return (
+        f"loss of the last {min(_LAST, len(ours))} steps {' and '.join(means)}, {largest:.1e} apart at most in a step"
+    )
 
 
 def plot(runs: dict[str, dict[str, Any]], path: Path) -> None:
@@ -213,6 +248,8 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--experts", type=int, default=0, help="of each layer; none: a Llama [0]")
+    parser.add_argument("--top-k", type=int, default=2, help="experts of a token")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--sequence", type=int, default=128)
     parser.add_argument("--rate", type=float, default=3e-3, help="of learning")
@@ -229,6 +266,10 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     for name in ("steps", "rank", "hidden", "layers", "batch", "sequence"):
         if getattr(options, name) < 1:
             parser.error(f"--{name}: {getattr(options, name)} is not allowed; give a whole number from 1")
+    if options.experts and not 1 <= options.top_k <= options.experts:
+        parser.error(f"--top-k: {options.top_k} is not allowed; give a number from 1 to {options.experts}")
+    if options.experts and options.base != "plain":
+        parser.error("--base: experts are of plain weights")
     if options.runs and not options.plot:
         parser.error("results of earlier runs are for --plot")
     if options.plot and importlib.util.find_spec("matplotlib") is None:
@@ -270,6 +311,8 @@ def main() -> None:
         first, last = run["losses"][0], run["losses"][-1]
         memory = f"peak {run['peak_bytes'] / 2**20:.0f} MiB"
         print(f"{ADAPTERS[name]:<18} loss {first:.3f} to {last:.3f}, {run['tokens_per_s']} tokens/s, {memory}")
+    if len(runs) == len(ADAPTERS):
+        print(apart(runs))
     if options.json:
         settings = {name: value for name, value in vars(options).items() if name not in ("runs", "json", "plot")}
         versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
