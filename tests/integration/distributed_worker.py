@@ -4,7 +4,8 @@ The tests call ``check`` in processes that they fork. By hand, also where neithe
 
     torchrun --nproc-per-node 2 tests/integration/distributed_worker.py --backend nccl --package OUT/llama_r4 --json F
 
-where OUT holds ``runlora_gen.generate(models.llama(), rank=models.RANK, output=OUT)``.
+where OUT holds ``runlora_gen.generate(models.llama(), rank=models.RANK, output=OUT)``. With ``--checks experts`` it is
+``models.qwen3_moe()``, and with ``target_parameters=models.STACKS``.
 """
 
 from __future__ import annotations
@@ -31,9 +32,33 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 if __package__:
-    from .models import RANK, VOCABULARY, checkpointed, coded, gradients, in_float8, llama, with_lora
+    from .models import (
+        RANK,
+        STACKS,
+        VOCABULARY,
+        checkpointed,
+        coded,
+        filled,
+        gradients,
+        in_float8,
+        llama,
+        qwen3_moe,
+        with_lora,
+    )
 else:  # torchrun
-    from models import RANK, VOCABULARY, checkpointed, coded, gradients, in_float8, llama, with_lora
+    from models import (
+        RANK,
+        STACKS,
+        VOCABULARY,
+        checkpointed,
+        coded,
+        filled,
+        gradients,
+        in_float8,
+        llama,
+        qwen3_moe,
+        with_lora,
+    )
 
 #: What float32 sums in another order differ by, of the largest value.
 NEAR = 1e-4
@@ -243,6 +268,66 @@ def groups(setting: Setting) -> Finding:
     return found
 
 
+def peft_on_experts(setting: Setting) -> Any:
+    model = qwen3_moe().to(setting.device)
+    return with_lora(model, target_modules=[], target_parameters=STACKS).to(setting.device)
+
+
+def experts(setting: Setting) -> Finding:
+    """Gradients of adapters on stacks of experts: by DDP, by FSDP2 of blocks, and of what is called for the experts."""
+
+    def accelerated() -> Any:
+        model = peft_on_experts(setting)
+        setting.package.accelerate(model, strict=True)
+        return model
+
+    def injected() -> Any:
+        model = qwen3_moe().to(setting.device)
+        setting.package.inject_lora(model, RANK, 8, target_parameters=STACKS)
+        return filled(model)
+
+    found, part = Finding(), setting.tokens.chunk(dist.get_world_size())[dist.get_rank()]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "experts with LoRA run PEFT's own code")
+        warnings.filterwarnings("error", ".*returned a view tensor")
+        for kind, made in (("PEFT", accelerated), ("injected", injected)):
+            alone = peft_on_experts(setting) if made is accelerated else injected()
+            wanted = {plain(name): gradient for name, gradient in gradients(alone, setting.tokens).items()}
+            parallel = nn.parallel.DistributedDataParallel(made())
+            found[f"{kind}, DDP"] = near({plain(n): g for n, g in gradients(parallel, part).items()}, wanted)
+            itself = made()
+            for block in blocks_of(itself):
+                fully_shard(block.mlp.experts, mesh=setting.mesh)
+            for case, model in {
+                "FSDP2": made(),
+                "FSDP2 checkpointed": checkpointed(made().train(), use_reentrant=False),
+                "FSDP2 of experts": itself,
+            }.items():
+                shards = gradients(sharded(model, setting.mesh), setting.tokens)
+                found[f"{kind}, {case}"] = near({plain(n): whole(g) for n, g in shards.items()}, wanted)
+    return found
+
+
+def experts_in_wrappers(setting: Setting) -> Finding:
+    """The module in PEFT's wrappers sharded by itself: left, and PEFT, which reads it before it is gathered, fails."""
+    model = peft_on_experts(setting)
+    setting.package.accelerate(model, strict=True)
+    for block in blocks_of(model):
+        fully_shard(block.mlp.experts.get_base_layer(), mesh=setting.mesh)
+    model = sharded(model, setting.mesh)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        try:
+            model(setting.tokens)
+        except RuntimeError as error:
+            assert "got mixed torch.Tensor and DTensor" in str(error), error
+        else:
+            raise AssertionError("PEFT's code ran on shards")
+    reason = "experts with LoRA run PEFT's own code: there are hooks on its parts"
+    assert [str(warning.message) for warning in seen] == [reason], seen
+    return {"left": 1}
+
+
 def fsdp_mixed_precision(setting: Setting) -> Finding:
     """With bf16 parameters and float32 sums of gradients: at most twice PEFT's error under the same policy."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -359,6 +444,8 @@ def tensor_parallel_injected(setting: Setting) -> Finding:
     return found
 
 
+#: Of a package for mixtures of experts.
+OF_EXPERTS = ("experts", "experts_in_wrappers")
 CHECKS = {
     check.__name__: check
     for check in (
@@ -367,6 +454,8 @@ CHECKS = {
         fsdp,
         fsdp_alone,
         groups,
+        experts,
+        experts_in_wrappers,
         fsdp_mixed_precision,
         fsdp_adapter_files,
         tensor_parallel_peft,
@@ -393,6 +482,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--package", type=Path, required=True, help="a generated package for models.llama()")
     parser.add_argument("--backend", choices=("gloo", "nccl"), default="gloo")
+    parser.add_argument("--checks", choices=("linears", "experts"), default="linears", help="what the package is for")
     parser.add_argument("--json", type=Path, help="where to write what was measured")
     options = parser.parse_args()
     rank = int(os.environ["LOCAL_RANK"])
@@ -403,7 +493,8 @@ def main() -> None:
     dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
     shared: list[str | None] = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(shared)
-    found = check(options.package.resolve(), list(CHECKS), device, Path(str(shared[0])))
+    names = [name for name in CHECKS if (name in OF_EXPERTS) == (options.checks == "experts")]
+    found = check(options.package.resolve(), names, device, Path(str(shared[0])))
     if dist.get_rank() == 0:
         versions = {name: importlib.import_module(name).__version__ for name in ("torch", "transformers", "peft")}
         where = torch.cuda.get_device_name() if device == "cuda" else "cpu"

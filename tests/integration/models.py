@@ -1,4 +1,4 @@
-"""A small Llama with random weights, and adapters for it.
+"""A small Llama and a small mixture of experts with random weights, and adapters for them.
 
 Imports nothing of this repository, so that it runs where only a generated package is.
 """
@@ -16,6 +16,10 @@ RANK = 4
 #: Rows and columns that have one scale where float8 has blocks.
 BLOCK = (16, 32)
 VOCABULARY = 50
+#: Of the mixture of experts: how many, features of tokens and within, and how many a token has.
+EXPERTS, HIDDEN, INNER, TOP_K = 4, 16, 24, 2
+#: Its stacks, as PEFT takes them.
+STACKS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
 def llama(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
@@ -24,6 +28,35 @@ def llama(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": VOCABULARY}
     config = transformers.LlamaConfig(**{**sizes, "num_attention_heads": 4, "num_key_value_heads": 2, **options})
     return transformers.LlamaForCausalLM(config).to(dtype)
+
+
+def qwen3_moe(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": HIDDEN,
+        "moe_intermediate_size": INNER,
+        "intermediate_size": INNER,
+        "num_experts": EXPERTS,
+        "num_experts_per_tok": TOP_K,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "vocab_size": VOCABULARY,
+    }
+    model = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**{**sizes, **options}))
+    return larger(model).to(dtype)
+
+
+def larger(model: nn.Module) -> nn.Module:
+    """Weights that matter: those of experts are near zero at first."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "experts" in name:
+                parameter.normal_(std=0.3)
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # others know no float64
+    return model
 
 
 def coded(model: Any, storage: torch.dtype = torch.float32) -> Any:

@@ -15,7 +15,7 @@ from runlora_gen.into_model.packages import imported
 from torch import multiprocessing
 
 from . import distributed_worker as worker
-from .models import RANK, coded, in_float8, llama
+from .models import RANK, STACKS, coded, in_float8, llama, qwen3_moe
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs torch's gloo")
 
@@ -49,7 +49,8 @@ def found_by(world: int, package: Any, names: list[str], folder: Path) -> Any:
 
 
 def test_two_processes_compute_what_one_does(package: Any, tmp_path: Path) -> None:
-    names = [name for name in worker.CHECKS if not name.endswith(("_distributed", "_alone"))]
+    others = [name for name in worker.CHECKS if name not in worker.OF_EXPERTS]
+    names = [name for name in others if not name.endswith(("_distributed", "_alone"))]
     found = found_by(2, package, names, tmp_path)
     assert list(found) == names and all(found.values())
 
@@ -63,6 +64,13 @@ def test_groups_in_two_processes(with_groups: Any, tmp_path: Path) -> None:
         assert found["groups"][f"{kind}, DDP"] == 4
         assert found["groups"][f"{kind}, FSDP2 checkpointed"] == 8
         assert found["groups"][f"{kind}, FSDP2 of each linear"] == 2
+
+
+def test_experts_in_two_processes(tmp_path: Path) -> None:
+    targets: dict[str, Any] = {"target_parameters": STACKS, "tokens": 64}
+    (folder,) = runlora_gen.generate(qwen3_moe(), rank=RANK, output=tmp_path / "generated", **targets)
+    found = found_by(2, imported(folder), list(worker.OF_EXPERTS), tmp_path)
+    assert list(found) == list(worker.OF_EXPERTS) and len(found["experts"]) == 8
 
 
 def test_shards_of_codes(tmp_path: Path) -> None:

@@ -24,11 +24,22 @@ from runlora_gen.request.experts import Stack
 from runlora_gen.request.workload import make_workload
 from torch import Tensor, nn
 
-from .models import VOCABULARY, checkpointed, filled, gradients
+from .models import (
+    EXPERTS,
+    HIDDEN,
+    INNER,
+    RANK,
+    STACKS,
+    TOP_K,
+    VOCABULARY,
+    checkpointed,
+    filled,
+    gradients,
+    larger,
+    qwen3_moe,
+)
 
-EXPERTS, HIDDEN, INNER, RANK, TOP_K = 4, 16, 24, 4, 2
-UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
-BOTH = [UP, DOWN]
+UP, DOWN = BOTH = STACKS
 
 
 def package_of(out: Path, rank: int = RANK, inner: int = INNER, gated: bool = True) -> Any:
@@ -52,24 +63,6 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture(scope="module")
 def of_rank_2(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return package_of(tmp_path_factory.mktemp("packages"), rank=2)
-
-
-def qwen3_moe(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    torch.manual_seed(0)
-    sizes = {
-        "hidden_size": HIDDEN,
-        "moe_intermediate_size": INNER,
-        "intermediate_size": INNER,
-        "num_experts": EXPERTS,
-        "num_experts_per_tok": TOP_K,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 8,
-        "vocab_size": VOCABULARY,
-    }
-    model = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**{**sizes, **options}))
-    return larger(model).to(dtype)
 
 
 def mixtral(dtype: torch.dtype = torch.float32) -> Any:
@@ -119,17 +112,6 @@ def nemotron_h(dtype: torch.dtype = torch.float32) -> Any:
         vocab_size=VOCABULARY,
     )
     return larger(transformers.NemotronHForCausalLM(config)).to(dtype)
-
-
-def larger(model: nn.Module) -> nn.Module:
-    """Weights that matter: those of experts are near zero at first."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "experts" in name:
-                parameter.normal_(std=0.3)
-    if hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("eager")  # others know no float64
-    return model
 
 
 MODELS: Mapping[str, Callable[..., Any]] = {"qwen3_moe": qwen3_moe, "mixtral": mixtral, "gpt_oss": gpt_oss}
