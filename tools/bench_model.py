@@ -225,7 +225,7 @@ class Step:
             output: Tensor = model(inputs_embeds=x).last_hidden_state
             return output
 
-        call = forward
+        call: Any = forward
         if mode.compiled:
             whole = self.title.startswith(OURS)
             call = torch.compile(_own_code(forward, self.title), backend=backend, fullgraph=whole)
