@@ -246,7 +246,8 @@ def test_experts_have_lines_beside_linears_and_alone(run, mixture: Path) -> None
         rows = 2 * 4096 * 2 * 128 * 2
         assert model["frozen"]["kept_bytes"] == rows and model["peft"]["kept_bytes"] > rows
         lines = run(*spec, *more).ok().out.splitlines()
-        assert lines[4].startswith(f"{counted}, rank 4, 4096 tokens") and max(map(len, lines)) <= 80
+        assert lines[3] == "experts  by the bare roofline, which flatters the frozen ones; tune measures"
+        assert lines[5].startswith(f"{counted}, rank 4, 4096 tokens") and max(map(len, lines)) <= 80
         text = "\n".join(lines)
         assert "gathered_experts" in text and "combined_experts" in text and ("q_proj" in text) == bool(linears)
 

@@ -52,6 +52,11 @@ def is_priced(operation: Operation, dtype: DType, device: DeviceProfile) -> bool
     return not any(_ratios(part, dtype, device.meter) for part in operation.products)
 
 
+def is_measured(operation: Operation, dtype: DType, device: DeviceProfile) -> bool:
+    """Whether a profile holds times of what an operation does."""
+    return measured_as(operation) in meter_of(operation, dtype, device).times_for(dtype.name)
+
+
 def meter_of(operation: Operation, dtype: DType, device: DeviceProfile) -> DeviceProfile:
     """The profile that holds an operation's measurements: what a device has of its own goes before its meter's."""
     done = measured_as(operation)

@@ -6,8 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from ..algebra.operations import Contract
 from ..algebra.paper import paper_labels
 from ..cost.device import load_device
+from ..cost.measured import is_measured
 from ..cost.price import price_frozen
 from ..cost.vector import DEVICE_BOUND, HOST_BOUND
 from ..forecast.estimate import Batch, Estimate
@@ -140,7 +142,7 @@ def adapted(found: Gain) -> str:
 
 
 def gain_lines(found: Gain, decisions: Sequence[Decision], workload: Workload) -> Iterable[str]:
-    """Three lines for the whole model: time, memory, and what decides."""
+    """Three lines for the whole model: time, memory, and what decides; a fourth where experts were never measured."""
     ours, frozen, peft = (side.time_s(found.host_share) for side in (found.ours, found.frozen, found.peft))
     compiled = workload.launch == "compile"
     theirs = "PEFT unfused" if compiled else "PEFT"  # its passes are priced one by one, which torch.compile fuses
@@ -164,6 +166,10 @@ def gain_lines(found: Gain, decisions: Sequence[Decision], workload: Workload) -
         bound = f"device and host alike ({show_duration(longer)} {step})"
     kernels = sum(bool(decision.chosen.program.kernels) for decision in decisions)
     yield f"decides  {by}{bound}: kernels in {kernels} of {len(decisions)} shapes"
+    settings = [decision.setting for decision in decisions if "E" in decision.setting.dims]
+    products = [(op, setting) for setting in settings for op in setting.derivation.base if isinstance(op, Contract)]
+    if any(not is_measured(op, setting.dtype, setting.device) for op, setting in products):
+        yield "experts  by the bare roofline, which flatters the frozen ones; tune measures"
 
 
 _WAYS = {"frozen": "frozen", "peft": "PEFT", "ours": "ours"}
