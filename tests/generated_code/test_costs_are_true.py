@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from runlora_gen.algebra.derivation import CAST_ADAPTER, NO_FACTS
 from runlora_gen.algebra.enumerate import Phase, Program, enumerate_programs, pair
+from runlora_gen.algebra.experts import COMBINED, GATHERED
 from runlora_gen.algebra.linear import LINEAR
 from runlora_gen.algebra.liveness import saved_activations, saved_symbols
 from runlora_gen.algebra.operations import Convert, Fused, Operation
@@ -29,7 +30,7 @@ from runlora_gen.cost.price import price
 from runlora_gen.cost.roofline import roofline
 from runlora_gen.cost.setting import DTYPES, Setting
 from runlora_gen.kernels.registry import KERNELS
-from runlora_gen.kernels.sites import WORKS
+from runlora_gen.kernels.sites import WORKS, operations_of
 from runlora_gen.measure.problem import TORCH_DTYPES
 from runlora_gen.request.workload import Workload
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -242,10 +243,12 @@ def test_a_gpu_counts_the_launches_and_the_bytes_that_are_priced() -> None:
     def printed(operation: Operation) -> str:
         return f"{operation.kernel}: {operation.formula}" if isinstance(operation, Fused) else operation.formula
 
+    of_experts = {*operations_of(GATHERED), *operations_of(COMBINED)}
     operations = {
         printed(operation): operation
         for operation in WORKS.values()
         if not isinstance(operation, Convert)
+        and operation not in of_experts
         and not (isinstance(operation, Fused) and KERNELS[operation.kernel].float8)
     }
     not_counted = {
