@@ -69,6 +69,15 @@ def test_a_package_proves_its_experts(place: Path, layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_their_types_are_right(place: Path, layout: str) -> None:
+    """As those of the sample, which has no experts; operators, too, which nothing calls but torch.compile on a GPU."""
+    config = str(Path(__file__).parents[2] / "pyproject.toml")
+    command = [sys.executable, "-m", "mypy", "--strict", "--config-file", config, "--cache-dir", os.devnull, PACKAGE]
+    done = subprocess.run(command, cwd=place / f"in_{layout}", capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_verify_proves_them(place: Path, layout: str) -> None:
     """All of a folder, those of linears as well."""
     folder = place / f"in_{layout}" / PACKAGE
@@ -132,3 +141,63 @@ def test_every_kernel_is_proved(tmp_path: Path, site: str) -> None:
     assert launched == {op.kernel for op in operations_of(setting.derivation) if isinstance(op, Fused)}
     (path,) = (path for path in (tmp_path / site).iterdir() if path.suffix == ".py")
     assert proved(path, proof.KERNELS, 10, covering) == 4
+
+
+#: Each module by its kernels under torch.compile, which sees their operators, against eager calls.
+_COMPILED = """
+import sys
+from pathlib import Path
+
+import torch
+from runlora_gen.measure.modules import import_file
+
+E, T, K, H, R = 8, 20, 2, 64, 8
+module = import_file(Path(sys.argv[1]), "compiled_experts")
+gathers = module.GATHERS
+I, O = (H, 96) if gathers else (96, H)
+torch.manual_seed(0)
+index = torch.rand(T, E).topk(K).indices
+sizes = {"x": (T if gathers else T * K, I), "lora_A": (E, R, I), "lora_B": (E, O, R)}
+trained = {name: (torch.randn(size) / 4).half().requires_grad_() for name, size in sizes.items()}
+if not gathers:
+    trained["weights"] = torch.rand(T, K).requires_grad_()
+weight, bias = (torch.randn(E, O, I) / 8).half(), torch.randn(E, O).half()
+launched = []
+for name in [name for name in vars(module) if name.startswith("_launch_")]:
+    real = getattr(module, name)
+    setattr(module, name, lambda *args, real=real, name=name: (launched.append(name), real(*args))[1])
+
+
+def experts(index, **given):
+    routing = module.route(index, E)
+    return module.lora_experts(weight=weight, bias=bias, routing=routing, scaling=1.5, **given)
+
+
+def run(function):
+    output = function(index, **trained)
+    return output, *torch.autograd.grad(output.float().square().sum(), list(trained.values()))
+
+
+wanted = run(experts)
+assert launched
+launched.clear()
+found = run(torch.compile(experts, backend="aot_eager", fullgraph=True))
+assert launched
+for ours, expected in zip(found, wanted, strict=True):
+    assert ours.dtype == expected.dtype
+    torch.testing.assert_close(ours, expected)
+"""
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_kernels_run_compiled(tmp_path: Path, site: str) -> None:
+    """In the interpreter, in a process of its own."""
+    pytest.importorskip("triton", minversion="3.4")
+    (choice,) = decide_model(WORKLOAD, (SITES[site],), 8)
+    render_module(choice, 8, WORKLOAD, tmp_path / site)
+    (path,) = (path for path in (tmp_path / site).iterdir() if path.suffix == ".py")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", _COMPILED, str(path)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
