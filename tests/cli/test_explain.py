@@ -252,6 +252,16 @@ def test_experts_have_lines_beside_linears_and_alone(run, mixture: Path) -> None
         assert "gathered_experts" in text and "combined_experts" in text and ("q_proj" in text) == bool(linears)
 
 
+def test_modules_of_experts_claim_no_measurement(run, mixture: Path, tmp_path: Path) -> None:
+    """As explain says: no profile holds times of their products, though it holds those of linears."""
+    spec = ("--arch", mixture, "--rank", "4", "--target-modules", "q_proj")
+    run(*spec, "--target-parameters", "gate_up_proj,down_proj", "-o", tmp_path / "out").ok()
+    said = {path.name: " ".join(path.read_text().split()) for path in (tmp_path / "out").rglob("*_r4.py")}
+    assert len(said) == 3
+    for name, text in said.items():
+        assert "Priced at" in text and ("efficiencies measured on" in text) == name.startswith("linear"), name
+
+
 def test_variants_of_experts(run, mixture: Path) -> None:
     spec = ("explain", "--arch", mixture, "--rank", "4", "--target-parameters", "down_proj", *NARROW)
     (site,) = json.loads(run(*spec, "--json").ok().out)["experts"]

@@ -57,6 +57,15 @@ def is_measured(operation: Operation, dtype: DType, device: DeviceProfile) -> bo
     return measured_as(operation) in meter_of(operation, dtype, device).times_for(dtype.name)
 
 
+def by_bare_roofline(setting: Setting) -> bool:
+    """Whether experts are priced by the roofline alone: no profile holds times of their frozen products."""
+    return setting.experts > 0 and not all(
+        is_measured(operation, setting.dtype, setting.device)
+        for operation in setting.derivation.base
+        if isinstance(operation, Contract)
+    )
+
+
 def meter_of(operation: Operation, dtype: DType, device: DeviceProfile) -> DeviceProfile:
     """The profile that holds an operation's measurements: what a device has of its own goes before its meter's."""
     done = measured_as(operation)

@@ -6,10 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from ..algebra.operations import Contract
 from ..algebra.paper import paper_labels
 from ..cost.device import load_device
-from ..cost.measured import is_measured
+from ..cost.measured import by_bare_roofline
 from ..cost.price import price_frozen
 from ..cost.vector import DEVICE_BOUND, HOST_BOUND
 from ..forecast.estimate import Batch, Estimate
@@ -166,9 +165,7 @@ def gain_lines(found: Gain, decisions: Sequence[Decision], workload: Workload) -
         bound = f"device and host alike ({show_duration(longer)} {step})"
     kernels = sum(bool(decision.chosen.program.kernels) for decision in decisions)
     yield f"decides  {by}{bound}: kernels in {kernels} of {len(decisions)} shapes"
-    settings = [decision.setting for decision in decisions if "E" in decision.setting.dims]
-    products = [(op, setting) for setting in settings for op in setting.derivation.base if isinstance(op, Contract)]
-    if any(not is_measured(op, setting.dtype, setting.device) for op, setting in products):
+    if any(by_bare_roofline(decision.setting) for decision in decisions):
         yield "experts  by the bare roofline, which flatters the frozen ones; tune measures"
 
 
