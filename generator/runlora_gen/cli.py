@@ -321,7 +321,7 @@ def explain(variants: bool, show_all: bool, as_json: bool, **options: Any) -> No
     if len(request.ranks) > 1 or len(workload.tokens) > 1:
         raise SpecError("explain: several values of --rank or --tokens; give one of each")
     rank, tokens = request.ranks[0], workload.tokens[0]
-    sites, stacks = layers(architecture), experts(architecture.stacks)
+    sites, stacks = layers(architecture), experts(architecture.stacks, chained=workload.chains_experts)
     every: list[Site] = [*sites, *stacks]
     decisions = decide_step(workload, every, rank, tokens)
     grouped = decide_groups_of_step(workload, architecture, rank, tokens)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from runlora_gen.algebra.count import count_programs
 from runlora_gen.algebra.derivation import CAST_ADAPTER, NO_FACTS, Derivation, Facts, Way
 from runlora_gen.algebra.enumerate import Phase, Program, enumerate_programs
-from runlora_gen.algebra.experts import COMBINED, GATHERED, experts
+from runlora_gen.algebra.experts import ACTIVATED, COMBINED, GATHERED, HANDED, experts
 from runlora_gen.algebra.operations import Contract, Convert, Fused, Map, Operand, Operation, Reduce, Route, products
 from runlora_gen.algebra.schedule import schedule
 from runlora_gen.kernels.sites import serves
@@ -21,10 +21,13 @@ from runlora_gen.kernels.sites import serves
 Array = NDArray[np.float64]
 Values = dict[str, Array]
 
-SITES = (GATHERED, COMBINED)
-GOALS = {GATHERED: ("dX", "dA", "dB"), COMBINED: ("dX", "dA", "dB", "dg")}
+SITES = (GATHERED, COMBINED, HANDED, ACTIVATED)
+GOALS = {site: tuple(map(str, site.gradients)) for site in SITES}
+#: Those whose rows become tokens.
+GIVE_TOKENS = (COMBINED, ACTIVATED)
 WIDE = frozenset({CAST_ADAPTER})
-SCALING = 0.75
+SCALINGS = {"s": 0.75, "s_U": 0.5}
+SCALING = SCALINGS["s"]
 every_site = pytest.mark.parametrize("site", SITES, ids=lambda site: site.site)
 
 
@@ -63,24 +66,38 @@ def problem(site: Derivation) -> Problem:
     choices = np.array(CHOSEN).reshape(-1)
     order = np.argsort(choices, kind="stable")
     generator = np.random.default_rng(0)
-    sizes = {"N": N, "T": N * TOP_K, "E": E, "I": I, "O": O, "R": R}
-    names = ("X", "W", "b", "lora_A", "lora_B", "dY", *(("g",) if site is COMBINED else ()))
+    sizes = {"N": N, "T": N * TOP_K, "E": E, "I": I, "O": O, "R": R, "F": 2 * I, "RU": R + 1}
+    arguments = [argument.name for argument in site.arguments if argument.name in site.symbols]
+    names = [*arguments, "dY", *(("P",) if site is HANDED else ())]
     given = {name: generator.standard_normal([sizes[dim] for dim in site[name].shape]) for name in names}
-    given |= {"A": given["lora_A"], "B": given["lora_B"]}
+    given |= {name: given[f"lora_{name}"] for name in ("A", "B", "BU") if name in given}
     return Problem(order // TOP_K, choices[order], given)
+
+
+def activate(u: Array) -> Array:
+    """Of a gate and what it is multiplied with, side by side: any function of both."""
+    gate, up = np.split(u, 2, -1)
+    made: Array = np.sin(gate) * up
+    return made
+
+
+def activate_backward(dx: Array, u: Array) -> Array:
+    gate, up = np.split(u, 2, -1)
+    return np.concatenate([dx * np.cos(gate) * up, dx * np.sin(gate)], -1)
 
 
 def expected(site: Derivation, of: Problem) -> Values:
     """Row by row, straight from what a linear with LoRA is, and its gradients from the chain rule."""
-    x, w, b, lora_a, lora_b, dy = (of.given[name] for name in ("X", "W", "b", "lora_A", "lora_B", "dY"))
-    found = {"Y": np.zeros((N, O)) if site is COMBINED else np.zeros((len(of.tokens), O))}
+    w, b, lora_a, lora_b, dy = (of.given[name] for name in ("W", "b", "lora_A", "lora_B", "dY"))
+    x = activate(of.given["U"]) if site is ACTIVATED else of.given["X"]
+    found = {"Y": np.zeros((N, O)) if site in GIVE_TOKENS else np.zeros((len(of.tokens), O))}
     found |= {"dX": np.zeros_like(x), "dA": np.zeros_like(lora_a), "dB": np.zeros_like(lora_b)}
-    found |= {"dg": np.zeros_like(of.given["g"])} if site is COMBINED else {}
+    found |= {"dg": np.zeros_like(of.given["g"])} if site in GIVE_TOKENS else {}
     for row, (token, expert) in enumerate(zip(of.tokens, of.experts, strict=True)):
-        at = token if site is GATHERED else row
+        at = row if site in GIVE_TOKENS else token
         whole = w[expert] + SCALING * lora_b[expert] @ lora_a[expert]
         made = whole @ x[at] + b[expert]
-        if site is GATHERED:
+        if site not in GIVE_TOKENS:
             found["Y"][row] = made
             gradient = dy[row]
         else:
@@ -91,6 +108,20 @@ def expected(site: Derivation, of: Problem) -> Values:
         outer = SCALING * np.outer(gradient, x[at])
         found["dA"][expert] += lora_b[expert].T @ outer
         found["dB"][expert] += outer @ lora_a[expert].T
+    if site is HANDED:  # the gradient of S is another module's, and so is that of B
+        del found["dB"]
+        found["S"] = SCALING * np.stack([lora_a[e] @ x[token] for token, e in zip(of.tokens, of.experts, strict=True)])
+        p = of.given["P"]
+        found["dX"], found["dA"] = np.zeros_like(x), np.zeros_like(lora_a)
+        for row, (token, expert) in enumerate(zip(of.tokens, of.experts, strict=True)):
+            found["dX"][token] += dy[row] @ w[expert] + p[row] @ lora_a[expert]
+            found["dA"][expert] += np.outer(p[row], x[token])
+    if site is ACTIVATED:
+        du = activate_backward(found.pop("dX"), of.given["U"])
+        found |= {"dU": du, "dBU": np.zeros_like(of.given["BU"])}
+        found["PU"] = SCALINGS["s_U"] * np.stack([d @ of.given["BU"][e] for d, e in zip(du, of.experts, strict=True)])
+        for row, expert in enumerate(of.experts):
+            found["dBU"][expert] += np.outer(du[row], of.given["SU"][row])
     return found
 
 
@@ -107,7 +138,7 @@ def product(step: Contract, values: Values, of: Problem) -> Array:
         made = np.stack([left[:, of.rows_of(e)] @ right[of.rows_of(e)] for e in range(E)])
     else:
         made = np.stack([left[row] @ right[expert] for row, expert in enumerate(of.experts)])
-    made = made * SCALING if step.scaled else made
+    made = made if step.scaling is None else made * SCALINGS[step.scaling]
     if step.addend is not None:
         made = made + values[step.addend.name]
     return made if step.bias is None else made + values[step.bias.name][of.experts]
@@ -127,6 +158,10 @@ def step_value(step: Operation, values: Values, of: Problem) -> Array:
             rows, *weights = (values[operand.name] for operand in step.operands)
             weighed = rows * weights[0][:, None] if weights else rows
             return np.stack([weighed[of.tokens == token].sum(0) for token in range(N)])
+        case Map(function="activate"):
+            return activate(values[step.operands[0].name])
+        case Map(function="activate_backward"):
+            return activate_backward(*(values[operand.name] for operand in step.operands))
         case Map(function="weigh"):
             rows, weights = (values[operand.name] for operand in step.operands)
             return rows * weights[:, None]
@@ -162,15 +197,15 @@ def test_every_program_computes_the_same(site: Derivation) -> None:
     """With a bias, and from what it saves alone."""
     of = problem(site)
     right = expected(site, of)
-    assert not of.rows_of(2).size and right.keys() == {"Y", *GOALS[site]}
+    assert not of.rows_of(2).size and right.keys() == {*map(str, site.outputs), *GOALS[site]}
     for program in programs(site):
         names = {argument.name for argument in site.arguments}
         casts = any(isinstance(op, Convert) for op in program.forward.operations)
         forward = run(in_order(program.forward), of.values(*names - ({"A", "B"} if casts else set())), of)
         kept = {str(symbol): forward[str(symbol)] for symbol in (*program.kept, *program.saved_inputs)}
-        backward = run(in_order(program.backward), of.values("dY", "b") | kept, of)
+        backward = run(in_order(program.backward), of.values("dY", "b", *(("P",) if site is HANDED else ())) | kept, of)
         for name, value in right.items():
-            made = (forward if name == "Y" else backward)[name]
+            made = (forward if name in map(str, site.outputs) else backward)[name]
             assert np.allclose(made, value, rtol=1e-12, atol=1e-12), (program.id, name)
 
 
@@ -203,6 +238,10 @@ def test_formulas_parse_back(site: Derivation) -> None:
         # dXu 2 ways and merged; dg of dXu, of Yr that is kept, made again in 2 ways or merged; M kept or made again
         # where one is merged. With kernels Yr and dXu have a way more, dg is in one pass with dX; P 3 ways.
         (COMBINED, 3 * 2 * (2 * 4 + 2 * 2 + 4 * 2 + 2), 4 * 2 * 3 * (3 * 6 + 3 * 2 + 6 * 2 + 2)),
+        # Nothing is kept. With kernels a way more of S, Y, dX and dA.
+        (HANDED, 1, 2 * 2 * 2 * 2),
+        # X and S kept or made again, dg of dXu or of Yr, kept or made again. With kernels 2 ways of Yr and of dXu.
+        (ACTIVATED, 12, 1272),
     ],
     ids=lambda value: getattr(value, "site", None),
 )
@@ -211,7 +250,7 @@ def test_exact_counts(site: Derivation, torch: int, with_kernels: int) -> None:
     for table, expected in ((torch_alone(site), torch), (None, with_kernels)):
         found = enumerate_programs(site, GOALS[site], table=table)
         assert len(found) == len({program.id for program in found}) == expected
-        # Casts that the backward reads are kept or made again.
+        # Casts that the backward reads are kept or made again; another module's is made again.
         of_casts = enumerate_programs(site, GOALS[site], table=table, facts=WIDE)
         assert len(of_casts) == sum(2 ** len(casts & program.backward.reads) for program in found)
 
@@ -252,14 +291,23 @@ def test_rows_of_tokens_are_never_kept(site: Derivation) -> None:
     for program in programs(site):
         names = {str(symbol) for symbol in program.kept}
         kept |= names
-        assert "X" in map(str, program.saved_inputs)
-        assert ("g" in map(str, program.saved_inputs)) == (site is COMBINED)
+        assert ("U" if site is ACTIVATED else "X") in map(str, program.saved_inputs)
+        assert ("g" in map(str, program.saved_inputs)) == (site in GIVE_TOKENS)
         assert set(program.kept) <= program.backward.reads, "what nothing reads is not kept"
-    assert kept == {"S", "M", "A", "B", *(("Yr",) if site is COMBINED else ())}
+    assert (
+        kept
+        == {
+            GATHERED: {"S", "M", "A", "B"},
+            COMBINED: {"S", "M", "A", "B", "Yr"},
+            HANDED: {"A"},
+            ACTIVATED: {"X", "S", "A", "B", "Yr"},
+        }[site]
+    )
 
 
 def test_which_site_a_projection_is() -> None:
     assert experts(gathers=True) is GATHERED and experts(gathers=False) is COMBINED
+    assert experts(gathers=True, activated=True) is HANDED and experts(gathers=False, activated=True) is ACTIVATED
     assert [str(symbol) for symbol in GATHERED.gradients] == ["dX", "dA", "dB"]
     assert [str(symbol) for symbol in COMBINED.gradients] == ["dX", "dA", "dB", "dg"]
     assert [str(symbol) for symbol in GATHERED.inputs()] == ["X", "W", "A", "B"]

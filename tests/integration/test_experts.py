@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import json
 import pickle
@@ -42,10 +43,14 @@ from .models import (
 UP, DOWN = BOTH = STACKS
 
 
-def package_of(out: Path, rank: int = RANK, inner: int = INNER, gated: bool = True) -> Any:
-    """A package for the experts alone."""
+def package_of(out: Path, rank: int = RANK, inner: int = INNER, activation: str = "", gated: bool = True) -> Any:
+    """A package for the experts alone.
+
+    ``activation``: what is between their projections, where that is the modules' own.
+    """
     name = "gate_up_proj" if gated else "up_proj"
     options: dict[str, Any] = {"top_k": TOP_K, "bias": False, "count": 1, "module": "mlp.experts"}
+    options["activation"] = activation
     stacks = (
         Stack(name, EXPERTS, HIDDEN, 2 * inner if gated else inner, gathers=True, **options),
         Stack("down_proj", EXPERTS, inner, HIDDEN, gathers=False, **options),
@@ -56,8 +61,17 @@ def package_of(out: Path, rank: int = RANK, inner: int = INNER, gated: bool = Tr
 
 
 @pytest.fixture(scope="module")
-def package(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return package_of(tmp_path_factory.mktemp("packages"))
+def packages(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+    """Those for what is between the projections, each made once."""
+    return functools.cache(lambda activation: package_of(tmp_path_factory.mktemp("packages"), activation=activation))
+
+
+@pytest.fixture(params=["chained", "apart"])
+def package(packages: Callable[[str], Any], request: pytest.FixtureRequest) -> Any:
+    """That for the model which a test names, by a chain of both projections or by each for itself."""
+    name = getattr(request.node, "callspec").params.get("name", "")
+    activation = "gpt_oss" if name == "gpt_oss" else "silu_gated"
+    return packages(activation if request.param == "chained" else "")
 
 
 @pytest.fixture(scope="module")
@@ -145,9 +159,11 @@ def test_outputs_and_gradients_are_peft_s(package: Any, tokens: Tensor, name: st
     both_run(package, model, tokens, 2 * len(targets))
 
 
-def test_experts_without_a_gate(tmp_path: Path, tokens: Tensor) -> None:
+@pytest.mark.parametrize("activation", ["relu2", ""])
+def test_experts_without_a_gate(tmp_path: Path, tokens: Tensor, activation: str) -> None:
     model = with_lora(nemotron_h(torch.float64), ["experts.up_proj", "experts.down_proj"])
-    both_run(package_of(tmp_path, gated=False), model, tokens, 2, tolerance=1e-5)  # its router is in float32
+    package = package_of(tmp_path, activation=activation, gated=False)
+    both_run(package, model, tokens, 2, tolerance=1e-5)  # its router is in float32
 
 
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
@@ -421,8 +437,9 @@ def test_what_is_not_covered_is_left_to_peft(package: Any, tokens: Tensor, case:
     assert set(report.left.values()) <= {reason, "down_proj of the same experts is left"}
 
 
-def test_biases_are_used_and_left_where_they_are_trained(package: Any, tokens: Tensor) -> None:
-    model = with_lora(gpt_oss(torch.float64))
+@pytest.mark.parametrize("name", ["gpt_oss"])
+def test_biases_are_used_and_left_where_they_are_trained(package: Any, tokens: Tensor, name: str) -> None:
+    model = with_lora(MODELS[name](torch.float64))
     _experts(model).down_proj_bias.requires_grad_(True)
     wanted = gradients(model, tokens)
     with pytest.warns(UserWarning, match="its base bias is trained"):
@@ -430,8 +447,8 @@ def test_biases_are_used_and_left_where_they_are_trained(package: Any, tokens: T
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = gradients(model, tokens)
-    for name, gradient in wanted.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-10, atol=1e-12)
+    for parameter, gradient in wanted.items():
+        torch.testing.assert_close(found[parameter], gradient, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("case", ["trained", "hooks", "hooks inside"])
@@ -706,13 +723,14 @@ def test_injected_adapters_are_checkpointed(package: Any, tokens: Tensor, use_re
         torch.testing.assert_close(gradient, wanted[name], rtol=1e-10, atol=1e-12)
 
 
-def test_injected_adapters_are_compiled_as_a_whole(package: Any, tokens: Tensor) -> None:
-    model = injected(package, gpt_oss())
+@pytest.mark.parametrize("name", ["gpt_oss"])
+def test_injected_adapters_are_compiled_as_a_whole(package: Any, tokens: Tensor, name: str) -> None:
+    model = injected(package, MODELS[name]())
     wanted = gradients(model, tokens)
     torch.compile(model, backend="aot_eager", fullgraph=True)(tokens, labels=tokens).loss.backward()
-    for name, parameter in model.named_parameters():
+    for path, parameter in model.named_parameters():
         if parameter.grad is not None:
-            torch.testing.assert_close(parameter.grad, 2 * wanted[name], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(parameter.grad, 2 * wanted[path], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -746,7 +764,9 @@ def test_stacks_of_each_kind_are_run_before_the_first_step(
     assert len(cases) == 2
     for case in cases:
         warmup._step(case, 8)
-        assert len(case.zeros(8)) == (8 if case.given.module.GATHERS else 8 * TOP_K) and len(case.trained) == 2
+        assert len(case.zeros(8)) == (8 if case.given.module.GATHERS else 8 * TOP_K) and len(case.trained) == (
+            2 if case.given.module.ACTIVATION is None or not case.given.module.GATHERS else 1
+        )
     assert all(parameter.grad is None for parameter in model.parameters())
 
 

@@ -12,6 +12,11 @@ pass: dX = g dXu, dg = dXu · X + dYr · b[e]. So dYr is read as it is, and P an
 factors.
 
 A merged stack M = W + s B A is what PEFT computes with: it reads and writes all experts, whoever has rows.
+
+Where both projections of an expert have adapters, what is between them belongs to the last one, which reads what goes
+into the activation: X = activate(U). Then X need not be kept, as it is made again of U, and one pass over U's rows in
+the backward yields dU, dg and dA; and, as the first projection hands over its S and leaves the gradients of its B to
+the last one, PU = s dU B[e] and dB[e] = dUᵀ S of the first projection as well.
 """
 
 from __future__ import annotations
@@ -22,12 +27,20 @@ from .operations import Symbol
 _GATHERED = "gathered"
 
 
-def _experts(site: str, *, gathers: bool) -> Derivation:
-    """The first projection of experts, which gathers tokens, or the last, which combines their rows."""
+def _experts(site: str, *, gathers: bool, activated: bool = False) -> Derivation:
+    """The first projection of experts, which gathers tokens, or the last, which combines their rows.
+
+    ``activated``: whether the activation between both is the last one's.
+    """
     read, given = ("Xr", "dY") if gathers else ("X", "dYr")
     made, summed = ("Y", "dXr") if gathers else ("Yr", "dXu")
     # By what a product of the backward is weighed: its other factor is a gradient that is not.
     kept, other = ("S", "P") if gathers else ("Sg", "Pg")
+    hands, activates = gathers and activated, activated and not gathers
+    # Orders that cost the same, and merged stacks, of the simple sites alone: there would be too many programs.
+    lowrank_first = None if activated else "lowrank_first"
+    merged = () if activated else (row(made, "merged", f"{made} = {read} @ M[e].T + b[e]"),)
+    merged_back = () if activated else (row(summed, "merged", f"{summed} = {given} @ M[e]"),)
     return derive(
         site,
         symbols=(
@@ -59,31 +72,60 @@ def _experts(site: str, *, gathers: bool) -> Derivation:
                     Symbol("Pg", ("T", "R")),
                 )
             ),
+            *(
+                (
+                    Symbol("U", ("T", "F")),  # what goes into the activation: rows of the first projection
+                    Symbol("dU", ("T", "F")),
+                    Symbol("SU", ("T", "RU")),  # S and B of the first projection
+                    Symbol("lora_BU", ("E", "F", "RU"), store="adapter"),
+                    Symbol("BU", ("E", "F", "RU")),
+                    Symbol("PU", ("T", "RU")),  # s dU BU[e]
+                    Symbol("dBU", ("E", "F", "RU"), store="adapter"),
+                )
+                if activates
+                else ()
+            ),
         ),
         facts=(CAST_ADAPTER,),
         arguments=(
-            Argument("X", gradient="dX", activation=True),
+            (
+                Argument("U", gradient="dU", activation=True)
+                if activates
+                else Argument("X", gradient="dX", activation=True)
+            ),
             Argument("W"),
             Argument("lora_A", gradient="dA", when=(CAST_ADAPTER,)),
-            Argument("lora_B", gradient="dB", when=(CAST_ADAPTER,)),
+            Argument("lora_B", gradient=None if hands else "dB", when=(CAST_ADAPTER,)),
             Argument("b", "Tensor | None"),
             Argument("A", when=(f"not {CAST_ADAPTER}",)),
             Argument("B", when=(f"not {CAST_ADAPTER}",)),
             *(() if gathers else (Argument("g", gradient="dg", activation=True),)),
             Argument("scaling", "float"),
+            *(
+                (
+                    Argument("SU", gradient="PU", activation=True),
+                    Argument("lora_BU", gradient="dBU", when=(CAST_ADAPTER,)),
+                    Argument("BU", when=(f"not {CAST_ADAPTER}",)),
+                    Argument("scaling_U", "float"),
+                )
+                if activates
+                else ()
+            ),
             Argument("routing", "Routing"),
         ),
-        outputs=("Y",),
-        output_gradients=("dY",),
+        outputs=("Y", "S") if hands else ("Y",),
+        output_gradients=("dY", "P") if hands else ("dY",),
         base=(
             ("Xr = gather(X)", "Y = Xr @ W[e].T + b[e]", "dXr = dY @ W[e]", "dX = combine(dXr)")
             if gathers
             else (
+                *(("X = activate(U)",) if activates else ()),
                 "Yr = X @ W[e].T + b[e]",
                 "Y = combine(Yr, g)",
                 "dYr = gather(dY)",
                 "dXu = dYr @ W[e]",
                 "dX = weigh(dXu, g)",
+                *(("dU = activate_backward(dX, U)",) if activates else ()),
             )
         ),
         table=(
@@ -92,30 +134,25 @@ def _experts(site: str, *, gathers: bool) -> Derivation:
                 for symbol in ("A", "B")
                 for way, formulas in (("cast", (f"{symbol} = cast(lora_{symbol})",)), (SAVED, ()))
             ),
-            row("M", "merge", "M[e] = W + s * B[e] @ A[e]"),
-            row("M", SAVED),
+            *(() if activated else (row("M", "merge", "M[e] = W + s * B[e] @ A[e]"), row("M", SAVED))),
             # The forward.
             *_products("S", "x_at", read, "experts_x_at", f"S = s * {read} @ A[e].T"),
             row("S", SAVED),
             *rows_of_sum(
                 made,
                 Term(f"{read} @ W[e].T", first="base_first"),
-                Term("S @ B[e].T", first="lowrank_first"),
+                Term("S @ B[e].T", first=lowrank_first),
                 bias="b[e]",
             ),
-            row(made, "merged", f"{made} = {read} @ M[e].T + b[e]"),
+            *merged,
             *_in_kernel(made, "fused", read, "experts_gemm", f"{made} = S @ B[e].T + b[e]; {made} += {read} @ W[e].T"),
             # The backward.
-            *_products("P", "dy_b", given, "experts_x_at", f"P = s * {given} @ B[e]"),
-            *rows_of_sum(summed, Term(f"{given} @ W[e]", first="base_first"), Term("P @ A[e]", first="lowrank_first")),
-            row(summed, "merged", f"{summed} = {given} @ M[e]"),
+            *(() if hands else _products("P", "dy_b", given, "experts_x_at", f"P = s * {given} @ B[e]")),
+            *rows_of_sum(summed, Term(f"{given} @ W[e]", first="base_first"), Term("P @ A[e]", first=lowrank_first)),
+            *merged_back,
             *_in_kernel(summed, "fused", given, "experts_gemm", f"{summed} = P @ A[e]; {summed} += {given} @ W[e]"),
             *_products("dA", "pt_x", read, "experts_pt_x", f"dA[e] = {other}.T @ {read}"),
-            row("dB", "dyt_s", f"dB[e] = {given}.T @ {kept}"),
-            # One pass over dY yields both.
-            *_in_kernel(
-                "P dB", "one_pass", given, "experts_p_db", f"P = s * {given} @ B[e]; dB[e] = {given}.T @ {kept}"
-            ),
+            *(() if hands else _products_of_dy(given, kept)),
             *(
                 (row("Xr", "gather", "Xr = gather(X)"), row("dX", "combine", "dX = combine(dXr)"))
                 if gathers
@@ -135,8 +172,38 @@ def _experts(site: str, *, gathers: bool) -> Derivation:
                     ),
                 )
             ),
+            *(_ACTIVATED if activates else ()),
         ),
-        lossy=("M",),
+        lossy=() if activated else ("M",),
+    )
+
+
+#: What the last projection does for the activation before it, and for the first projection's B. X is made in the pass
+#: that makes S, and again in that over U's rows.
+_ACTIVATED = (
+    row("BU", "cast", "BU = cast(lora_BU)", when=(CAST_ADAPTER,)),
+    row("X", "activate", "X = activate(U)"),
+    row("X", SAVED),
+    row("X S", "one_pass", "experts_activate: X = activate(U); S = s * X @ A[e].T"),
+    row("dU", "activate_backward", "dU = activate_backward(dX, U)"),
+    row("PU", "du_b", "PU = s_U * dU @ BU[e]"),
+    row("dBU", "dut_s", "dBU[e] = dU.T @ SU"),
+    row("PU dBU", "one_pass", "experts_p_db: PU = s_U * dU @ BU[e]; dBU[e] = dU.T @ SU"),
+    row(
+        "dA dU dg PU dBU",
+        "with_gradients",
+        "experts_activate_backward: dYr := gather(dY); dX := weigh(dXu, g); X := activate(U); "
+        "dU = activate_backward(dX, U); dg = dot(dXu, X, dYr, b); Pg := weigh(P, g); dA[e] = Pg.T @ X; "
+        "PU = s_U * dU @ BU[e]; dBU[e] = dU.T @ SU",
+    ),
+)
+
+
+def _products_of_dy(given: str, kept: str) -> tuple[Row, ...]:
+    """dB, and with it P: one pass over dY yields both."""
+    both = f"P = s * {given} @ B[e]; dB[e] = {given}.T @ {kept}"
+    return row("dB", "dyt_s", f"dB[e] = {given}.T @ {kept}"), *_in_kernel(
+        "P dB", "one_pass", given, "experts_p_db", both
     )
 
 
@@ -160,8 +227,15 @@ def _gathered(read: str, kernel: str, formulas: str) -> str:
 
 GATHERED = _experts("experts that read tokens", gathers=True)
 COMBINED = _experts("experts that give tokens", gathers=False)
+HANDED = _experts("experts that read tokens, for an activation", gathers=True, activated=True)
+ACTIVATED = _experts("experts that give tokens, after an activation", gathers=False, activated=True)
 
 
-def experts(*, gathers: bool) -> Derivation:
-    """The derivation of a projection of experts: the first one, which gathers tokens, or the last."""
+def experts(*, gathers: bool, activated: bool = False) -> Derivation:
+    """The derivation of a projection of experts: the first one, which gathers tokens, or the last.
+
+    ``activated``: whether the activation between both is the last one's.
+    """
+    if activated:
+        return HANDED if gathers else ACTIVATED
     return GATHERED if gathers else COMBINED

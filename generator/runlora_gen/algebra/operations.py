@@ -263,7 +263,9 @@ class Convert(_Applied):
 class Map(_Applied):
     """A function of elements: ``out = drop(operand, mask)``, which also divides by the rate of what is kept.
 
-    Or ``out = weigh(operand, weights)``, each row times its weight. ``adds``: to what its output held.
+    Or ``out = weigh(operand, weights)``, each row times its weight; ``out = activate(operand)``, of rows that may hold a
+    gate beside what it is multiplied with, and ``out = activate_backward(gradient, operand)``, the operand's gradient.
+    ``adds``: to what its output held.
     """
 
     adds: bool = False
@@ -272,6 +274,11 @@ class Map(_Applied):
 
     def __post_init__(self) -> None:
         first, *others = self.operands
+        if self.function in ("activate", "activate_backward"):
+            like = others[0] if others else first
+            rows = {operand.shape[0] for operand in (self.out, *self.operands)}
+            self._check(len(rows) == 1 and (not others or like.shape == self.out.shape))
+            return
         shape = self.out.shape[:1] if self.function == "weigh" else self.out.shape
         self._check(first.shape == self.out.shape and all(operand.shape == shape for operand in others))
 
@@ -320,6 +327,8 @@ FUNCTIONS: Mapping[str, tuple[type[Reduce | Convert | Map | Draw | Route], tuple
     "transpose": (Convert, (1,)),
     "drop": (Map, (2,)),
     "weigh": (Map, (2,)),
+    "activate": (Map, (1,)),
+    "activate_backward": (Map, (2,)),
     "draw": (Draw, (1,)),
     "gather": (Route, (1,)),
     "combine": (Route, (1, 2)),

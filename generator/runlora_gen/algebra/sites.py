@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .derivation import Derivation
-from .experts import COMBINED, GATHERED
+from .experts import ACTIVATED, COMBINED, GATHERED, HANDED
 from .linear import (
     DROPPED,
     FLOAT8,
@@ -26,4 +26,6 @@ DERIVATIONS: tuple[Derivation, ...] = (
     FLOAT8_DROPPED,
     GATHERED,
     COMBINED,
+    HANDED,
+    ACTIVATED,
 )

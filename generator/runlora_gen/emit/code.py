@@ -83,6 +83,8 @@ def _helpers(step: Step) -> frozenset[str]:
             return frozenset({"quantized"})
         case Route() | Map(function="weigh") | Reduce(function="dot"):
             return frozenset({"routed"})
+        case Map(function="activate" | "activate_backward"):
+            return frozenset({"activated"})
         case Reduce() | Convert() | Map():
             return frozenset()
         case _:
@@ -126,13 +128,18 @@ def line(operation: Operation, owner: str = "", *, tiles: str | None = None) -> 
             return f"{operation.out} = _dequantized({operation.operands[0]})"
         case Convert(function="cast"):
             # A to the dtype of dY, A_q to that of dY_q.
-            return f"{operation.out} = {operation.operands[0]}.to(dY{operation.out.name[1:]}.dtype)"
+            _, mark, linear = operation.out.name.partition("_")
+            return f"{operation.out} = {operation.operands[0]}.to(dY{mark}{linear}.dtype)"
         case Contract():
             return f"{operation.out} = {_product(operation)}"
         case Route():
             return f"{operation.out} = {_routed(operation)}"
         case Map(function="weigh"):
             return f"{operation.out} = _weighed({_applied_to(operation)}, routing)"
+        case Map(function="activate"):
+            return f"{operation.out} = _activated({_applied_to(operation)}, ACTIVATION)"
+        case Map(function="activate_backward"):
+            return f"{operation.out} = _activate_backward({_applied_to(operation)}, ACTIVATION)"
         case Map(function="drop"):
             begun = f"{operation.out} + " if operation.accumulate else ""
             return f"{operation.out} = {begun}_masked({operation.operands[0]}, {operation.operands[1]}, dropout)"
@@ -205,8 +212,10 @@ def _call(operation: Fused, tiles: str) -> str:
     """The call of a kernel's wrapper, with the operands of its parts where the kernel wants them."""
     values = {"needs": ", ".join(f"need_{out}" for out in operation.outputs)}
     values |= {"dtypes": ", ".join(dtype for out in operation.outputs if (dtype := dtype_of(out)))}
-    for weigh in (p for p in operation.parts if isinstance(p, Map) and p.function == "weigh"):
-        values["weighed0"], values["weights0"] = map(str, weigh.operands)
+    maps = [part for part in operation.parts if isinstance(part, Map)]
+    for number, weigh in enumerate(part for part in maps if part.function == "weigh"):
+        values |= dict(zip((f"weighed{number}", f"weights{number}"), map(str, weigh.operands), strict=True))
+    values |= {"activated0": str(part.operands[0]) for part in maps if part.function == "activate"}
     kinds = {"codes": Convert, "seed": Draw, "dropped": Map, "gathered": Route}
     read = {kind: [p.operands[0] for p in operation.parts if isinstance(p, kind)] for kind in kinds.values()}
     for name, kind_of in kinds.items():

@@ -16,6 +16,7 @@ from ..algebra.operations import Fused
 from ..cost.setting import Setting
 from ..kernels.registry import KERNELS
 from ..kernels.sites import draws, seeded
+from ..request.activations import Activation
 from ..request.bases import Base
 from ..request.experts import Experts
 from ..request.groups import Group
@@ -111,6 +112,8 @@ class SharedNode:
         lone: whether any module of those that share this is of a lone linear.
         groups: whether any is a group's.
         experts: whether any is of experts.
+        activations: those that modules of experts compute.
+        handing: whether any is of experts that hand over to such modules.
         folder: whether what they share stands once in their folder, and not in each of them.
         width: columns of a line.
     """
@@ -131,6 +134,8 @@ class SharedNode:
     lone: bool
     groups: bool
     experts: bool
+    activations: tuple[Activation, ...]
+    handing: bool
     folder: bool
     width: int
 
@@ -210,6 +215,16 @@ class ModuleNode(SharedNode):
         """Whether it is of a stack of experts."""
         return isinstance(self.site, Experts)
 
+    @property
+    def hands(self) -> bool:
+        """Whether it hands over to the module after the activation."""
+        return isinstance(self.site, Experts) and self.site.gathers and bool(self.site.activation)
+
+    @property
+    def activates(self) -> bool:
+        """Whether it reads what goes into an activation."""
+        return isinstance(self.site, Experts) and not self.site.gathers and bool(self.site.activation)
+
 
 @dataclass(frozen=True)
 class _Variant:
@@ -256,7 +271,8 @@ def module_node(
     most = max(workload.tokens)
     sizes = setting_of(workload, site, rank, most).sizes
     setting = replace(choice.ranges[-1].decision.setting, tokens=most, sizes=sizes)
-    trains, frozen = _trained(setting.derivation, goals(workload, setting.derivation))
+    trains, frozen = _trained(setting.derivation, workload)
+    activation = site.activated if isinstance(site, Experts) else None
     return ModuleNode(
         site=site,
         name=module_name(site, rank),
@@ -267,6 +283,8 @@ def module_node(
         lone=isinstance(site, Layer),
         groups=bool(linears),
         experts=isinstance(site, Experts),
+        activations=() if activation is None else (activation,),
+        handing=activation is not None,
         in_features=site.in_features,
         out_features=site.out_features,
         projections=site.projections if isinstance(site, Group) else (),
@@ -299,8 +317,9 @@ def shared_node(modules: Sequence[ModuleNode]) -> SharedNode:
     values = {field.name: getattr(modules[0], field.name) for field in dataclasses.fields(SharedNode)}
     values["helpers"] = frozenset[str]().union(*(module.helpers for module in modules))
     values["calls"] = tuple(call for module in modules for call in module.calls)
-    for kind in ("lone", "groups", "experts"):
+    for kind in ("lone", "groups", "experts", "handing"):
         values[kind] = any(getattr(module, kind) for module in modules)
+    values["activations"] = tuple(dict.fromkeys(each for module in modules for each in module.activations))
     return SharedNode(**values)
 
 
@@ -331,9 +350,13 @@ def _ranges(choice: LayerChoice) -> tuple[RangeNode, ...]:
     return tuple(nodes)
 
 
-def _trained(derivation: Derivation, wanted: Collection[str]) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
-    """The arguments that may require a gradient where these gradients are given, and the others with the reason."""
-    given = {gradient.partition("_")[0] for gradient in wanted}  # dA_q stands for all of a group
+def _trained(derivation: Derivation, workload: Workload) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
+    """The arguments that may require a gradient in a module of a workload, and the others with the reason."""
+    given = {gradient.partition("_")[0] for gradient in goals(workload, derivation)}  # dA_q stands for all of a group
+    if "P" in map(str, derivation.output_gradients):
+        given |= {"dB"} if "b" in workload.train else set()  # another module makes it
+    if "dU" in given:
+        given |= {"dX"}
     arguments = (
         ("x", "dX", "it was generated with --no-input-grad"),
         ("lora_A", "dA", "it was generated with lora_A frozen (--train b)"),
@@ -376,6 +399,7 @@ def _title(site: Site, rank: int) -> str:
         return f"LoRA linear, {site.in_features} to {site.out_features} features, rank {rank}"
     if isinstance(site, Experts):
         what = "that read tokens" if site.gathers else "that give tokens"
+        what += "" if site.activated is None else f" {'for' if site.gathers else 'after'} an activation"
         sizes = f"{site.in_features} to {site.out_features} features, rank {rank}"
         return f"LoRA of {site.experts} experts {what}, {sizes}"
     widths = listed([str(width) for width in site.out_features])
@@ -388,6 +412,9 @@ def _notes(site: Site) -> tuple[str, ...]:
         taken = "LoRALinear.from_linear takes such a layer; to lora_linear pass weight.t()"
     elif isinstance(site, Experts):
         notes = [f"Serves {', '.join(site.projections)} ({site.count} stacks in the model)."]
+        if site.activated is not None:
+            other = "last" if site.gathers else "first"
+            notes.append(f"It is a chain with the module of the same experts' {other} projection: {site.activation}.")
         if site.transposed_weight:
             names = ", ".join(site.transposed_weight)
             notes.append(f"Models store {names} as experts x in_features x out_features: pass weight.mT.")

@@ -148,6 +148,7 @@ def build_package(
         "modules": nodes,
         "groups": groups,
         "experts": stacks,
+        "chained": any(node.handing for node in stacks),
         "rank": rank,
         "dropout": workload.dropout > 0,
         "folder": layout == FOLDER,
@@ -170,7 +171,9 @@ def build_package(
         )
     if stacks:
         names = [node.name for node in stacks]
-        rendered["test_experts.py"] = render_test_of_experts(names, shared=shared, header=header)
+        rendered["test_experts.py"] = render_test_of_experts(
+            names, chained=context["chained"], shared=shared, header=header
+        )
     former = _Former(out / folder if reuse else None, style)
     files = former.format(rendered)
     files["py.typed"] = ""

@@ -88,7 +88,7 @@ def site_data(site: Site, rank: int, decision: Decision) -> dict[str, Any]:
     """One layer shape, group or shape of experts with all candidates in one setting."""
     own: dict[str, Any] = {"linears": site.linears} if isinstance(site, Group) else {}
     if isinstance(site, Experts):
-        own = {"experts": site.experts, "gathers": site.gathers, "top_k": site.top_k}
+        own = {"experts": site.experts, "gathers": site.gathers, "top_k": site.top_k, "activation": site.activation}
     return {
         "name": site.name,
         **own,

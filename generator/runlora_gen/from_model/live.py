@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ..request.activations import ACTIVATIONS, Activation
 from ..request.architecture import LIVE, Architecture, Projection, family_projections, slug
 from ..request.bases import BASES, BY_FORWARD
 from ..request.errors import SpecError, shorten
@@ -494,8 +495,40 @@ def _stack(path: str, module: Any, name: str, parent: nn.Module | None, tuner: n
         bias=module.has_bias,
         count=1,
         layout="in_out" if module.is_transposed else "out_in",
+        activation=_activation(module),
     )
     return _Stack(path, stack, weight.dtype, () if tuner is None else tuple(_adapters(tuner)))
+
+
+def _activation(module: Any) -> str:
+    """What a module of experts does between its projections: which of those that have a row, tried on some numbers."""
+    weight = module._parameters["down_proj"]
+    features = weight.shape[1 if module.is_transposed else 2]
+    device = "cpu" if weight.is_meta else weight.device
+    drawn = torch.Generator().manual_seed(0)
+    widths = 2 if module.has_gate else 1
+    u = (4 * torch.randn(4, widths * features, generator=drawn)).to(device).requires_grad_()
+    dx = torch.randn(4, features, generator=drawn).to(device)
+    try:
+        with torch.enable_grad(), torch.autocast(u.device.type, enabled=False):
+            x = module._apply_gate(u) if module.has_gate else module.act_fn(u)
+            (du,) = torch.autograd.grad(x, u, dx)
+    except Exception:  # whatever a model's own code says to such rows
+        return ""
+    alike = (
+        name for name, row in ACTIVATIONS.items() if row.gated == module.has_gate and _does(row, u.detach(), x, dx, du)
+    )
+    return next(alike, "")
+
+
+def _does(activation: Activation, u: torch.Tensor, x: torch.Tensor, dx: torch.Tensor, du: torch.Tensor) -> bool:
+    """Whether an activation makes x of u, and du of dx."""
+    gate, up = (u, u) if not activation.gated else (u[:, 0::2], u[:, 1::2]) if activation.interleaved else u.chunk(2, 1)
+    made: dict[str, torch.Tensor] = {"gate": gate, "up": up, "dx": dx}
+    exec("\n".join((*activation.forward("torch"), *activation.backward("torch"))), {"torch": torch}, made)
+    parts = [made["dgate"], made["dup"]] if activation.gated else [made["dgate"]]
+    ours = torch.stack(parts, 2).flatten(1) if activation.interleaved else torch.cat(parts, 1)
+    return torch.allclose(made["x"], x, 1e-4, 1e-5) and torch.allclose(ours, du, 1e-4, 1e-5)
 
 
 def _top_k(parent: nn.Module | None, config: Any) -> int:

@@ -28,6 +28,7 @@ from typing import Any, NoReturn, Protocol
 
 import tomllib
 
+from .activations import ACTIVATIONS
 from .cache import cached_config, is_model_name
 from .decoder import Decoder
 from .errors import SpecError, one_line, shorten
@@ -247,6 +248,7 @@ def _from_manifest(config: _Config) -> Architecture:
             count=row.size("count"),
             layout=row.layout,
             module=row.text("module", mark=".") if row.values.get("module") else "",
+            activation=found if (found := str(row.values.get("activation"))) in ACTIVATIONS else "",
         )
         for row in _rows(config, "stacks")
     )

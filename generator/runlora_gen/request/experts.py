@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+
+from .activations import ACTIVATIONS, Activation
 
 MAX_EXPERTS = 65_536
 MAX_TOP_K = 1024
@@ -25,6 +28,8 @@ class Stack:
         count: how many such stacks the whole model has.
         layout: ``out_in`` for E×O×I, ``in_out`` for E×I×O.
         module: what holds it, by the end of its name that all layers share: ``mlp.experts``.
+        activation: what is between the projections of these experts, a key of
+            :data:`~.activations.ACTIVATIONS`; empty if it is none of them, or not known.
     """
 
     name: str
@@ -37,6 +42,7 @@ class Stack:
     count: int
     layout: str = "out_in"
     module: str = ""
+    activation: str = ""
 
     @property
     def parameter(self) -> str:
@@ -62,6 +68,8 @@ class Experts:
         count: how many such stacks the whole model has.
         projections: their names, in the order of the architecture, without repeats.
         transposed_weight: names of those whose weight is stored as E×I×O.
+        activation: what is between the projections where both have adapters: then the first one hands its S over to
+            the last, which reads what goes into the activation. Empty where they are computed each by itself.
     """
 
     experts: int
@@ -73,20 +81,59 @@ class Experts:
     count: int
     projections: tuple[str, ...]
     transposed_weight: tuple[str, ...] = ()
+    activation: str = ""
 
     @property
     def name(self) -> str:
-        """What it computes and the shape as file names carry them: ``gathered_experts_128x2048x1536``."""
-        kind = "gathered_experts" if self.gathers else "combined_experts"
-        return f"{kind}_{self.experts}x{self.in_features}x{self.out_features}"
+        """What it computes and the shape as file names carry them: ``gathered_experts_128x2048x1536``.
+
+        Those on both sides of an activation are the first and the last: ``first_experts_128x2048x1536``.
+        """
+        kinds = ("first", "last") if self.activation else ("gathered", "combined")
+        return f"{kinds[not self.gathers]}_experts_{self.experts}x{self.in_features}x{self.out_features}"
+
+    @property
+    def activated(self) -> Activation | None:
+        """The activation between the projections."""
+        return ACTIVATIONS[self.activation] if self.activation else None
+
+    @property
+    def read_features(self) -> int:
+        """The width of what it reads: of the last one what goes into the activation, of which it makes in_features."""
+        activation = None if self.gathers else self.activated
+        return self.in_features if activation is None else self.in_features * activation.widths
 
 
-def experts(stacks: tuple[Stack, ...]) -> tuple[Experts, ...]:
-    """The distinct shapes of stacks, in the order of their first."""
+def _pairs(stacks: Iterable[Stack]) -> Collection[Stack]:
+    """Those that are the first and the last projection of the same experts, in as many layers, around one activation."""
+    alike: dict[tuple[object, ...], list[Stack]] = {}
+    for stack in stacks:
+        if stack.activation:
+            key = (stack.module, stack.experts, stack.top_k, stack.count, stack.activation)
+            alike.setdefault(key, []).append(stack)
+    paired: set[Stack] = set()
+    for members in alike.values():
+        first = [stack for stack in members if stack.gathers]
+        last = [stack for stack in members if not stack.gathers]
+        if len(first) == len(last) == 1 and first[0].in_features == last[0].out_features:
+            paired.update(members)
+    return paired
+
+
+def experts(stacks: tuple[Stack, ...], *, chained: bool = True) -> tuple[Experts, ...]:
+    """The distinct shapes of stacks, in the order of their first.
+
+    ``chained``: whether the two projections of the same experts are computed as a chain where what is between them is
+    known; a shape that is chained anywhere is so everywhere.
+    """
     alike: dict[tuple[int, int, int, bool, int], list[Stack]] = {}
+    activations: dict[tuple[int, int, int, bool, int], str] = {}
+    paired = _pairs(stacks) if chained else ()
     for stack in stacks:
         key = (stack.experts, stack.in_features, stack.out_features, stack.gathers, stack.top_k)
         alike.setdefault(key, []).append(stack)
+        if stack in paired:
+            activations.setdefault(key, stack.activation)
     return tuple(
         Experts(
             *key,
@@ -94,6 +141,7 @@ def experts(stacks: tuple[Stack, ...]) -> tuple[Experts, ...]:
             count=sum(member.count for member in members),
             projections=tuple(dict.fromkeys(member.name for member in members)),
             transposed_weight=tuple(dict.fromkeys(m.name for m in members if m.layout == "in_out")),
+            activation=activations.get(key, ""),
         )
         for key, members in alike.items()
     )

@@ -102,6 +102,14 @@ class Workload:
         return frozenset(wanted if self.stored.rows else ())
 
     @property
+    def chains_experts(self) -> bool:
+        """Whether the first projection of experts may leave the gradients of its B to the last one.
+
+        Not where it would have none to give itself.
+        """
+        return self.input_grad or "a" in self.train
+
+    @property
     def stored(self) -> Base:
         """What is known of the base."""
         return BASES[self.base]

@@ -32,6 +32,8 @@ def goals(workload: Workload, derivation: Derivation = LINEAR) -> tuple[str, ...
     """The gradients that a module of this workload can give: the bias may always be trained, and so may a router."""
     wanted = {"dX": workload.input_grad, "dA": "a" in workload.train, "dB": "b" in workload.train}
     wanted |= {"db": True, "dg": True}
+    # What goes into an activation has a projection with an adapter before it.
+    wanted |= {"dU": True, "PU": True, "dBU": wanted["dB"]}
     return tuple(gradient.name for gradient in derivation.gradients if wanted[gradient.name.partition("_")[0]])
 
 
@@ -53,13 +55,14 @@ def setting_of(workload: Workload, site: Site, rank: int, tokens: int) -> Settin
     if isinstance(site, Experts):
         return _setting(
             workload,
-            experts(gathers=site.gathers),
+            experts(gathers=site.gathers, activated=bool(site.activation)),
             site.in_features,
             site.out_features,
             rank,
             site.bias,
             tokens,
             routed=(site.experts, site.top_k),
+            read=site.read_features,
         )
     return setting_for(workload, site.in_features, site.out_features, rank, site.bias, tokens)
 
@@ -82,11 +85,12 @@ def _setting(
     linears: tuple[str, ...] = (),
     widths: tuple[int, ...] = (),
     routed: tuple[int, int] | None = None,
+    read: int = 0,
 ) -> Setting:
     """The setting of a site.
 
     ``linears``, ``widths``: of a group, of which ``out_features`` is the sum; ``routed``: how many experts there are,
-    and how many a token has.
+    and how many a token has; ``read``: the width of what they read, if that goes into an activation.
     """
     trained = workload.bias == "lora_bias" or (bias and workload.bias != "none")
     return Setting(
@@ -103,7 +107,7 @@ def _setting(
         sizes={
             **{f"O_{linear}": width for linear, width in zip(linears, widths, strict=True)},
             **{f"R_{linear}": rank for linear in linears},
-            **({} if routed is None else {"E": routed[0], "N": tokens, "T": tokens * routed[1]}),
+            **({} if routed is None else {"E": routed[0], "N": tokens, "T": tokens * routed[1], "F": read, "RU": rank}),
         },
         keeps_weights=workload.max_saved_bytes is not None,
         float8=_float8(workload, (in_features, out_features, *widths)),

@@ -91,7 +91,10 @@ def check_saved_limit(architecture: Architecture, ranks: Sequence[int], workload
         programs = [p for p in enumerated(workload, setting) if not p.lossy_in_16_bit]
         return min(price(program, setting).saved_bytes for program in programs)
 
-    sites: list[Layer | Experts] = [*layers(architecture), *experts(architecture.stacks)]
+    sites: list[Layer | Experts] = [
+        *layers(architecture),
+        *experts(architecture.stacks, chained=workload.chains_experts),
+    ]
     needs = [
         (least_saved(setting), setting)
         for site, rank, tokens in itertools.product(sites, ranks, workload.tokens)

@@ -128,7 +128,7 @@ def decide_experts(workload: Workload, architecture: Architecture, rank: int) ->
     Raises:
         SpecError: no program of some stack meets ``max_saved_bytes``.
     """
-    stacks = experts(architecture.stacks)
+    stacks = experts(architecture.stacks, chained=workload.chains_experts)
     return decide_model(workload, (*stacks, *layers(architecture)), rank)[: len(stacks)] if stacks else ()
 
 
