@@ -263,8 +263,8 @@ class Convert(_Applied):
 class Map(_Applied):
     """A function of elements: ``out = drop(operand, mask)``, which also divides by the rate of what is kept.
 
-    Or ``out = weigh(operand, weights)``, each row times its weight; ``out = activate(operand)``, of rows that may hold a
-    gate beside what it is multiplied with, and ``out = activate_backward(gradient, operand)``, the operand's gradient.
+    Or ``out = weigh(operand, weights)``, each row times its weight; ``out = activate(operand)``, of rows that may hold
+    a gate beside what it is multiplied with, and ``out = activate_backward(gradient, operand)``, the operand's gradient.
     ``adds``: to what its output held.
     """
 

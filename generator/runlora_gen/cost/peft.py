@@ -121,7 +121,8 @@ def _experts(setting: Setting) -> PeftCost:
     passes = [2 * whole * size, 2 * factors["dB"] * size]
     back: list[int] = []
     casts = [elements * widths for elements in factors.values()] if setting.casts else []
-    backward = base[ahead:] if "dX" in wanted else [op for op in base[ahead:] if str(op.outputs[0]) == given]
+    goes_on = bool(wanted & {"dX", "dU"})
+    backward = base[ahead:] if goes_on else [op for op in base[ahead:] if str(op.outputs[0]) == given]
     casts_backward = []
     trained = [name for name in factors if name in wanted]
     if trained:
@@ -132,7 +133,7 @@ def _experts(setting: Setting) -> PeftCost:
         # * scaling; B is copied again where it is read; dB, to the order of lora_B.
         back += [2 * factors[name] * size, 2 * factors["dB"] * size]
         casts_backward += [factors[name] * widths] if setting.casts else []
-    kept = whole * size if "dX" in wanted else 0
+    kept = whole * size if goes_on else 0
     kept += symbols[read].numel(setting.dims) * size if trained else 0  # the rows, for dM
     if setting.casts:  # what the products of dM read
         kept += size * sum(factors[other] for name, other in (("dA", "dB"), ("dB", "dA")) if name in trained)

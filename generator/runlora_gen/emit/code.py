@@ -215,7 +215,8 @@ def _call(operation: Fused, tiles: str) -> str:
     maps = [part for part in operation.parts if isinstance(part, Map)]
     for number, weigh in enumerate(part for part in maps if part.function == "weigh"):
         values |= dict(zip((f"weighed{number}", f"weights{number}"), map(str, weigh.operands), strict=True))
-    values |= {"activated0": str(part.operands[0]) for part in maps if part.function == "activate"}
+    for made in (part for part in maps if part.function == "activate"):
+        values["activated0"] = str(made.operands[0])
     kinds = {"codes": Convert, "seed": Draw, "dropped": Map, "gathered": Route}
     read = {kind: [p.operands[0] for p in operation.parts if isinstance(p, kind)] for kind in kinds.values()}
     for name, kind_of in kinds.items():

@@ -142,13 +142,14 @@ def build_package(
     every = (*nodes, *groups, *stacks)
     rendered = {f"{node.name}.py": render_module(node, header) for node in every}
     shared = _shared(every, header) if layout == FOLDER else {}
+    chained = any(node.handing for node in stacks)
     context = {
         "header": header,
         "title": architecture.slug,
         "modules": nodes,
         "groups": groups,
         "experts": stacks,
-        "chained": any(node.handing for node in stacks),
+        "chained": chained,
         "rank": rank,
         "dropout": workload.dropout > 0,
         "folder": layout == FOLDER,
@@ -171,9 +172,7 @@ def build_package(
         )
     if stacks:
         names = [node.name for node in stacks]
-        rendered["test_experts.py"] = render_test_of_experts(
-            names, chained=context["chained"], shared=shared, header=header
-        )
+        rendered["test_experts.py"] = render_test_of_experts(names, chained=chained, shared=shared, header=header)
     former = _Former(out / folder if reuse else None, style)
     files = former.format(rendered)
     files["py.typed"] = ""

@@ -164,10 +164,12 @@ def gain(
 def _of_experts(decision: Decision) -> _Sides:
     """One stack of experts in the three ways.
 
-    Whoever combines rows keeps them for the gradient of the router's weights, but for what we chose.
+    Whoever combines rows keeps them for the gradient of the router's weights, but for what we chose; and what goes into
+    an activation.
     """
-    setting = decision.setting
-    rows = setting.bytes_of(setting.derivation["Yr"]) if "dg" in setting.gradients else 0
+    setting, symbols = decision.setting, decision.setting.derivation.symbols
+    rows = setting.bytes_of(symbols["Yr"]) if "dg" in setting.gradients else 0
+    rows += setting.bytes_of(symbols["U"]) if "U" in symbols else 0
     peft = price_peft(setting)
     return _Sides(
         Side(frozen_times(setting), rows),

@@ -105,7 +105,7 @@ class Experts:
 
 
 def _pairs(stacks: Iterable[Stack]) -> Collection[Stack]:
-    """Those that are the first and the last projection of the same experts, in as many layers, around one activation."""
+    """Those that are the first and the last projection of the same experts in as many layers, around an activation."""
     alike: dict[tuple[object, ...], list[Stack]] = {}
     for stack in stacks:
         if stack.activation:

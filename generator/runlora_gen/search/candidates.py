@@ -93,6 +93,9 @@ def _setting(
     and how many a token has; ``read``: the width of what they read, if that goes into an activation.
     """
     trained = workload.bias == "lora_bias" or (bias and workload.bias != "none")
+    gradients = {*goals(workload, derivation)}
+    if len(derivation.outputs) > 1 and routed is not None and "b" in workload.train:
+        gradients.add("dB")  # another module makes it
     return Setting(
         tokens=tokens,
         in_features=in_features,
@@ -101,7 +104,7 @@ def _setting(
         dtype=DTYPES[workload.dtype],
         adapter_dtype=DTYPES[workload.adapter_dtype],
         bias=bias or trained,
-        gradients=frozenset(name for name in goals(workload, derivation) if trained or not name.startswith("db")),
+        gradients=frozenset(name for name in gradients if trained or not name.startswith("db")),
         device=device_for(workload),
         derivation=derivation,
         sizes={
