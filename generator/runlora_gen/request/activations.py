@@ -12,8 +12,8 @@ from types import MappingProxyType
 class Activation:
     """X = activate(U), and dU of dX and U: expressions that torch and Triton take.
 
-    They are of ``gate``, ``up`` and ``dx``, elements in float32 or wider, and call what both have, as ``{fn}``: sigmoid,
-    erf, exp, where. A NaN stays one: that is why nothing here is a clamp, in which Triton's loses it.
+    They are of ``gate``, ``up`` and ``dx``, elements in float32 or wider, and call what both have, as ``{fn}``:
+    sigmoid, erf, exp, where. A NaN stays one: that is why nothing here is a clamp, in which Triton's loses it.
 
     Attributes:
         name: as generated code and manifests call it.
@@ -50,7 +50,7 @@ class Activation:
         wanted = dict(zip(names, results, strict=False))
         needed = set[str]().union(*map(_names, wanted.values()))
         taken: list[tuple[str, str]] = []
-        for name, text in reversed(self.steps.items()):
+        for name, text in reversed(list(self.steps.items())):
             if name in needed:
                 taken.insert(0, (name, text))
                 needed |= _names(text)

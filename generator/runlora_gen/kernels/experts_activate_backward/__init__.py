@@ -1,0 +1,36 @@
+"""What follows from the gradient of experts' last projection, in one pass over it and over U, and X = activate(U).
+
+dX = g dXu, dU of dX and U, dg = dXu · X + dYr · b[e], dA[e] = Pgᵀ X; and of the projection that made U its
+PU = s dU BU[e] and dBU[e] = dUᵀ SU. X and dX are made of tiles, and never written.
+"""
+
+from __future__ import annotations
+
+from ..record import Kernel
+
+KERNEL = Kernel(
+    launches=4,
+    call="{weighed0}, {weights0}, {activated0}, {gathered0}, {dotted2}, {weighed1}, {right1}, {right2}, {scaling1}, "
+    "{dtypes}, ({needs}), ACTIVATION, routing",
+    tiles={"BT": 32, "BI": 128, "CHUNK": 1024, "WARPS": 4, "STAGES": 3},
+    candidates=({"BI": 64, "STAGES": 4}, {"BT": 64, "WARPS": 8}, {"BT": 64, "BI": 64}),
+    # A higher rank takes the registers: three sums of BI x BR are held.
+    adapted={"BI": "max(16, min(BI, BI * 32 // BR))", "WARPS": "min(8, WARPS * BR // 16)"},
+    largest_rank=64,
+    helpers=frozenset(
+        {
+            "activated",
+            "activation",
+            "by_expert",
+            "of_expert",
+            "rank_wide",
+            "routed",
+            "stacks",
+            "sum_by_expert",
+            "sum_chunks",
+            "sum_parts",
+            "mm_as",
+            "scaled_mm",
+        }
+    ),
+)
