@@ -192,9 +192,9 @@ _ACTIVATED = (
     row(
         "dA dU dg PU dBU",
         "with_gradients",
-        "experts_activate_backward: dYr := gather(dY); dX := weigh(dXu, g); X := activate(U); "
-        "dU = activate_backward(dX, U); dg = dot(dXu, X, dYr, b); Pg := weigh(P, g); dA[e] = Pg.T @ X; "
-        "PU = s_U * dU @ BU[e]; dBU[e] = dU.T @ SU",
+        "experts_activate_backward: X := activate(U); Pg := weigh(P, g); dA[e] = Pg.T @ X; dX := weigh(dXu, g); "
+        "dU = activate_backward(dX, U); dYr := gather(dY); dg = dot(dXu, X, dYr, b); PU = s_U * dU @ BU[e]; "
+        "dBU[e] = dU.T @ SU",
     ),
 )
 

@@ -319,7 +319,8 @@ def shared_node(modules: Sequence[ModuleNode]) -> SharedNode:
     values["calls"] = tuple(call for module in modules for call in module.calls)
     for kind in ("lone", "groups", "experts", "handing"):
         values[kind] = any(getattr(module, kind) for module in modules)
-    values["activations"] = tuple(dict.fromkeys(each for module in modules for each in module.activations))
+    every = {each.name: each for module in modules for each in module.activations}
+    values["activations"] = tuple(every.values())
     return SharedNode(**values)
 
 

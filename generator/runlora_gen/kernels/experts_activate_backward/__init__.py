@@ -10,7 +10,7 @@ from ..record import Kernel
 
 KERNEL = Kernel(
     launches=4,
-    call="{weighed0}, {weights0}, {activated0}, {gathered0}, {dotted2}, {weighed1}, {right1}, {right2}, {scaling1}, "
+    call="{weighed1}, {weights1}, {activated0}, {gathered0}, {dotted2}, {weighed0}, {right1}, {right2}, {scaling1}, "
     "{dtypes}, ({needs}), ACTIVATION, routing",
     tiles={"BT": 32, "BI": 128, "CHUNK": 1024, "WARPS": 4, "STAGES": 3},
     candidates=({"BI": 64, "STAGES": 4}, {"BT": 64, "WARPS": 8}, {"BT": 64, "BI": 64}),
