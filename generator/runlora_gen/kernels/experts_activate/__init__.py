@@ -8,7 +8,7 @@ KERNEL = Kernel(
     launches=1,
     call="{activated0}, {right0T}, {scaling0}, ACTIVATION, routing",
     tiles={"BT": 32, "BI": 128, "WARPS": 4, "STAGES": 3},
-    candidates=({"BT": 64}, {"BI": 64, "STAGES": 4}, {"BT": 16, "STAGES": 4}),
+    candidates=({"BI": 64}, {"BT": 64, "BI": 64}, {"BT": 16}),
     # With a tile of A of a higher rank there is less room for one of U.
     adapted={"BI": "max(16, BI * 64 // max(64, BR))"},
     largest_rank=128,

@@ -12,10 +12,10 @@ KERNEL = Kernel(
     launches=4,
     call="{weighed1}, {weights1}, {activated0}, {gathered0}, {dotted2}, {weighed0}, {right1}, {right2}, {scaling1}, "
     "{dtypes}, ({needs}), ACTIVATION, routing",
-    tiles={"BT": 32, "BI": 128, "CHUNK": 1024, "WARPS": 4, "STAGES": 3},
-    candidates=({"BI": 64, "STAGES": 4}, {"BT": 64, "WARPS": 8}, {"BT": 64, "BI": 64}),
+    tiles={"BT": 32, "BI": 64, "CHUNK": 1024, "WARPS": 4, "STAGES": 3},
+    candidates=({"WARPS": 8}, {"BT": 16}, {"BI": 128, "WARPS": 8}, {"CHUNK": 512}),
     # A higher rank takes the registers: three sums of BI x BR are held.
-    adapted={"BI": "max(16, min(BI, BI * 32 // BR))", "WARPS": "min(8, WARPS * BR // 16)"},
+    adapted={"BI": "min(BI, 4096 // BR)", "WARPS": "min(8, WARPS * BR // 16)"},
     largest_rank=64,
     helpers=frozenset(
         {
