@@ -145,6 +145,17 @@ def _ours(name: str, *, wide: bool = True, dropout: float = 0.0, **workload: Any
     return build
 
 
+def _apart(name: str, **workload: Any) -> Build:
+    """The same with each projection of experts by itself, and the model's own activation between them."""
+    build = _ours(name, **workload)
+
+    def patched(model: nn.Module, setup: Setup) -> tuple[nn.Module, dict[str, Any]]:
+        with mock.patch.object(Workload, "chains_experts", False):
+            return build(model, setup)
+
+    return patched
+
+
 def _injected(model: nn.Module, setup: Setup) -> tuple[nn.Module, dict[str, Any]]:
     with unformatted():
         report = runlora_gen.inject_lora(
@@ -342,6 +353,10 @@ CONTENDERS = {
         "ours for graphs, 16-bit adapters, dropout 0.05",
         _ours("dropout", wide=False, dropout=0.05, launch="graph"),
         exact=False,
+    ),
+    "ours-apart": Contender("ours, projections of experts apart", _apart("apart")),
+    "ours-graph-apart": Contender(
+        "ours for graphs, projections of experts apart", _apart("graph_apart", launch="graph")
     ),
     "ours-autocast": Contender("ours, autocast", _ours("autocast"), autocast=True),
     "ours-injected": Contender("ours, injected without PEFT", _injected),
