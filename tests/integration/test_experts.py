@@ -359,6 +359,7 @@ def test_compiled_as_a_whole(package: Any, tokens: Tensor, name: str, targets: l
     model = with_lora(MODELS[name](), targets)
     wanted = gradients(model, tokens)
     package.accelerate(model, strict=True)
+    torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     compiled(tokens, labels=tokens).loss.backward()
     for name, parameter in model.named_parameters():
@@ -494,6 +495,7 @@ def test_all_linear_is_one_graph(tokens: Tensor, tmp_path: Path) -> None:
         warnings.simplefilter("error")
         report = with_peft.accelerate(model, tmp_path, strict=True)
     assert len(report.accelerated) == 14 and len(report.folders) == 2
+    torch._dynamo.reset()
     torch.compile(model, backend="aot_eager", fullgraph=True)(tokens, labels=tokens).loss.backward()
     for name, gradient in wanted.items():
         parameter = model.get_parameter(name)
@@ -728,6 +730,7 @@ def test_injected_adapters_are_checkpointed(package: Any, tokens: Tensor, use_re
 def test_injected_adapters_are_compiled_as_a_whole(package: Any, tokens: Tensor, name: str) -> None:
     model = injected(package, MODELS[name]())
     wanted = gradients(model, tokens)
+    torch._dynamo.reset()
     torch.compile(model, backend="aot_eager", fullgraph=True)(tokens, labels=tokens).loss.backward()
     for path, parameter in model.named_parameters():
         if parameter.grad is not None:

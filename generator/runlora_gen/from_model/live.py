@@ -507,8 +507,9 @@ def _activation(module: Any) -> str:
     device = "cpu" if weight.is_meta else weight.device
     drawn = torch.Generator().manual_seed(0)
     widths = 2 if module.has_gate else 1
-    u = (4 * torch.randn(4, widths * features, generator=drawn)).to(device).requires_grad_()
-    dx = torch.randn(4, features, generator=drawn).to(device)
+    u = torch.randn(5, widths * features, generator=drawn, dtype=torch.float64)
+    u = (u * torch.tensor([[0.5], [2.0], [8.0], [32.0], [512.0]])).to(device).requires_grad_()
+    dx = torch.randn(5, features, generator=drawn, dtype=torch.float64).to(device)
     try:
         with torch.enable_grad(), torch.autocast(u.device.type, enabled=False):
             x = module._apply_gate(u) if module.has_gate else module.act_fn(u)
