@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import assert_never
@@ -319,9 +319,13 @@ def shared_node(modules: Sequence[ModuleNode]) -> SharedNode:
     values["calls"] = tuple(call for module in modules for call in module.calls)
     for kind in ("lone", "groups", "experts", "handing"):
         values[kind] = any(getattr(module, kind) for module in modules)
-    every = {each.name: each for module in modules for each in module.activations}
-    values["activations"] = tuple(every.values())
+    values["activations"] = activations_of(modules)
     return SharedNode(**values)
+
+
+def activations_of(modules: Iterable[ModuleNode]) -> tuple[Activation, ...]:
+    """The activations of modules, each once."""
+    return tuple({each.name: each for module in modules for each in module.activations}.values())
 
 
 def _variants(choice: LayerChoice, all_variants: bool) -> tuple[_Variant, ...]:
