@@ -64,7 +64,7 @@ class FunctionNode:
     backward: tuple[Block, ...]
     gradients: tuple[str, ...]  # dX, dA, … that it can give
     absent: tuple[str, ...]  # what the backward reads where it was not wanted, too
-    summed: frozenset[str]  # those of them that several blocks add to
+    reread: frozenset[str]  # those of them that are read again: several blocks add to them, or others follow
     returns: tuple[str, ...]
     keeps: tuple[str, ...]  # of the inputs that are no tensors, those that the backward reads
     dtypes: tuple[str, ...]  # variables that hold the dtypes of trained parameters
@@ -518,7 +518,9 @@ def _function(variant: _Variant, workload: Workload, class_name: str, owner: str
         backward=backward,
         gradients=gradients,
         absent=absent(program.backward, needed_by),
-        summed=frozenset[str]().union(*(block.adds_to for block in backward)),
+        reread=frozenset(str(read) for operation in program.backward.operations for read in operation.reads).union(
+            *(block.adds_to for block in backward)
+        ),
         returns=tuple(a.gradient if a.gradient in gradients else "None" for a in site.arguments),
         keeps=keeps,
         dtypes=tuple(name for g in site.gradients if str(g) in gradients and (name := dtype_of(g))),
