@@ -19,7 +19,7 @@ from ..request.workload import Workload
 from ..search.grouped import decide_groups
 from ..search.ranges import LayerChoice, decide_experts, decide_model
 from .manifest import MANIFEST, folder_name, package_digest, public_part, sha256
-from .nodes import ModuleNode, module_name, module_node, shared_node
+from .nodes import ModuleNode, activations_of, module_name, module_node, shared_node
 from .render import (
     MAX_GENERATED_BYTES,
     SHARED,
@@ -171,8 +171,9 @@ def build_package(
             header=header,
         )
     if stacks:
-        names = [node.name for node in stacks]
-        rendered["test_experts.py"] = render_test_of_experts(names, chained=chained, shared=shared, header=header)
+        rendered["test_experts.py"] = render_test_of_experts(
+            [node.name for node in stacks], activations=activations_of(stacks), shared=shared, header=header
+        )
     former = _Former(out / folder if reuse else None, style)
     files = former.format(rendered)
     files["py.typed"] = ""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..kernels import registry
+from ..request.activations import Activation
 from ..request.bases import BASES, BY_FORWARD, Base
 
 if TYPE_CHECKING:
@@ -167,13 +168,20 @@ def render_test(
 
 
 def render_test_of_experts(
-    modules: Sequence[str], *, chained: bool = False, shared: Collection[str] = (), header: Header | None = None
+    modules: Sequence[str],
+    *,
+    activations: Sequence[Activation] = (),
+    shared: Collection[str] = (),
+    header: Header | None = None,
 ) -> str:
-    """The same of modules of experts, for these arguments."""
+    """The same of modules of experts, for these arguments.
+
+    ``activations``: those that any of them has before or after it.
+    """
     kernels = "kernels" in shared
     imported = [*modules, "kernels"] if kernels else modules
     context = _of_tests(modules, imported, header)
-    return render("test_experts.py.jinja", {**context, "experts": True, "chained": chained, "kernels": kernels})
+    return render("test_experts.py.jinja", {**context, "experts": True, "activations": activations, "kernels": kernels})
 
 
 def _of_tests(modules: Sequence[str], imported: Sequence[str], header: Header | None) -> Mapping[str, Any]:
@@ -187,5 +195,5 @@ def _of_tests(modules: Sequence[str], imported: Sequence[str], header: Header | 
         "quantized": False,
         "base": BASES["plain"],
         "experts": False,
-        "chained": False,
+        "activations": (),
     }
