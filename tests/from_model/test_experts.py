@@ -89,6 +89,8 @@ MODELS: dict[str, tuple[dict[str, Any], str, dict[str, tuple[int, int, int, int,
         {"gate_up_proj": (4, 64, 192, 2, False, 2), "down_proj": (4, 96, 64, 2, False, 2)},
     ),
 }
+#: What is between the projections, where that is not silu_gated.
+BETWEEN = {"gpt_oss": "gpt_oss", "nemotron_h": "relu2"}
 BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
@@ -109,8 +111,9 @@ def adapted(model: Any, **options: Any) -> Any:
 def stacks(model_type: str) -> tuple[Stack, ...]:
     layout = "in_out" if model_type == "gpt_oss" else "out_in"
     _, module, shapes = MODELS[model_type]
+    between = BETWEEN.get(model_type, "silu_gated")
     return tuple(
-        Stack(name, experts, wide, out, name != "down_proj", top_k, bias, count, layout, module)
+        Stack(name, experts, wide, out, name != "down_proj", top_k, bias, count, layout, module, between)
         for name, (experts, wide, out, top_k, bias, count) in shapes.items()
     )
 

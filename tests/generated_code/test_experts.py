@@ -125,7 +125,9 @@ def covering(variants: Mapping[str, Any]) -> list[str]:
 
 def proved(path: Path, part: str, examples: int, variants: Callable[[Mapping[str, Any]], Sequence[str]]) -> int:
     """How many properties hold; all must."""
-    name = "of_" + "_".join(path.parts[-3:-1]).replace(" ", "_")  # torch.compile takes what once had a name for what has it
+    name = "of_" + "_".join(path.parts[-3:-1]).replace(
+        " ", "_"
+    )  # torch.compile takes what once had a name for what has it
     proof.load({name: path})
     module: Any = sys.modules[f"_runlora_gen_verified.{name}"]
     module.VARIANTS = {name: module.VARIANTS[name] for name in variants(module.VARIANTS)}
