@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from runlora_gen.algebra.enumerate import enumerate_programs
-from runlora_gen.algebra.experts import COMBINED, GATHERED
+from runlora_gen.algebra.experts import ACTIVATED, COMBINED, GATHERED
 from runlora_gen.algebra.linear import FLOAT8, LINEAR
 from runlora_gen.algebra.operations import Convert, Fused, Operation, dimensions
 from runlora_gen.algebra.work import work
@@ -283,8 +283,8 @@ def test_what_products_of_float8_take_is_measured(tmp_path: Path, monkeypatch: p
 
 def of_experts() -> list[Operation]:
     """What experts do, in one dtype and without kernels."""
-    both = (op for site in (GATHERED, COMBINED) for op in operations_of(site))
-    return [op for op in both if not isinstance(op, Convert | Fused)]
+    every = (op for site in (GATHERED, COMBINED, ACTIVATED) for op in operations_of(site))
+    return [op for op in every if not isinstance(op, Convert | Fused)]
 
 
 def test_every_torch_operation_of_experts_is_measured(run, tmp_path: Path) -> None:
@@ -292,7 +292,7 @@ def test_every_torch_operation_of_experts_is_measured(run, tmp_path: Path) -> No
     path = tmp_path / "x.toml"
     size = ("--experts", "4x2:24x40", "--tokens", "8", "--rank", "4")
     outcome = run("tune", "--device", "cpu", "-q", *size, "-o", path).ok()
-    dims = {"T": 16, "N": 8, "E": 4, "I": 24, "O": 40, "R": 4}
+    dims = {"T": 16, "N": 8, "E": 4, "I": 24, "O": 40, "R": 4, "F": 48, "RU": 4}
     times = read(path).times["fp32"]
     expected = {work(op): [tuple(dims[d] for d in dimensions(op))] for op in of_experts()}
     assert {key: list(figures) for key, figures in times.items()} == expected

@@ -54,12 +54,12 @@ def import_file(path: Path, name: str) -> ModuleType:
     return module
 
 
-def module_of_experts(workload: Workload, path: Path, *, gathers: bool) -> ModuleType:
+def module_of_experts(workload: Workload, path: Path, gathers: bool, activation: str = "") -> ModuleType:
     """A module with every operation and, where the workload has them, every kernel of a projection of experts.
 
     There are many programs, of which it has as few as hold them all.
     """
-    site, rank = Experts(4, 64, 64, gathers, 2, False, 1, ("experts",)), 8
+    site, rank = Experts(4, 64, 64, gathers, 2, False, 1, ("experts",), activation=activation), 8
     setting = setting_of(workload, site, rank, 4096)
     single = alternatives(setting.derivation, "cheaper") if workload.kernels else ()
     decision, known = decide(workload, setting), set[Operation]()

@@ -12,10 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..cost.setting import Setting
+from ..request.activations import ACTIVATIONS
 from ..request.layers import Layer
 from ..request.workload import Workload
 from ..search.candidates import setting_for
 
+#: What is between the projections of experts where that is measured: as most models have it.
+ACTIVATION = "silu_gated"
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -41,7 +44,8 @@ class Point:
     def dims(self) -> dict[str, int]:
         """By the names that symbols use."""
         sizes = {"T": self.tokens * self.top_k, "I": self.in_features, "O": self.out_features, "R": self.rank}
-        return sizes | ({"E": self.experts, "N": self.tokens} if self.experts else {})
+        read = self.in_features * ACTIVATIONS[ACTIVATION].widths
+        return sizes | ({"E": self.experts, "N": self.tokens, "F": read, "RU": self.rank} if self.experts else {})
 
     @property
     def layer(self) -> Layer:

@@ -39,8 +39,9 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ..algebra.derivation import Derivation
 from ..algebra.enumerate import Program, enumerate_programs
-from ..algebra.experts import COMBINED, GATHERED
+from ..algebra.experts import ACTIVATED, COMBINED, GATHERED
 from ..algebra.linear import FLOAT8, LINEAR, QUANTIZED
 from ..algebra.liveness import wanted_operations
 from ..algebra.lookup import Asked
@@ -59,7 +60,7 @@ from ..search.candidates import goals
 from .clock import Key, Run, captured, interleaved, repeated, seconds
 from .machine import machine_name
 from .modules import module_of_everything, module_of_experts
-from .problem import TORCH_DTYPES, Point, Problem, random_codes, random_float8
+from .problem import ACTIVATION, TORCH_DTYPES, Point, Problem, random_codes, random_float8
 
 #: Rounds of a batch, whose median is one figure.
 ROUNDS = 3
@@ -293,22 +294,23 @@ class _Workbench:
 
     def _timed_of_experts(self) -> list[Operation]:
         """What experts do, each as one of their sites has it, but for kernels that others are priced for."""
-        own = [op for site in (GATHERED, COMBINED) for op in operations_of(site) if not isinstance(op, Convert)]
+        every = dict.fromkeys(op for site in _OF_EXPERTS for op in operations_of(site))
+        own = [op for op in every if not isinstance(op, Convert)]
         return [op for op in own if not isinstance(op, Fused) or (self.kernels and measured_as(op) == work(op))]
 
     def module_for(self, operation: Operation) -> ModuleType:
         """A module that has an operation."""
-        for gathers, site in ((True, GATHERED), (False, COMBINED)):
+        for site in _OF_EXPERTS:
             if operation in operations_of(site):
-                return self.module_of_experts(gathers=gathers)
+                return self.module_of_experts(site)
         return self.module_on(_base_of(operation))
 
-    def module_of_experts(self, *, gathers: bool) -> ModuleType:
+    def module_of_experts(self, site: Derivation) -> ModuleType:
         """A module with all operations of a projection of experts."""
-        name = "experts_that_gather" if gathers else "experts_that_combine"
+        name, *options = _OF_EXPERTS[site]
         if name not in self._modules:
             folder = Path(self._folder.name) / f"{name}_{os.getpid()}"
-            self._modules[name] = module_of_experts(self.workload, folder, gathers=gathers)
+            self._modules[name] = module_of_experts(self.workload, folder, *options)
         return self._modules[name]
 
     def operations_at(self, point: Point) -> tuple[Operation, ...]:
@@ -401,6 +403,7 @@ class _Workbench:
             key = f"{own} {dict(trial.constants)}".replace('"', "")
             module._TILES[key] = {**module._TILES[own], **dict(trial.constants)}
         namespace = {**vars(module), "scaling": 0.5, "b": None, "A_dtype": dtype, "B_dtype": dtype}
+        namespace |= {"scaling_U": 0.5, "BU_dtype": dtype}
         namespace |= {f"need_{out}": True for out in operation.outputs}
         if _ROUTING in sets[0]:
             symbols = [*symbols, _ROUTING]
@@ -442,11 +445,18 @@ class _Workbench:
             if not point.experts:
                 return {}
             chosen = torch.rand(point.tokens, point.experts, device=self.device).topk(point.top_k).indices
-            return {_ROUTING: self.module_of_experts(gathers=True).route(chosen, point.experts)}
+            return {_ROUTING: self.module_of_experts(GATHERED).route(chosen, point.experts)}
 
         return [{symbol: drawn(symbol) for symbol in symbols} | routed() for _ in range(count)]
 
 
+#: The sites of experts, whose operations are timed: what their modules are called, and which they are. An activation is
+#: timed as the one that most models have.
+_OF_EXPERTS: Mapping[Derivation, tuple[str, bool, str]] = {
+    GATHERED: ("experts_that_gather", True, ""),
+    COMBINED: ("experts_that_combine", False, ""),
+    ACTIVATED: ("experts_that_activate", False, ACTIVATION),
+}
 #: How rows are sorted by expert, among what an operation of theirs is given.
 _ROUTING = Symbol("routing", ())
 
