@@ -251,13 +251,18 @@ def test_other_layers_are_refused(fields: dict[str, Any], tmp_path: Path) -> Non
 
 
 def test_the_documented_table_is_that_of_the_result_file() -> None:
-    """It predicts peaks within 5 %, and the ratios to the frozen step within 10 %; times are far below."""
+    """It predicts peaks within 5 %, and ours over the frozen step within 10 %; times are far below, as is said."""
     document = (ROOT / "docs" / "estimate.md").read_text(encoding="utf-8")
     rows = list(compared(json.loads(RESULTS_OF_EXPERTS.read_text(encoding="utf-8"))))
     assert table(rows) in document and len(rows) >= 3
-    frozen, *others = rows
-    assert frozen.contender == "frozen" and all(-0.4 < row.time_off < 0 for row in rows)
-    assert max(abs(row.peak_off) for row in rows) < 0.05
-    for row in others:
+    off = [-row.time_off for row in rows]
+    assert f"Times are {min(off) * 100:.0f} to {max(off) * 100:.0f} % too low" in document and min(off) > 0
+    peak = max(abs(row.peak_off) for row in rows)
+    assert f"Peaks are at most\n{peak * 100:.1f} % off" in document and peak < 0.05
+    frozen = next(row for row in rows if row.contender == "frozen")
+    for row in rows:
         ratio = row.estimated_ms / frozen.estimated_ms / (row.measured_ms / frozen.measured_ms)
-        assert ratio == pytest.approx(1, abs=0.1)
+        if row.contender.startswith("ours"):
+            assert f"ours is {abs(ratio - 1) * 100:.0f} % off" in document and abs(ratio - 1) < 0.1
+        elif row.contender.startswith("PEFT"):
+            assert f"PEFT {ratio * 100 - 100:.0f} % too slow" in document
