@@ -30,22 +30,46 @@ def llama(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     return transformers.LlamaForCausalLM(config).to(dtype)
 
 
-def qwen3_moe(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+#: What all mixtures of experts here have, by the fields that most families call so.
+_SIZES = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": INNER,
+    "num_experts_per_tok": TOP_K,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "vocab_size": VOCABULARY,
+}
+
+
+def _mixture(family: str, dtype: torch.dtype, **options: Any) -> Any:
+    """A family's language model of these sizes, and of its own; the same weights each time."""
     torch.manual_seed(0)
-    sizes = {
-        "hidden_size": HIDDEN,
-        "moe_intermediate_size": INNER,
-        "intermediate_size": INNER,
-        "num_experts": EXPERTS,
-        "num_experts_per_tok": TOP_K,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 8,
-        "vocab_size": VOCABULARY,
-    }
-    model = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**{**sizes, **options}))
-    return larger(model).to(dtype)
+    config = getattr(transformers, f"{family}Config")(**{**_SIZES, **options})
+    return larger(getattr(transformers, f"{family.removesuffix('Text')}ForCausalLM")(config)).to(dtype)
+
+
+def qwen3_moe(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    return _mixture("Qwen3Moe", dtype, **{"moe_intermediate_size": INNER, "num_experts": EXPERTS, **options})
+
+
+def mixtral(dtype: torch.dtype = torch.float32) -> Any:
+    return _mixture("Mixtral", dtype, num_local_experts=EXPERTS)
+
+
+def gpt_oss(dtype: torch.dtype = torch.float32) -> Any:
+    return _mixture("GptOss", dtype, num_local_experts=EXPERTS)
+
+
+def nemotron_h(dtype: torch.dtype = torch.float32) -> Any:
+    options = {"moe_intermediate_size": INNER, "moe_shared_expert_intermediate_size": INNER}
+    return _mixture("NemotronH", dtype, n_routed_experts=EXPERTS, layers_block_type=["moe", "attention"], **options)
+
+
+def llama4(dtype: torch.dtype = torch.float32) -> Any:
+    """Its experts are given rows."""
+    return _mixture("Llama4Text", dtype, num_local_experts=EXPERTS, intermediate_size_mlp=INNER)
 
 
 def larger(model: nn.Module) -> nn.Module:

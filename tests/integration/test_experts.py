@@ -35,8 +35,10 @@ from .models import (
     VOCABULARY,
     checkpointed,
     filled,
+    gpt_oss,
     gradients,
-    larger,
+    mixtral,
+    nemotron_h,
     qwen3_moe,
 )
 
@@ -78,55 +80,6 @@ def package(packages: Callable[[str], Any], request: pytest.FixtureRequest) -> A
 @pytest.fixture(scope="module")
 def of_rank_2(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return package_of(tmp_path_factory.mktemp("packages"), rank=2)
-
-
-def mixtral(dtype: torch.dtype = torch.float32) -> Any:
-    torch.manual_seed(0)
-    config = transformers.MixtralConfig(
-        hidden_size=HIDDEN,
-        intermediate_size=INNER,
-        num_local_experts=EXPERTS,
-        num_experts_per_tok=TOP_K,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        vocab_size=VOCABULARY,
-    )
-    return larger(transformers.MixtralForCausalLM(config)).to(dtype)
-
-
-def gpt_oss(dtype: torch.dtype = torch.float32) -> Any:
-    torch.manual_seed(0)
-    config = transformers.GptOssConfig(
-        hidden_size=HIDDEN,
-        intermediate_size=INNER,
-        num_local_experts=EXPERTS,
-        num_experts_per_tok=TOP_K,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        vocab_size=VOCABULARY,
-    )
-    return larger(transformers.GptOssForCausalLM(config)).to(dtype)
-
-
-def nemotron_h(dtype: torch.dtype = torch.float32) -> Any:
-    torch.manual_seed(0)
-    config = transformers.NemotronHConfig(
-        hidden_size=HIDDEN,
-        moe_intermediate_size=INNER,
-        intermediate_size=INNER,
-        n_routed_experts=EXPERTS,
-        num_experts_per_tok=TOP_K,
-        moe_shared_expert_intermediate_size=INNER,
-        layers_block_type=["moe", "attention"],
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        vocab_size=VOCABULARY,
-    )
-    return larger(transformers.NemotronHForCausalLM(config)).to(dtype)
 
 
 MODELS: Mapping[str, Callable[..., Any]] = {"qwen3_moe": qwen3_moe, "mixtral": mixtral, "gpt_oss": gpt_oss}
