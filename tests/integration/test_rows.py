@@ -248,6 +248,7 @@ def test_injected_adapters_are_checkpointed(package: Any, tokens: Tensor, use_re
 @pytest.mark.parametrize("with_peft_s", [True, False], ids=["with PEFT", "without PEFT"])
 def test_experts_are_compiled_as_a_whole(package: Any, with_peft_s: bool) -> None:
     """The model around them has branches of its own: of one layer's experts."""
+    torch._dynamo.reset()
     model = with_lora(llama4()) if with_peft_s else injected(package, llama4())
     if with_peft_s:
         package.accelerate(model, strict=True)
