@@ -36,7 +36,7 @@ MIXED = {
     "dbrx": "2-D parameters of DbrxExpertGLU",
     "deepseek_v2": UNASKED,
     "deepseek_v3": UNASKED,
-    "ernie4_5_moe": UNASKED,
+    "ernie4_5_moe": "2-D parameters of Ernie4_5_MoeStatics",
     "falcon_h1": "FalconH1Mixer takes",
     "falcon_mamba": "FalconMambaMixer takes",
     "glm4_moe": UNASKED,
@@ -74,7 +74,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ministral": {"head_dim": 128},
     "nemotron": {"num_key_value_heads": 8},
     "qwen2_moe": {"decoder_sparse_step": 2},
-    "qwen3_5_moe_text": {"full_attention_interval": 2},
+    "qwen3_5_moe_text": {"layer_types": ["linear_attention", "full_attention"]},
     "qwen3_moe": {"mlp_only_layers": [0]},
     "qwen3_next": {"full_attention_interval": 2},
 }
