@@ -171,8 +171,13 @@ def build_package(
             header=header,
         )
     if stacks:
-        names = [node.name for node in stacks]
-        rendered["test_experts.py"] = render_test_of_experts(names, chained=chained, shared=shared, header=header)
+        rendered["test_experts.py"] = render_test_of_experts(
+            [node.name for node in stacks],
+            chained=chained,
+            dropout=workload.dropout > 0,
+            shared=shared,
+            header=header,
+        )
     former = _Former(out / folder if reuse else None, style)
     files = former.format(rendered)
     files["py.typed"] = ""

@@ -167,13 +167,19 @@ def render_test(
 
 
 def render_test_of_experts(
-    modules: Sequence[str], *, chained: bool = False, shared: Collection[str] = (), header: Header | None = None
+    modules: Sequence[str],
+    *,
+    chained: bool = False,
+    dropout: bool = False,
+    shared: Collection[str] = (),
+    header: Header | None = None,
 ) -> str:
     """The same of modules of experts, for these arguments."""
     kernels = "kernels" in shared
     imported = [*modules, "kernels"] if kernels else modules
     context = _of_tests(modules, imported, header)
-    return render("test_experts.py.jinja", {**context, "experts": True, "chained": chained, "kernels": kernels})
+    context = {**context, "experts": True, "chained": chained, "dropout": dropout, "kernels": kernels}
+    return render("test_experts.py.jinja", context)
 
 
 def _of_tests(modules: Sequence[str], imported: Sequence[str], header: Header | None) -> Mapping[str, Any]:

@@ -103,14 +103,15 @@ def checks(modules: Sequence[str], part: str, examples: int) -> Iterator[Check]:
     groups = [_Group(name, _function_of(module)) for name, module in loaded.items() if hasattr(module, "LINEARS")]
     lone = [name for name, module in loaded.items() if hasattr(module, "lora_linear")]
     stacks = [name for name, module in loaded.items() if hasattr(module, "lora_experts")]
-    dropout = any("dropout" in inspect.signature(loaded[name].lora_linear).parameters for name in lone)
+    functions = [loaded[name].lora_linear for name in lone] + [loaded[name].lora_experts for name in stacks]
+    dropout = any("dropout" in inspect.signature(function).parameters for function in functions)
     coded = [module.Quantized for module in loaded.values() if hasattr(module, "Quantized")]
     base = BASES[sys.modules[coded[0].__module__].BASE if coded else "plain"]
     sources = {}
     if lone or groups:
         sources["test_equivalence"] = render_test(lone, groups=groups, dropout=dropout, base=base, shared=shared)
     if stacks:
-        sources["test_experts"] = render_test_of_experts(stacks, shared=shared)
+        sources["test_experts"] = render_test_of_experts(stacks, dropout=dropout, shared=shared)
     for name, source in sources.items():
         for function in _properties(name, source):
             if function.__name__.startswith(_OF_KERNELS) == (part == KERNELS):
