@@ -6,7 +6,7 @@ import pytest
 from runlora_gen.algebra.count import count_programs
 from runlora_gen.algebra.derivation import CAST_ADAPTER, KEEPS_WEIGHTS, NO_FACTS, Derivation, Facts
 from runlora_gen.algebra.enumerate import enumerate_programs
-from runlora_gen.algebra.experts import COMBINED, GATHERED
+from runlora_gen.algebra.experts import ACTIVATED, COMBINED, GATHERED, HANDED
 from runlora_gen.algebra.group import group
 from runlora_gen.algebra.linear import (
     DROPPED,
@@ -138,7 +138,7 @@ def test_sites_by_what_is_asked_for() -> None:
     assert lone_linear(base="codes") is QUANTIZED and lone_linear(dropout=True, base="codes") is QUANTIZED_DROPPED
     assert lone_linear(base="scaled") is SCALED and lone_linear(dropout=True, base="scaled") is SCALED_DROPPED
     assert lone_linear(base="float8") is FLOAT8 and lone_linear(dropout=True, base="float8") is FLOAT8_DROPPED
-    assert {LINEAR, DROPPED, *SITES, GATHERED, COMBINED} == set(DERIVATIONS)
+    assert {LINEAR, DROPPED, *SITES, GATHERED, COMBINED, HANDED, ACTIVATED} == set(DERIVATIONS)
     assert len({site.site for site in DERIVATIONS}) == len(DERIVATIONS)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 
-from runlora_gen.algebra.experts import COMBINED, GATHERED
+from runlora_gen.algebra.experts import ACTIVATED, COMBINED, GATHERED
 from runlora_gen.algebra.linear import DROPPED, FLOAT8, LINEAR, QUANTIZED
 from runlora_gen.algebra.operations import Map, Operation, Symbol, parse
 from runlora_gen.algebra.work import work
@@ -142,6 +142,24 @@ OF_EXPERTS = {
         "dg = dot(dYr, Yr)": "TO,TO->T dot",
         "experts_weigh: dYr := gather(dY); dX = weigh(dXu, g); dg = dot(dXu, X, dYr, b)": (
             "experts_weigh: NO->TO gather inner; TI,T->TI weigh; TI,TI,TO,EO->T dot"
+        ),
+    },
+    ACTIVATED: {
+        "BU = cast(lora_BU)": "EFR->EFR cast",
+        "X = activate(U)": "TF->TI activate",
+        "experts_activate: X = activate(U); S = s * X @ A[e].T": (
+            "experts_activate: TF->TI activate; TI,ERI->TR scaled"
+        ),
+        "dU = activate_backward(dX, U)": "TI,TF->TF activate_backward",
+        "PU = s_U * dU @ BU[e]": "TF,EFR->TR scaled",
+        "dBU[e] = dU.T @ SU": "TF,TR->EFR",
+        "experts_p_db: PU = s_U * dU @ BU[e]; dBU[e] = dU.T @ SU": "experts_p_db: TF,EFR->TR scaled; TF,TR->EFR",
+        "experts_activate_backward: X := activate(U); Pg := weigh(P, g); dA[e] = Pg.T @ X; dX := weigh(dXu, g); "
+        "dU = activate_backward(dX, U); dYr := gather(dY); dg = dot(dXu, X, dYr, b); PU = s_U * dU @ BU[e]; "
+        "dBU[e] = dU.T @ SU": (
+            "experts_activate_backward: TF->TI activate inner; TR1,T->TR1 weigh inner; TR1,TI->ER1I; "
+            "TI,T->TI weigh inner; TI,TF->TF activate_backward; NO->TO gather inner; TI,TI,TO,EO->T dot; "
+            "TF,EFR2->TR2 scaled; TF,TR2->EFR2"
         ),
     },
 }

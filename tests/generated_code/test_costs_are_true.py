@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from runlora_gen.algebra.derivation import CAST_ADAPTER, NO_FACTS
 from runlora_gen.algebra.enumerate import Phase, Program, enumerate_programs, pair
-from runlora_gen.algebra.experts import COMBINED, GATHERED
+from runlora_gen.algebra.experts import ACTIVATED, COMBINED, GATHERED
 from runlora_gen.algebra.linear import LINEAR
 from runlora_gen.algebra.liveness import saved_activations, saved_symbols
 from runlora_gen.algebra.operations import Convert, Fused, Operation
@@ -243,7 +243,7 @@ def test_a_gpu_counts_the_launches_and_the_bytes_that_are_priced() -> None:
     def printed(operation: Operation) -> str:
         return f"{operation.kernel}: {operation.formula}" if isinstance(operation, Fused) else operation.formula
 
-    of_experts = {*operations_of(GATHERED), *operations_of(COMBINED)}
+    of_experts = {op for site in (GATHERED, COMBINED, ACTIVATED) for op in operations_of(site)}
     operations = {
         printed(operation): operation
         for operation in WORKS.values()

@@ -25,8 +25,18 @@ TOKENS, TOP_K, EXPERTS = 12, 2, 4
 SITES = {
     "gathers": Experts(EXPERTS, 6, 10, True, TOP_K, True, 1, ("gate_up_proj",)),
     "combines": Experts(EXPERTS, 5, 6, False, TOP_K, True, 1, ("down_proj",)),
+    "hands over": Experts(EXPERTS, 6, 10, True, TOP_K, True, 1, ("gate_up_proj",), activation="silu_gated"),
+    "activates": Experts(EXPERTS, 5, 6, False, TOP_K, True, 1, ("down_proj",), activation="silu_gated"),
 }
-GRADIENT_OF = {"x": "dX", "lora_A": "dA", "lora_B": "dB", "weights": "dg"}
+#: What a module is given, by the gradients that it may have: of that which goes into an activation, and is handed over.
+GRADIENTS_OF = {
+    "x": ("dX", "dU"),
+    "lora_A": ("dA",),
+    "lora_B": ("dB",),
+    "weights": ("dg",),
+    "s": ("PU",),
+    "lora_BU": ("dBU",),
+}
 #: Torch adds up the rows of a token as a product, which is no more than a sum.
 SUMS = {torch.ops.aten.bmm: lambda *shapes, **_: 0}
 #: All in one dtype: a product in a wider one, a CPU makes of blocks.
@@ -48,41 +58,51 @@ def made(
 def inputs(module: ModuleType, setting: Setting, index: torch.Tensor) -> dict[str, Any]:
     """Arguments of ``lora_experts``."""
     dims, generator = setting.dims, torch.Generator().manual_seed(0)
-    shapes = {"x": "NI" if module.GATHERS else "TI", "weight": "EOI", "lora_A": "ERI", "lora_B": "EOR", "bias": "EO"}
+    activates = not module.GATHERS and module.ACTIVATION is not None
+    read = "N I" if module.GATHERS else "T F" if activates else "T I"
+    shapes = {"x": read, "weight": "E O I", "lora_A": "E R I", "lora_B": "E O R", "bias": "E O"}
+    shapes |= {"s": "T RU", "lora_BU": "E F RU"} if activates else {}
     tensors: dict[str, Any] = {
-        name: torch.randn([dims[letter] for letter in shape], generator=generator) for name, shape in shapes.items()
+        name: torch.randn([dims[side] for side in shape.split()], generator=generator)
+        for name, shape in shapes.items()
     }
     if not module.GATHERS:
         tensors["weights"] = torch.randn(index.shape, generator=generator)
     for name, tensor in tensors.items():
-        tensor.requires_grad_(GRADIENT_OF.get(name) in setting.gradients)
+        tensor.requires_grad_(not setting.gradients.isdisjoint(GRADIENTS_OF.get(name, ())))
+    if activates:
+        s, lora_BU = tensors.pop("s"), tensors.pop("lora_BU")
+        tensors["handed"] = module.Handed(s, lora_BU, lora_BU.detach(), 0.5)
     return {**tensors, "routing": module.route(index, EXPERTS), "scaling": 0.5}
 
 
 def test_flops_and_saved_bytes_are_what_torch_counts(made: tuple[ModuleType, Setting, list[Program]]) -> None:
     """Whoever has the rows; rows of tokens are kept of none, and rows of the output where a program says so."""
     module, full, programs = made
-    trains = [gradient for name, gradient in GRADIENT_OF.items() if name in module.TRAINS]
+    trains = [str(gradient) for gradient in full.derivation.gradients]
     assert full.gradients == frozenset(trains) and {*module.VARIANTS} == {program.id for program in programs}
     wishes = [frozenset(some) for count in (1, len(trains)) for some in itertools.combinations(trains, count)]
     loads = (torch.arange(TOKENS * TOP_K).view(TOKENS, TOP_K) % EXPERTS, torch.ones(TOKENS, TOP_K, dtype=torch.int64))
     for program, gradients, index in itertools.product(programs, wishes, loads):
         setting = replace(full, gradients=gradients)
         cost, given = price(program, setting), inputs(module, setting, index)
-        frozen = {given[name].untyped_storage().data_ptr() for name in ("weight", "lora_A", "lora_B", "bias")}
+        parameters = [given[name] for name in ("weight", "lora_A", "lora_B", "bias")]
+        parameters += [given["handed"].lora_B] if "handed" in given else []
+        frozen = {parameter.untyped_storage().data_ptr() for parameter in parameters}
         packed: list[torch.Tensor] = []
         with FlopCounterMode(display=False, custom_mapping=SUMS) as counter:
             with torch.autograd.graph.saved_tensors_hooks(keeping(packed), lambda tensor: tensor):
                 output = module.lora_experts(**given, variant=program.id)
             forward = counter.get_total_flops()
-            output.backward(torch.randn_like(output))
+            outputs = [output[0], output[1].s] if isinstance(output, tuple) else [output]
+            torch.autograd.backward(outputs, [torch.randn_like(each) for each in outputs])
         counted = (forward, counter.get_total_flops() - forward)
         assert counted == (cost.forward.flops, cost.backward.flops), (program.id, gradients)
         kept = [tensor for tensor in packed if tensor.untyped_storage().data_ptr() not in frozen]
         assert sum(tensor.nbytes for tensor in kept) == cost.saved_bytes, (program.id, gradients)
         assert len(kept) == len(saved_activations(program, gradients))
         assert len(packed) == len(saved_symbols(program, gradients))
-        assert {str(symbol) for symbol in saved_activations(program, gradients)} <= {"X", "S", "g", "M", "Yr"}
+        assert {str(symbol) for symbol in saved_activations(program, gradients)} <= {"X", "S", "g", "M", "Yr", "U", "SU"}
 
 
 def keeping(packed: list[torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:

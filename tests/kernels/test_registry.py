@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 import pytest
 from runlora_gen.algebra.derivation import Derivation
-from runlora_gen.algebra.experts import COMBINED, GATHERED
+from runlora_gen.algebra.experts import ACTIVATED, COMBINED, GATHERED, HANDED
 from runlora_gen.algebra.group import group as group_of
 from runlora_gen.algebra.linear import DROPPED, FLOAT8, FLOAT8_DROPPED, LINEAR, QUANTIZED, SCALED, SCALED_DROPPED
 from runlora_gen.algebra.operations import Fused
@@ -36,7 +36,7 @@ FUSED, OF_TABLES, OF_NUMBERS, OF_FLOAT8 = (
 DECODING = {**OF_TABLES, **OF_NUMBERS, **OF_FLOAT8}
 ROUTED = {
     operation.kernel: operation
-    for site in (GATHERED, COMBINED)
+    for site in (GATHERED, COMBINED, ACTIVATED)
     for operation in operations_of(site)
     if isinstance(operation, Fused)
 }
@@ -63,7 +63,7 @@ def test_every_kernel_is_of_a_site() -> None:
             assert kernel.priced_as in FUSED and not kernel.replaces, "of several linears, or of what is left of X"
             continue
         rows = (*LINEAR.operations, *QUANTIZED.operations, *SCALED.operations, *FLOAT8.operations)
-        rows = (*rows, *GATHERED.operations, *COMBINED.operations)
+        rows = (*rows, *GATHERED.operations, *COMBINED.operations, *ACTIVATED.operations)
         in_rows = any(isinstance(op, Fused) and op.kernel == name for op in rows)
         assert in_rows != bool(kernel.replaces), "of several products, in a row, or in the place of a single one"
 
@@ -150,6 +150,13 @@ def test_calls_of_experts() -> None:
         'dXu = _experts_gemm_gathered(dY, W.mT, P, A.mT, None, routing, tiles="dXu")',
         'dX, dg = _experts_weigh(dXu, g, X, dY, b, (need_dX, need_dg), routing, tiles="dX, dg")',
     }
+    assert calls_of(HANDED) < calls_of(GATHERED), "what it hands over another module reads"
+    assert calls_of(ACTIVATED) - calls_of(COMBINED) == {
+        'X, S = _experts_activate(U, A, scaling, ACTIVATION, routing, tiles="X, S")',
+        'dA, dU, dg, PU, dBU = _experts_activate_backward(dXu, g, U, dY, b, P, BU, SU, scaling_U, A_dtype, BU_dtype, '
+        '(need_dA, need_dU, need_dg, need_PU, need_dBU), ACTIVATION, routing, tiles="dA, dU, dg, PU, dBU")',
+        'PU, dBU = _experts_p_db(dU, BU, SU, scaling_U, BU_dtype, routing, tiles="PU, dBU")',
+    }
     # By torch, an expert after the other where it has no kernel.
     for formula, expected in {
         "S = s * X @ A[e].T": "S = _by_expert(X, A.mT, routing, scaling)",
@@ -163,7 +170,15 @@ def test_calls_of_experts() -> None:
         "dg = dot(dYr, Yr)": "dg = _dot(routing, dYr, Yr)",
         "dg = dot(dXu, X, dYr, b)": "dg = _dot(routing, dXu, X, dYr, b)",
     }.items():
-        assert line(COMBINED.parse(formula)) == expected
+        assert line(COMBINED.parse(formula)) == line(ACTIVATED.parse(formula)) == expected
+    for formula, expected in {
+        "X = activate(U)": "X = _activated(U, ACTIVATION)",
+        "dU = activate_backward(dX, U)": "dU = _activate_backward(dX, U, ACTIVATION)",
+        "PU = s_U * dU @ BU[e]": "PU = _by_expert(dU, BU, routing, scaling_U)",
+        "dBU[e] = dU.T @ SU": "dBU = _sum_by_expert(dU, SU, routing, BU_dtype)",
+        "BU = cast(lora_BU)": "BU = lora_BU.to(dY.dtype)",
+    }.items():
+        assert line(ACTIVATED.parse(formula)) == expected
 
 
 def test_calls_for_a_linear_of_a_group_name_its_operands() -> None:

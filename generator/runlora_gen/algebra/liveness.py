@@ -22,7 +22,7 @@ def dependents(phase: Phase) -> Mapping[Symbol, frozenset[Symbol]]:
     # Sets of goals as integers with their bits.
     needed = {goal: 1 << position for position, goal in enumerate(phase.goals)}
     steps = [
-        (step.outputs, (*step.reads, *biases(step), *step.outputs)) for op in phase.operations for step in _apart(op)
+        (outs, (*step.reads, *biases(step), *step.outputs)) for op in phase.operations for outs, step in _apart(op)
     ]
     changed = True
     while changed:
@@ -44,8 +44,10 @@ def _goals_of(goals: tuple[Symbol, ...], bits: int) -> frozenset[Symbol]:
     return frozenset(goal for position, goal in enumerate(goals) if bits >> position & 1)
 
 
-def _apart(operation: Operation) -> tuple[Operation, ...]:
+def _apart(operation: Operation) -> tuple[tuple[tuple[Symbol, ...], Operation], ...]:
     """What runs alone where it alone is wanted: of a fused kernel with several results the product of each.
+
+    Each with the results for which it runs: it may make others on the way.
 
     But one that does the same for several linears yields all where any is wanted: the pass over what they read is its
     price.
@@ -54,10 +56,10 @@ def _apart(operation: Operation) -> tuple[Operation, ...]:
         of_a_kind: dict[object, list[Symbol]] = {}
         for out in operation.outputs:
             of_a_kind.setdefault((out.store, *(index[0] for index in out.shape)), []).append(out)
-        return tuple(_part_of(operation, outs) for outs in of_a_kind.values())
+        return tuple((tuple(outs), _part_of(operation, outs)) for outs in of_a_kind.values())
     steps = products(operation)
     alike = len(operation.outputs) == len(steps) > 1 and len(set(map(work, steps))) == 1
-    return (operation,) if alike else steps
+    return tuple((step.outputs, step) for step in ((operation,) if alike else steps))
 
 
 def _part_of(operation: Fused, outs: Iterable[Symbol]) -> Fused:

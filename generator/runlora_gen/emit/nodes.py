@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import assert_never
@@ -64,7 +64,7 @@ class FunctionNode:
     backward: tuple[Block, ...]
     gradients: tuple[str, ...]  # dX, dA, … that it can give
     absent: tuple[str, ...]  # what the backward reads where it was not wanted, too
-    summed: frozenset[str]  # those of them that several blocks add to
+    reread: frozenset[str]  # those of them that are read again: several blocks add to them, or others follow
     returns: tuple[str, ...]
     keeps: tuple[str, ...]  # of the inputs that are no tensors, those that the backward reads
     dtypes: tuple[str, ...]  # variables that hold the dtypes of trained parameters
@@ -319,9 +319,13 @@ def shared_node(modules: Sequence[ModuleNode]) -> SharedNode:
     values["calls"] = tuple(call for module in modules for call in module.calls)
     for kind in ("lone", "groups", "experts", "handing"):
         values[kind] = any(getattr(module, kind) for module in modules)
-    every = {each.name: each for module in modules for each in module.activations}
-    values["activations"] = tuple(every.values())
+    values["activations"] = activations_of(modules)
     return SharedNode(**values)
+
+
+def activations_of(modules: Iterable[ModuleNode]) -> tuple[Activation, ...]:
+    """The activations of modules, each once."""
+    return tuple({each.name: each for module in modules for each in module.activations}.values())
 
 
 def _variants(choice: LayerChoice, all_variants: bool) -> tuple[_Variant, ...]:
@@ -514,7 +518,9 @@ def _function(variant: _Variant, workload: Workload, class_name: str, owner: str
         backward=backward,
         gradients=gradients,
         absent=absent(program.backward, needed_by),
-        summed=frozenset[str]().union(*(block.adds_to for block in backward)),
+        reread=frozenset(str(read) for operation in program.backward.operations for read in operation.reads).union(
+            *(block.adds_to for block in backward)
+        ),
         returns=tuple(a.gradient if a.gradient in gradients else "None" for a in site.arguments),
         keeps=keeps,
         dtypes=tuple(name for g in site.gradients if str(g) in gradients and (name := dtype_of(g))),

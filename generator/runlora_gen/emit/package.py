@@ -19,7 +19,7 @@ from ..request.workload import Workload
 from ..search.grouped import decide_groups
 from ..search.ranges import LayerChoice, decide_experts, decide_model
 from .manifest import MANIFEST, folder_name, package_digest, public_part, sha256
-from .nodes import ModuleNode, module_name, module_node, shared_node
+from .nodes import ModuleNode, activations_of, module_name, module_node, shared_node
 from .render import (
     MAX_GENERATED_BYTES,
     SHARED,
@@ -173,7 +173,7 @@ def build_package(
     if stacks:
         rendered["test_experts.py"] = render_test_of_experts(
             [node.name for node in stacks],
-            chained=chained,
+            activations=activations_of(stacks),
             dropout=workload.dropout > 0,
             shared=shared,
             header=header,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..kernels import registry
+from ..request.activations import Activation
 from ..request.bases import BASES, BY_FORWARD, Base
 
 if TYPE_CHECKING:
@@ -169,16 +170,19 @@ def render_test(
 def render_test_of_experts(
     modules: Sequence[str],
     *,
-    chained: bool = False,
+    activations: Sequence[Activation] = (),
     dropout: bool = False,
     shared: Collection[str] = (),
     header: Header | None = None,
 ) -> str:
-    """The same of modules of experts, for these arguments."""
+    """The same of modules of experts, for these arguments.
+
+    ``activations``: those that any of them has before or after it.
+    """
     kernels = "kernels" in shared
     imported = [*modules, "kernels"] if kernels else modules
     context = _of_tests(modules, imported, header)
-    context = {**context, "experts": True, "chained": chained, "dropout": dropout, "kernels": kernels}
+    context = {**context, "experts": True, "activations": activations, "dropout": dropout, "kernels": kernels}
     return render("test_experts.py.jinja", context)
 
 
@@ -193,5 +197,5 @@ def _of_tests(modules: Sequence[str], imported: Sequence[str], header: Header | 
         "quantized": False,
         "base": BASES["plain"],
         "experts": False,
-        "chained": False,
+        "activations": (),
     }

@@ -27,6 +27,7 @@ import hypothesis
 import pytest
 
 from ..emit.render import SHARED, render_test, render_test_of_experts
+from ..request.activations import ACTIVATIONS
 from ..request.bases import BASES
 from ..request.errors import one_line
 from .interpreter import quicken
@@ -111,7 +112,11 @@ def checks(modules: Sequence[str], part: str, examples: int) -> Iterator[Check]:
     if lone or groups:
         sources["test_equivalence"] = render_test(lone, groups=groups, dropout=dropout, base=base, shared=shared)
     if stacks:
-        sources["test_experts"] = render_test_of_experts(stacks, dropout=dropout, shared=shared)
+        between = dict.fromkeys(getattr(loaded[name], "ACTIVATION", None) for name in stacks)
+        activations = [ACTIVATIONS[name] for name in between if name is not None]
+        sources["test_experts"] = render_test_of_experts(
+            stacks, activations=activations, dropout=dropout, shared=shared
+        )
     for name, source in sources.items():
         for function in _properties(name, source):
             if function.__name__.startswith(_OF_KERNELS) == (part == KERNELS):

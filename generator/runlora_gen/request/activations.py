@@ -19,6 +19,7 @@ class Activation:
         name: as generated code and manifests call it.
         gated: whether U has two columns for each of X, gate and up; else one, gate.
         interleaved: whether these alternate; else the gates' half is the first one.
+        plain: X in torch's own functions: what proofs of generated code compare with.
         value: X.
         dgate, dup: the gradients; dup of what is gated alone.
         steps: what they share, by names: an expression may name those before it.
@@ -26,6 +27,7 @@ class Activation:
 
     name: str
     gated: bool
+    plain: str
     value: str
     dgate: str
     dup: str = ""
@@ -65,21 +67,23 @@ def _names(text: str) -> set[str]:
 class _Function:
     """A function of one variable, ``gate``, and its slope."""
 
+    plain: str
     value: str
     slope: str
     steps: Mapping[str, str]
 
     def alone(self, name: str) -> Activation:
-        return Activation(name, False, self.value, f"dx * ({self.slope})", steps=self.steps)
+        return Activation(name, False, self.plain, self.value, f"dx * ({self.slope})", steps=self.steps)
 
     def gated(self, name: str) -> Activation:
         """Times up."""
         value, dgate, dup = f"{self.value} * up", f"dx * up * ({self.slope})", f"dx * ({self.value})"
-        return Activation(name, True, value, dgate, dup, steps=self.steps)
+        return Activation(name, True, f"{self.plain} * up", value, dgate, dup, steps=self.steps)
 
 
-_SILU = _Function("gate * s", "s + gate * s * (1.0 - s)", {"s": "{fn}.sigmoid(gate)"})
+_SILU = _Function("F.silu(gate)", "gate * s", "s + gate * s * (1.0 - s)", {"s": "{fn}.sigmoid(gate)"})
 _GELU = _Function(
+    "F.gelu(gate)",
     "gate * s",
     "s + gate * density",
     {
@@ -89,6 +93,7 @@ _GELU = _Function(
 )
 # (1 + tanh(z)) / 2 is sigmoid(2z).
 _GELU_TANH = _Function(
+    'F.gelu(gate, approximate="tanh")',
     "gate * s",
     "s + gate * s * (1.0 - s) * steep",
     {
@@ -96,7 +101,7 @@ _GELU_TANH = _Function(
         "steep": "1.5957691216057308 * (1.0 + 0.134145 * gate * gate)",
     },
 )
-_RELU2 = _Function("positive * positive", "2.0 * positive", {"positive": "{fn}.where(gate < 0.0, 0.0, gate)"})
+_RELU2 = _Function("F.relu(gate).square()", "positive * positive", "2.0 * positive", {"positive": "{fn}.where(gate < 0.0, 0.0, gate)"})
 
 #: That of gpt-oss: gates are at most 7, ups within 7 of 0, and what is beyond has no gradient.
 _GPT_OSS = Activation(
@@ -110,6 +115,7 @@ _GPT_OSS = Activation(
         "dlow": "dx * (near + 1.0) * (s + 1.702 * low * s * (1.0 - s))",
         "dnear": "dx * low * s",
     },
+    plain="(up.clamp(-7.0, 7.0) + 1) * gate.clamp(max=7.0) * torch.sigmoid(1.702 * gate.clamp(max=7.0))",
     value="(near + 1.0) * low * s",
     dgate="{fn}.where(gate > 7.0, 0.0, dlow)",
     dup="{fn}.where(up > 7.0, 0.0, {fn}.where(up < -7.0, 0.0, dnear))",
