@@ -86,16 +86,16 @@ def _statements(phase: Phase, steps: Sequence[Step], owner: str) -> tuple[str, .
     drops = {draw: drop for drop in maps for draw in drop.operands}  # by their masks
     draws = [step.operation for step in steps if isinstance(step.operation, Draw)]
     seeds = [draw for draw in draws if draw.out.store == "seed"]
-    drawn = [drops[draw.out] for draw in draws if draw not in seeds]
+    drawn = {drops[draw.out]: draw for draw in draws if draw not in seeds}
     for step in steps:
         match step.operation:
             case Draw() if step.operation in seeds:
                 if step.operation == seeds[0]:
                     lines.append(seeds_line(seeds, phase.derivation.arguments[0].name))
             case Draw():
-                lines.append(drawn_line(step.operation, drops[step.operation.out]))
+                pass  # where it is dropped by: what of may not be there yet
             case Map() if step.operation in drawn:
-                pass
+                lines.append(drawn_line(drawn[step.operation], step.operation))
             case _:
                 lines.append(line(step.operation, owner))
         lines += [f"del {symbol}" for symbol in step.frees]
