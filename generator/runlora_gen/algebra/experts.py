@@ -62,7 +62,7 @@ def _experts(
             Symbol("lora_B", ("E", "O", "R"), store="adapter"),
             Symbol("A", ("E", "R", "I")),  # lora_A as the products read it: in the activations' dtype
             Symbol("B", ("E", "O", "R")),  # lora_B likewise
-            *((Symbol("M", ("E", "O", "I"), store="weight"),) if merges else ()),  # W + s B A
+            *(() if dropout else (Symbol("M", ("E", "O", "I"), store="weight"),)),  # W + s B A
             Symbol("Y", ("T" if gathers else "N", "O")),  # output: rows, or tokens
             Symbol("S", ("T", "R")),  # s X A[e]ᵀ
             Symbol("dY", ("T" if gathers else "N", "O")),
