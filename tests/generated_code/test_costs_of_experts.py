@@ -63,8 +63,7 @@ def inputs(module: ModuleType, setting: Setting, index: torch.Tensor) -> dict[st
     shapes = {"x": read, "weight": "E O I", "lora_A": "E R I", "lora_B": "E O R", "bias": "E O"}
     shapes |= {"s": "T RU", "lora_BU": "E F RU"} if activates else {}
     tensors: dict[str, Any] = {
-        name: torch.randn([dims[side] for side in shape.split()], generator=generator)
-        for name, shape in shapes.items()
+        name: torch.randn([dims[side] for side in shape.split()], generator=generator) for name, shape in shapes.items()
     }
     if not module.GATHERS:
         tensors["weights"] = torch.randn(index.shape, generator=generator)
@@ -80,7 +79,7 @@ def test_flops_and_saved_bytes_are_what_torch_counts(made: tuple[ModuleType, Set
     """Whoever has the rows; rows of tokens are kept of none, and rows of the output where a program says so."""
     module, full, programs = made
     trains = [str(gradient) for gradient in full.derivation.gradients]
-    assert full.gradients == frozenset(trains) and {*module.VARIANTS} == {program.id for program in programs}
+    assert full.gradients >= frozenset(trains) and {*module.VARIANTS} == {program.id for program in programs}
     wishes = [frozenset(some) for count in (1, len(trains)) for some in itertools.combinations(trains, count)]
     loads = (torch.arange(TOKENS * TOP_K).view(TOKENS, TOP_K) % EXPERTS, torch.ones(TOKENS, TOP_K, dtype=torch.int64))
     for program, gradients, index in itertools.product(programs, wishes, loads):
@@ -102,7 +101,15 @@ def test_flops_and_saved_bytes_are_what_torch_counts(made: tuple[ModuleType, Set
         assert sum(tensor.nbytes for tensor in kept) == cost.saved_bytes, (program.id, gradients)
         assert len(kept) == len(saved_activations(program, gradients))
         assert len(packed) == len(saved_symbols(program, gradients))
-        assert {str(symbol) for symbol in saved_activations(program, gradients)} <= {"X", "S", "g", "M", "Yr", "U", "SU"}
+        assert {str(symbol) for symbol in saved_activations(program, gradients)} <= {
+            "X",
+            "S",
+            "g",
+            "M",
+            "Yr",
+            "U",
+            "SU",
+        }
 
 
 def keeping(packed: list[torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:

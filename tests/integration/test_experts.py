@@ -7,6 +7,7 @@ import functools
 import importlib
 import json
 import pickle
+import types
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ import peft
 import pytest
 import runlora_gen
 import torch
+import torch.nn.functional as F
 import transformers
 from runlora_gen.generation import Request, generated
 from runlora_gen.into_model import with_peft, without_peft
@@ -36,7 +38,7 @@ from .models import (
     checkpointed,
     filled,
     gradients,
-    larger,
+    mixture,
     qwen3_moe,
 )
 
@@ -80,56 +82,9 @@ def of_rank_2(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return package_of(tmp_path_factory.mktemp("packages"), rank=2)
 
 
-def mixtral(dtype: torch.dtype = torch.float32) -> Any:
-    torch.manual_seed(0)
-    config = transformers.MixtralConfig(
-        hidden_size=HIDDEN,
-        intermediate_size=INNER,
-        num_local_experts=EXPERTS,
-        num_experts_per_tok=TOP_K,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        vocab_size=VOCABULARY,
-    )
-    return larger(transformers.MixtralForCausalLM(config)).to(dtype)
-
-
-def gpt_oss(dtype: torch.dtype = torch.float32) -> Any:
-    torch.manual_seed(0)
-    config = transformers.GptOssConfig(
-        hidden_size=HIDDEN,
-        intermediate_size=INNER,
-        num_local_experts=EXPERTS,
-        num_experts_per_tok=TOP_K,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        vocab_size=VOCABULARY,
-    )
-    return larger(transformers.GptOssForCausalLM(config)).to(dtype)
-
-
-def nemotron_h(dtype: torch.dtype = torch.float32) -> Any:
-    torch.manual_seed(0)
-    config = transformers.NemotronHConfig(
-        hidden_size=HIDDEN,
-        moe_intermediate_size=INNER,
-        intermediate_size=INNER,
-        n_routed_experts=EXPERTS,
-        num_experts_per_tok=TOP_K,
-        moe_shared_expert_intermediate_size=INNER,
-        layers_block_type=["moe", "attention"],
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        vocab_size=VOCABULARY,
-    )
-    return larger(transformers.NemotronHForCausalLM(config)).to(dtype)
-
-
-MODELS: Mapping[str, Callable[..., Any]] = {"qwen3_moe": qwen3_moe, "mixtral": mixtral, "gpt_oss": gpt_oss}
+MODELS: Mapping[str, Callable[..., Any]] = {
+    name: functools.partial(mixture, name) for name in ("qwen3_moe", "mixtral", "gpt_oss")
+}
 
 
 def with_lora(model: Any, targets: Sequence[str] = BOTH, **options: Any) -> Any:
@@ -162,7 +117,7 @@ def test_outputs_and_gradients_are_peft_s(package: Any, tokens: Tensor, name: st
 
 @pytest.mark.parametrize("activation", ["relu2", ""])
 def test_experts_without_a_gate(tmp_path: Path, tokens: Tensor, activation: str) -> None:
-    model = with_lora(nemotron_h(torch.float64), ["experts.up_proj", "experts.down_proj"])
+    model = with_lora(mixture("nemotron_h", torch.float64), ["experts.up_proj", "experts.down_proj"])
     package = package_of(tmp_path, activation=activation, gated=False)
     both_run(package, model, tokens, 2, tolerance=1e-5)  # its router is in float32
 
@@ -359,6 +314,7 @@ def test_compiled_as_a_whole(package: Any, tokens: Tensor, name: str, targets: l
     model = with_lora(MODELS[name](), targets)
     wanted = gradients(model, tokens)
     package.accelerate(model, strict=True)
+    torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     compiled(tokens, labels=tokens).loss.backward()
     for name, parameter in model.named_parameters():
@@ -494,6 +450,7 @@ def test_all_linear_is_one_graph(tokens: Tensor, tmp_path: Path) -> None:
         warnings.simplefilter("error")
         report = with_peft.accelerate(model, tmp_path, strict=True)
     assert len(report.accelerated) == 14 and len(report.folders) == 2
+    torch._dynamo.reset()  # what other tests compiled counts towards the limit of recompilations
     torch.compile(model, backend="aot_eager", fullgraph=True)(tokens, labels=tokens).loss.backward()
     for name, gradient in wanted.items():
         parameter = model.get_parameter(name)
@@ -684,7 +641,7 @@ def test_merging_and_disabling(package: Any, tokens: Tensor, name: str) -> None:
 
 
 def test_what_a_merge_drops_is_said(package: Any) -> None:
-    model = injected(package, mixtral(torch.bfloat16))
+    model = injected(package, mixture("mixtral", torch.bfloat16))
     with torch.no_grad():
         for layer in package.adapters.lora_layers(model).values():
             layer.lora_B.mul_(1e-3)
@@ -728,6 +685,7 @@ def test_injected_adapters_are_checkpointed(package: Any, tokens: Tensor, use_re
 def test_injected_adapters_are_compiled_as_a_whole(package: Any, tokens: Tensor, name: str) -> None:
     model = injected(package, MODELS[name]())
     wanted = gradients(model, tokens)
+    torch._dynamo.reset()
     torch.compile(model, backend="aot_eager", fullgraph=True)(tokens, labels=tokens).loss.backward()
     for path, parameter in model.named_parameters():
         if parameter.grad is not None:
@@ -809,3 +767,173 @@ def test_beside_linears(tmp_path: Path, tokens: Tensor, grouped: bool) -> None:
     package.save_adapter(other, adapter)
     again = peft.PeftModel.from_pretrained(qwen3_moe(torch.float64), adapter, autocast_adapter_dtype=False)
     torch.testing.assert_close(again(tokens).logits, model(tokens).logits, rtol=1e-12, atol=1e-12)
+
+
+def _gated(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Any], None]:
+    """Experts whose gate is this function's."""
+
+    def apply(_: Any, u: Tensor) -> Tensor:
+        return function(*u.chunk(2, -1))
+
+    def change(experts: Any) -> None:
+        experts._apply_gate = types.MethodType(apply, experts)
+
+    return change
+
+
+def _alternating(experts: Any) -> None:
+    experts._apply_gate = types.MethodType(lambda _, u: F.silu(u[..., 0::2]) * u[..., 1::2], experts)
+
+
+def _raising(experts: Any) -> None:
+    """For so few rows as what is between is tried on."""
+
+    def apply(_: Any, u: Tensor) -> Tensor:
+        if u.shape[0] < 8:
+            raise RuntimeError("too few rows")
+        gate, up = u.chunk(2, -1)
+        return F.silu(gate) * up
+
+    experts._apply_gate = types.MethodType(apply, experts)
+
+
+class Learned(nn.Module):
+    """A SiLU, as long as its parameter is 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.beta = nn.Parameter(torch.ones(()), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.beta * x)
+
+
+def _learned(experts: Any) -> None:
+    experts.act_fn = Learned()
+
+
+def _limited(experts: Any) -> None:
+    experts.limit = 5.0
+
+
+def _steep(experts: Any) -> None:
+    experts.alpha = 1.6
+
+
+#: Models whose experts are called as others, and do something else between their projections.
+IMPOSTORS: Mapping[str, tuple[str, Callable[[Any], None]]] = {
+    "another activation": ("qwen3_moe", _gated(lambda gate, up: torch.tanh(gate) * up)),
+    "scaled gate": ("qwen3_moe", _gated(lambda gate, up: F.silu(1.01 * gate) * up)),
+    "clamped": ("qwen3_moe", _gated(lambda gate, up: F.silu(gate.clamp(max=40)) * up.clamp(-40, 40))),
+    "swapped": ("qwen3_moe", _gated(lambda gate, up: F.silu(up) * gate)),
+    "alternating": ("qwen3_moe", _alternating),
+    "residual": ("qwen3_moe", _gated(lambda gate, up: F.silu(gate) * up + 0.01 * up)),
+    "norm": ("qwen3_moe", _gated(lambda gate, up: F.rms_norm(F.silu(gate) * up, (INNER,)))),
+    "learned": ("qwen3_moe", _learned),
+    "raising": ("qwen3_moe", _raising),
+    "another limit": ("gpt_oss", _limited),
+    "another alpha": ("gpt_oss", _steep),
+}
+
+
+def impostor(case: str) -> Any:
+    name, change = IMPOSTORS[case]
+    model = MODELS[name]()
+    model.set_experts_implementation("batched_mm")  # which asks the experts for what is between
+    for module in model.modules():
+        if hasattr(module, "gate_up_proj"):
+            change(module)
+    return model
+
+
+@pytest.mark.parametrize("case", IMPOSTORS)
+def test_what_does_something_else_between_is_left_to_peft(
+    packages: Callable[[str], Any], tokens: Tensor, case: str
+) -> None:
+    """By a chain; by each projection for itself it is computed."""
+    activation = "gpt_oss" if IMPOSTORS[case][0] == "gpt_oss" else "silu_gated"
+    chained, model = packages(activation), with_lora(impostor(case))
+    wanted, wanted_gradients = model(tokens).logits, gradients(model, tokens)
+    reason = f"between its projections is not what moe_r4 has there: {activation}"
+    with pytest.raises(ValueError, match=reason):
+        chained.accelerate(model, strict=True)
+    with pytest.warns(UserWarning, match=f"4 left: {reason}"):
+        report = chained.accelerate(model)
+    assert set(report.left.values()) == {reason} and not report.accelerated
+    assert torch.equal(model(tokens).logits, wanted)
+    for name, gradient in gradients(model, tokens).items():
+        assert torch.equal(gradient, wanted_gradients[name])
+    both_run(packages(""), model, tokens, 4, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("case", IMPOSTORS)
+def test_what_does_something_else_between_is_generated_for_without_a_chain(
+    packages: Callable[[str], Any], tokens: Tensor, case: str, tmp_path: Path, folder: str
+) -> None:
+    """With PEFT and without it."""
+    model = with_lora(impostor(case))
+    wanted, wanted_gradients = model(tokens).logits, gradients(model, tokens)
+    report = with_peft.accelerate(model, tmp_path / "accelerated", strict=True)
+    assert len(report.accelerated) == 4
+    torch.testing.assert_close(model(tokens).logits, wanted, rtol=1e-5, atol=1e-5)
+    for name, gradient in gradients(model, tokens).items():
+        torch.testing.assert_close(gradient, wanted_gradients[name], rtol=1e-3, atol=1e-5)
+    model.save_pretrained(folder)
+    other = impostor(case)
+    chained = packages("gpt_oss" if IMPOSTORS[case][0] == "gpt_oss" else "silu_gated")
+    with pytest.raises(ValueError, match=r"target_parameters: .*between its projections is not what moe_r4 has there"):
+        chained.inject_lora(other, RANK, 8, target_parameters=BOTH)
+    assert not any(chained.adapters.is_lora_layer(module) for module in other.modules())
+    without_peft.load_adapter(other, folder, output=tmp_path / "injected")
+    torch.testing.assert_close(other(tokens).logits, wanted, rtol=1e-5, atol=1e-5)
+    for place in ("accelerated", "injected"):
+        (path,) = (tmp_path / place).glob("*/manifest.json")
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        assert {site["module"].partition("_")[0] for site in manifest["experts"]} == {"gathered", "combined"}
+        assert [stack["activation"] for stack in manifest["stacks"]] == ["", ""]
+
+
+@pytest.mark.parametrize("states", [("disabled",), ("merged",), ("merged", "disabled")], ids="-".join)
+@pytest.mark.parametrize("which", ["gate_up_proj", "down_proj"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_one_stack_of_a_chain_is_switched_off_alone(
+    packages: Callable[[str], Any], tokens: Tensor, name: str, which: str, states: tuple[str, ...]
+) -> None:
+    """Without PEFT; it computes what modules that are no chain do."""
+    found = []
+    for activation in ("gpt_oss" if name == "gpt_oss" else "silu_gated", ""):
+        package = packages(activation)
+        model = injected(package, MODELS[name](torch.float64))
+        before = model(tokens).logits
+        for layer in package.adapters.lora_layers(model).values():
+            if layer.stack.name == which and "merged" in states:
+                layer.merge()
+            if layer.stack.name == which and "disabled" in states:
+                layer.disable_adapters = True
+        found.append((model(tokens).logits, gradients(model, tokens)))
+        assert torch.allclose(found[-1][0], before) == ("disabled" not in states)
+    (ours, our_gradients), (expected, expected_gradients) = found
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+    assert our_gradients.keys() == expected_gradients.keys() and len(our_gradients) == 4
+    for parameter, gradient in expected_gradients.items():
+        torch.testing.assert_close(our_gradients[parameter], gradient, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("activation", ["silu_gated", "gpt_oss", ""])
+def test_a_manifest_says_what_is_between(packages: Callable[[str], Any], activation: str, tmp_path: Path) -> None:
+    """From it the same package comes again; older ones do not say it."""
+    made = Path(packages(activation).__file__).parent
+    path = made / "manifest.json"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    assert [stack["activation"] for stack in manifest["stacks"]] == [activation] * 2
+    options = {"rank": RANK, "device": "cpu", "dtype": "fp32"}
+    (again,) = runlora_gen.generate(path, output=tmp_path / "again", **options)
+    for file in made.glob("*.py"):
+        assert (again / file.name).read_text(encoding="utf-8") == file.read_text(encoding="utf-8")
+    for stack in manifest["stacks"]:
+        del stack["activation"]
+    older = tmp_path / "older" / made.name / "manifest.json"
+    older.parent.mkdir(parents=True)
+    older.write_text(json.dumps(manifest), encoding="utf-8")
+    (plain,) = runlora_gen.generate(older, output=tmp_path / "plain", **options)
+    assert {file.name.partition("_")[0] for file in plain.glob("*_experts_*.py")} == {"gathered", "combined"}

@@ -164,7 +164,7 @@ def test_calls_of_experts() -> None:
     assert calls_of(HANDED) < calls_of(GATHERED), "what it hands over another module reads"
     assert calls_of(ACTIVATED) - calls_of(COMBINED) == {
         'X, S = _experts_activate(U, A, scaling, ACTIVATION, routing, tiles="X, S")',
-        'dA, dU, dg, PU, dBU = _experts_activate_backward(dXu, g, U, dY, b, P, BU, SU, scaling_U, A_dtype, BU_dtype, '
+        "dA, dU, dg, PU, dBU = _experts_activate_backward(dXu, g, U, dY, b, P, BU, SU, scaling_U, A_dtype, BU_dtype, "
         '(need_dA, need_dU, need_dg, need_PU, need_dBU), ACTIVATION, routing, tiles="dA, dU, dg, PU, dBU")',
         'PU, dBU = _experts_p_db(dU, BU, SU, scaling_U, BU_dtype, routing, tiles="PU, dBU")',
     }

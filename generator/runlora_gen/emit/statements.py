@@ -108,7 +108,7 @@ def absent(phase: Phase, needed_by: Mapping[Symbol, frozenset[Symbol]]) -> tuple
     found: dict[str, None] = {}
     for operation in filter(is_told, phase.operations):
         wanted = frozenset[Symbol]().union(*(needed_by[out] for out in operation.outputs))
-        found.update((str(read), None) for read in operation.reads if read in made and needed_by[read] < wanted)
+        found.update((str(read), None) for read in operation.reads if read in made and not wanted <= needed_by[read])
     return tuple(found)
 
 
@@ -135,6 +135,9 @@ def backward_blocks(
         if is_told(step.operation):
             wanted = frozenset[Symbol]().union(*(needed_by[out] for out in step.operation.outputs))
             guards = dict.fromkeys(step.operation.outputs, guard(wanted, phase.derivation))
+            for out in step.operation.outputs:
+                if out not in phase.goals:  # it is told of what follows from it
+                    add(guards[out], f"need_{out} = {guard(needed_by[out], phase.derivation)}")
         else:
             guards = {symbol: guard(needed_by[symbol], phase.derivation) for symbol in step.operation.outputs}
         if len(set(guards.values())) == 1:

@@ -101,7 +101,9 @@ _GELU_TANH = _Function(
         "steep": "1.5957691216057308 * (1.0 + 0.134145 * gate * gate)",
     },
 )
-_RELU2 = _Function("F.relu(gate).square()", "positive * positive", "2.0 * positive", {"positive": "{fn}.where(gate < 0.0, 0.0, gate)"})
+_RELU2 = _Function(
+    "F.relu(gate).square()", "positive * positive", "2.0 * positive", {"positive": "{fn}.where(gate < 0.0, 0.0, gate)"}
+)
 
 #: That of gpt-oss: gates are at most 7, ups within 7 of 0, and what is beyond has no gradient.
 _GPT_OSS = Activation(
