@@ -217,7 +217,7 @@ def test_experts_without_adapters_are_frozen(tmp_path: Path) -> None:
 def test_ours_is_what_the_choice_says(tmp_path: Path) -> None:
     """In place of experts that Transformers sorts, gathers, activates and combines: the chosen programs."""
     architecture = read("qwen3_moe", tmp_path, STACKS, hidden_size=512)
-    workload = Workload(tokens=(4096,), adapter_dtype="bf16")
+    workload = Workload(tokens=(4096,), adapter_dtype="bf16", device="h200")  # no measurement of them there
     sites = experts(architecture.stacks)
     decisions = decide_step(workload, sites, RANK, 4096)
     programs = sum(site.count * one.chosen.cost.device_s for site, one in zip(sites, decisions, strict=True))

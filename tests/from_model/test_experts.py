@@ -505,7 +505,6 @@ def test_of_several_ranks_each_has_what_was_asked_for_of_it() -> None:
         ({"target_parameters": ""}, r"^target_parameters: '' is not in "),
         ({"target_parameters": BOTH, "target_modules": ["w1"]}, r"^target_modules: 'w1' is not in mixtral"),
         ({"target_parameters": BOTH, "rank": 65}, r"--rank: 65 is above min\(in, out\) of gate_up_proj \(64x192\)"),
-        ({"target_parameters": BOTH, "dropout": 0.1}, r"^--target-parameters: experts have no dropout"),
         ({"target_parameters": BOTH, "base": "nf4"}, r"^--base: nf4 is of linears alone, not of experts"),
         ({"target_parameters": BOTH, "bias": "all"}, r"^--bias: all needs a linear that has one"),
     ],

@@ -123,6 +123,11 @@ def launch_experts(kernels: Any, dtype: torch.dtype) -> None:
         getattr(kernels, f"_launch_experts_pt_x{gathered}")(S, X, dtype, routing, "dA")
         getattr(kernels, f"_launch_experts_p_db{gathered}")(X, B, S, 0.5, dtype, routing, "P, dB")
         getattr(kernels, f"_launch_experts_gemm{gathered}")(X, W, S, B, None, routing, "Y" if gathered else "Yr")
+        mask = torch.zeros(1, dtype=torch.int64), 0.1
+        getattr(kernels, f"_launch_experts_x_at_dropped{gathered}")(X, A, 0.5, *mask, routing, "S seeded")
+        getattr(kernels, f"_launch_experts_pt_x_dropped{gathered}")(S, X, *mask, dtype, routing, "dA seeded")
+        key = "dXu seeded" if gathered else "dXr seeded"
+        getattr(kernels, f"_launch_experts_gemm_dropped{gathered}")(X, W, S, B, None, *mask, routing, key)
 
 
 def records(

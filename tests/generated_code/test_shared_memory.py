@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from runlora_gen.algebra.experts import ACTIVATED, COMBINED, GATHERED
+from runlora_gen.algebra.experts import ACTIVATED, COMBINED, COMBINED_DROPPED, GATHERED, GATHERED_DROPPED
 from runlora_gen.algebra.group import group
 from runlora_gen.algebra.linear import DROPPED, LINEAR
 from runlora_gen.algebra.operations import Fused
@@ -31,6 +31,7 @@ if os.environ.get("RUNLORA_LONG"):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sites = (LINEAR, group(LINEARS), DROPPED, group(LINEARS, dropout=True), GATHERED, COMBINED, ACTIVATED)
+    sites = (*sites, GATHERED_DROPPED, COMBINED_DROPPED)
     found = {site: [op for op in operations_of(site) if isinstance(op, Fused)] for site in sites}
     place = tmp_path_factory.mktemp("shared_memory")
     alone(place, found, dropout=True)
