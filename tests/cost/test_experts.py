@@ -133,12 +133,13 @@ def test_what_docstrings_hold_it_against() -> None:
 
 def test_kernels_of_experts_are_candidates_until_torch_s_products_are_measured() -> None:
     """What was measured of linears says nothing of them: all of it is from the roofline, or nothing."""
-    case = setting()
+    workload = replace(WORKLOAD, device="h200")
+    case = setting(workload=workload)
     assert case.device.meter.times_for("bf16"), "this profile has measurements"
-    with_kernels = {op for way in rows_for(WORKLOAD, case) for op in way.operations}
+    with_kernels = {op for way in rows_for(workload, case) for op in way.operations}
     assert case.derivation.parse("experts_p_db: P = s * dY @ B[e]; dB[e] = dY.T @ S") in with_kernels
     times = {**case.device.times_for("bf16"), "TO,EOR->TR scaled": (((T, O, R, E), 1e-3),)}
     measured = replace(case, device=replace(case.device, times={"bf16": times}, measured_on=None))
-    left = with_kernels - {op for way in rows_for(WORKLOAD, measured) for op in way.operations}
+    left = with_kernels - {op for way in rows_for(workload, measured) for op in way.operations}
     # What computes that product, and what computes one of the same dimensions, which takes its ratio.
     assert {str(operation).partition(":")[0] for operation in left} == {"experts_p_db", "experts_gemm_gathered"}

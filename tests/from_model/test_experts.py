@@ -28,7 +28,19 @@ SIZES: dict[str, Any] = {
     "num_hidden_layers": 2,
 }
 LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
+DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8}
+#: Of models with small experts, a shared one beside them, and attention of two kinds: their config, and their stacks.
+BESIDE_SHARED = {
+    **DELTA,
+    "head_dim": 16,
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 32,
+    "full_attention_interval": 2,
+}
+FINE = {"gate_up_proj": (6, 64, 48, 3, False, 2), "down_proj": (6, 24, 64, 3, False, 2)}
 #: Tiny models: their configs, where their experts lie, and each stack's E, I, O, top_k, bias and count.
 MODELS: dict[str, tuple[dict[str, Any], str, dict[str, tuple[int, int, int, int, bool, int]]]] = {
     "qwen3_moe": (
@@ -88,9 +100,24 @@ MODELS: dict[str, tuple[dict[str, Any], str, dict[str, tuple[int, int, int, int,
         "block_sparse_moe.experts",
         {"gate_up_proj": (4, 64, 192, 2, False, 2), "down_proj": (4, 96, 64, 2, False, 2)},
     ),
+    "qwen3_next": (BESIDE_SHARED, "mlp.experts", FINE),
+    "qwen3_5_moe_text": (BESIDE_SHARED, "mlp.experts", FINE),
+    "glm4_moe": (
+        {"n_routed_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "first_k_dense_replace": 0},
+        "mlp.experts",
+        FINE,
+    ),
+    "minimax_m2": (
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16},
+        "mlp.experts",
+        {"gate_up_proj": (4, 64, 192, 2, False, 2), "down_proj": (4, 96, 64, 2, False, 2)},
+    ),
+    "ernie4_5_moe": (
+        {"moe_num_experts": 6, "moe_k": 3, "moe_intermediate_size": 24, "moe_layer_start_index": 0},
+        "mlp.experts",
+        FINE,
+    ),
 }
-#: What is between the projections, where that is not silu_gated.
-BETWEEN = {"gpt_oss": "gpt_oss", "nemotron_h": "relu2"}
 BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
@@ -110,10 +137,10 @@ def adapted(model: Any, **options: Any) -> Any:
 
 def stacks(model_type: str) -> tuple[Stack, ...]:
     layout = "in_out" if model_type == "gpt_oss" else "out_in"
+    activation = {"gpt_oss": "gpt_oss", "nemotron_h": "relu2"}.get(model_type, "silu_gated")
     _, module, shapes = MODELS[model_type]
-    between = BETWEEN.get(model_type, "silu_gated")
     return tuple(
-        Stack(name, experts, wide, out, name != "down_proj", top_k, bias, count, layout, module, between)
+        Stack(name, experts, wide, out, name != "down_proj", top_k, bias, count, layout, module, activation)
         for name, (experts, wide, out, top_k, bias, count) in shapes.items()
     )
 

@@ -36,21 +36,25 @@ MIXED = {
     "dbrx": "2-D parameters of DbrxExpertGLU",
     "deepseek_v2": UNASKED,
     "deepseek_v3": UNASKED,
+    "ernie4_5_moe": UNASKED,
     "falcon_h1": "FalconH1Mixer takes",
     "falcon_mamba": "FalconMambaMixer takes",
     "glm4_moe": UNASKED,
     "gpt_oss": UNASKED,
     "granitemoe": UNASKED,
+    "granitemoehybrid": "GraniteMoeHybridMambaLayer takes",
     "jamba": "JambaMambaMixer takes",
     "llama4_text": "a linear with a forward of its own (Llama4Router)",
     "mamba": "MambaMixer takes",
     "mamba2": "Mamba2Mixer takes",
     "minimax": UNASKED,
+    "minimax_m2": UNASKED,
     "mixtral": UNASKED,
     "nemotron_h": "NemotronHMamba2Mixer takes",
     "olmoe": UNASKED,
     "phimoe": UNASKED,
     "qwen2_moe": UNASKED,
+    "qwen3_5_moe_text": "convolution",
     "qwen3_moe": UNASKED,
     "qwen3_next": "convolution",
 }
@@ -58,16 +62,19 @@ MIXED = {
 OPTIONS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 8}},
-    "deepseek_v2": {"first_k_dense_replace": 1},
+    "deepseek_v2": {"first_k_dense_replace": 1, "num_experts_per_tok": 6},
     "deepseek_v3": {"first_k_dense_replace": 1},
+    "ernie4_5_moe": {"moe_layer_start_index": 1},
     "glm4_moe": {"first_k_dense_replace": 1},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "hunyuan_v1_dense": {"head_dim": 128},
     "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2, "expert_layer_period": 2, "expert_layer_offset": 1},
     "llama4_text": {"interleave_moe_layer_step": 2},
     "ministral": {"head_dim": 128},
     "nemotron": {"num_key_value_heads": 8},
     "qwen2_moe": {"decoder_sparse_step": 2},
+    "qwen3_5_moe_text": {"full_attention_interval": 2},
     "qwen3_moe": {"mlp_only_layers": [0]},
     "qwen3_next": {"full_attention_interval": 2},
 }
@@ -91,8 +98,10 @@ def shapes(read: Any) -> Counter[tuple[str, int, int, bool]]:
     return counts
 
 
-def is_left_out(read: Any, path: str) -> bool:
-    return path in read.left_out or re.sub(r"\b\d+\b", "*", path) in read.left_out
+def reason_of(read: Any, path: str) -> str | None:
+    """Why a module, or a stack of experts, is left out; None where it isn't."""
+    reason: str | None = read.left_out.get(path, read.left_out.get(re.sub(r"\b\d+\b", "*", path)))
+    return reason
 
 
 def check_inputs(projections: tuple[Projection, ...]) -> None:
@@ -108,16 +117,31 @@ def test_decoders_are_read_right(model_type: str) -> None:
     read = read_model(model)
     # Another walk: by parameters, not by modules.
     expected: Counter[tuple[str, int, int, bool]] = Counter()
+    experts: Counter[tuple[str, str, tuple[int, ...], bool, bool, int]] = Counter()
     for path, weight in model.named_parameters():
         owner, _, field = path.rpartition(".")
-        if weight.dim() < 2 or is_left_out(read, owner) or is_left_out(read, path.removesuffix("_bias")):
-            continue
         module = model.get_submodule(owner)
+        if reason_of(read, path) == UNASKED:
+            choices = getattr(model.config, "num_experts_per_tok", None) or model.config.moe_k
+            where = f"{owner.rpartition('.')[0].rpartition('.')[2]}.experts"
+            sides = tuple(weight.shape[1:] if module.is_transposed else weight.shape[:0:-1])
+            biased = getattr(module, f"{field}_bias", None) is not None
+            experts[where, field, (weight.shape[0], *sides), module.is_transposed, biased, choices] += 1
+            continue
+        if weight.dim() < 2 or reason_of(read, owner) or reason_of(read, path.removesuffix("_bias")):
+            continue
         assert field == "weight", f"{path} is neither taken nor left out"
         assert isinstance(module, nn.Linear | transformers.pytorch_utils.Conv1D)
         rows, columns = weight.shape if isinstance(module, nn.Linear) else weight.T.shape
         expected[owner.rpartition(".")[2], columns, rows, module.bias is not None] += 1
     assert shapes(read) == expected
+    stacks = read.architecture.offered
+    assert {
+        (s.module, s.name, (s.experts, s.in_features, s.out_features), s.layout == "in_out", s.bias, s.top_k): s.count
+        for s in stacks
+    } == experts
+    assert [stack.gathers for stack in stacks] == [True, False] * (len(stacks) // 2)
+    assert bool(stacks) == (UNASKED in read.left_out.values())
     check_inputs(read.architecture.projections)
     assert read.architecture.model_type == model_type
     assert read.architecture.slug == model_type

@@ -80,7 +80,15 @@ def test_a_family_without_a_data_file_is_read(tmp_path: Path, capsys: pytest.Cap
 def test_experts_of_a_config_are_offered(tmp_path: Path, model_type: str, layout: str) -> None:
     experts = {"num_local_experts": 4, "num_experts_per_tok": 3, "head_dim": 16}
     architecture = read(tmp_path, {"model_type": model_type, **SIZES, **experts})
-    shape = {"experts": 4, "top_k": 3, "bias": layout == "in_out", "count": 2, "layout": layout}
+    activation = {"mixtral": "silu_gated"}.get(model_type, model_type)
+    shape = {
+        "experts": 4,
+        "top_k": 3,
+        "bias": layout == "in_out",
+        "count": 2,
+        "layout": layout,
+        "activation": activation,
+    }
     assert architecture.stacks == ()
     assert architecture.offered == (
         Stack("gate_up_proj", in_features=64, out_features=192, gathers=True, module="mlp.experts", **shape),

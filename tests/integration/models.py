@@ -30,22 +30,39 @@ def llama(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     return transformers.LlamaForCausalLM(config).to(dtype)
 
 
-def qwen3_moe(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    torch.manual_seed(0)
-    sizes = {
-        "hidden_size": HIDDEN,
+#: What configs call the sizes of a mixture of experts: where all agree, and each model's own.
+_SIZES = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": INNER,
+    "num_experts_per_tok": TOP_K,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "vocab_size": VOCABULARY,
+}
+_OWN_SIZES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"num_experts": EXPERTS, "moe_intermediate_size": INNER},
+    "mixtral": {"num_local_experts": EXPERTS},
+    "gpt_oss": {"num_local_experts": EXPERTS},
+    "nemotron_h": {
+        "n_routed_experts": EXPERTS,
         "moe_intermediate_size": INNER,
-        "intermediate_size": INNER,
-        "num_experts": EXPERTS,
-        "num_experts_per_tok": TOP_K,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 8,
-        "vocab_size": VOCABULARY,
-    }
-    model = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**{**sizes, **options}))
-    return larger(model).to(dtype)
+        "moe_shared_expert_intermediate_size": INNER,
+        "layers_block_type": ["moe", "attention"],
+    },
+}
+
+
+def mixture(model_type: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    """A mixture of experts: the same sizes and weights each time."""
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(model_type, **{**_SIZES, **_OWN_SIZES[model_type], **options})
+    return larger(transformers.AutoModelForCausalLM.from_config(config)).to(dtype)
+
+
+def qwen3_moe(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    return mixture("qwen3_moe", dtype, **options)
 
 
 def larger(model: nn.Module) -> nn.Module:

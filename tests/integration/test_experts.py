@@ -38,7 +38,7 @@ from .models import (
     checkpointed,
     filled,
     gradients,
-    larger,
+    mixture,
     qwen3_moe,
 )
 
@@ -82,56 +82,9 @@ def of_rank_2(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return package_of(tmp_path_factory.mktemp("packages"), rank=2)
 
 
-def mixtral(dtype: torch.dtype = torch.float32) -> Any:
-    torch.manual_seed(0)
-    config = transformers.MixtralConfig(
-        hidden_size=HIDDEN,
-        intermediate_size=INNER,
-        num_local_experts=EXPERTS,
-        num_experts_per_tok=TOP_K,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        vocab_size=VOCABULARY,
-    )
-    return larger(transformers.MixtralForCausalLM(config)).to(dtype)
-
-
-def gpt_oss(dtype: torch.dtype = torch.float32) -> Any:
-    torch.manual_seed(0)
-    config = transformers.GptOssConfig(
-        hidden_size=HIDDEN,
-        intermediate_size=INNER,
-        num_local_experts=EXPERTS,
-        num_experts_per_tok=TOP_K,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        vocab_size=VOCABULARY,
-    )
-    return larger(transformers.GptOssForCausalLM(config)).to(dtype)
-
-
-def nemotron_h(dtype: torch.dtype = torch.float32) -> Any:
-    torch.manual_seed(0)
-    config = transformers.NemotronHConfig(
-        hidden_size=HIDDEN,
-        moe_intermediate_size=INNER,
-        intermediate_size=INNER,
-        n_routed_experts=EXPERTS,
-        num_experts_per_tok=TOP_K,
-        moe_shared_expert_intermediate_size=INNER,
-        layers_block_type=["moe", "attention"],
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        vocab_size=VOCABULARY,
-    )
-    return larger(transformers.NemotronHForCausalLM(config)).to(dtype)
-
-
-MODELS: Mapping[str, Callable[..., Any]] = {"qwen3_moe": qwen3_moe, "mixtral": mixtral, "gpt_oss": gpt_oss}
+MODELS: Mapping[str, Callable[..., Any]] = {
+    name: functools.partial(mixture, name) for name in ("qwen3_moe", "mixtral", "gpt_oss")
+}
 
 
 def with_lora(model: Any, targets: Sequence[str] = BOTH, **options: Any) -> Any:
@@ -164,7 +117,7 @@ def test_outputs_and_gradients_are_peft_s(package: Any, tokens: Tensor, name: st
 
 @pytest.mark.parametrize("activation", ["relu2", ""])
 def test_experts_without_a_gate(tmp_path: Path, tokens: Tensor, activation: str) -> None:
-    model = with_lora(nemotron_h(torch.float64), ["experts.up_proj", "experts.down_proj"])
+    model = with_lora(mixture("nemotron_h", torch.float64), ["experts.up_proj", "experts.down_proj"])
     package = package_of(tmp_path, activation=activation, gated=False)
     both_run(package, model, tokens, 2, tolerance=1e-5)  # its router is in float32
 
@@ -361,6 +314,7 @@ def test_compiled_as_a_whole(package: Any, tokens: Tensor, name: str, targets: l
     model = with_lora(MODELS[name](), targets)
     wanted = gradients(model, tokens)
     package.accelerate(model, strict=True)
+    torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     compiled(tokens, labels=tokens).loss.backward()
     for name, parameter in model.named_parameters():
@@ -496,6 +450,7 @@ def test_all_linear_is_one_graph(tokens: Tensor, tmp_path: Path) -> None:
         warnings.simplefilter("error")
         report = with_peft.accelerate(model, tmp_path, strict=True)
     assert len(report.accelerated) == 14 and len(report.folders) == 2
+    torch._dynamo.reset()  # what other tests compiled counts towards the limit of recompilations
     torch.compile(model, backend="aot_eager", fullgraph=True)(tokens, labels=tokens).loss.backward()
     for name, gradient in wanted.items():
         parameter = model.get_parameter(name)
@@ -686,7 +641,7 @@ def test_merging_and_disabling(package: Any, tokens: Tensor, name: str) -> None:
 
 
 def test_what_a_merge_drops_is_said(package: Any) -> None:
-    model = injected(package, mixtral(torch.bfloat16))
+    model = injected(package, mixture("mixtral", torch.bfloat16))
     with torch.no_grad():
         for layer in package.adapters.lora_layers(model).values():
             layer.lora_B.mul_(1e-3)
@@ -730,6 +685,7 @@ def test_injected_adapters_are_checkpointed(package: Any, tokens: Tensor, use_re
 def test_injected_adapters_are_compiled_as_a_whole(package: Any, tokens: Tensor, name: str) -> None:
     model = injected(package, MODELS[name]())
     wanted = gradients(model, tokens)
+    torch._dynamo.reset()
     torch.compile(model, backend="aot_eager", fullgraph=True)(tokens, labels=tokens).loss.backward()
     for path, parameter in model.named_parameters():
         if parameter.grad is not None:

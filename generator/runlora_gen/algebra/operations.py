@@ -264,7 +264,7 @@ class Map(_Applied):
     """A function of elements: ``out = drop(operand, mask)``, which also divides by the rate of what is kept.
 
     Or ``out = weigh(operand, weights)``, each row times its weight; ``out = activate(operand)``, of rows that may hold
-    a gate beside what it is multiplied with, and ``out = activate_backward(gradient, operand)``, the operand's gradient.
+    a gate beside what it is multiplied with; ``out = activate_backward(gradient, operand)``, that one's gradient.
     ``adds``: to what its output held.
     """
 

@@ -66,6 +66,15 @@ def by_bare_roofline(setting: Setting) -> bool:
     )
 
 
+def is_measured_itself(setting: Setting) -> bool:
+    """Whether experts are priced by what their device's own profile holds of them."""
+    return setting.experts > 0 and all(
+        meter_of(operation, setting.dtype, setting.device) is setting.device
+        for operation in setting.derivation.base
+        if isinstance(operation, Contract)
+    )
+
+
 def meter_of(operation: Operation, dtype: DType, device: DeviceProfile) -> DeviceProfile:
     """The profile that holds an operation's measurements: what a device has of its own goes before its meter's."""
     done = measured_as(operation)

@@ -11,7 +11,7 @@ from ..algebra.enumerate import Phase
 from ..algebra.liveness import saved_activations, wanted_operations
 from ..algebra.operations import Contract, Operation, products
 from ..algebra.schedule import schedule
-from ..cost.measured import by_bare_roofline
+from ..cost.measured import by_bare_roofline, is_measured_itself
 from ..cost.price import price_frozen, price_operation, price_phase
 from ..cost.rounding import FLOAT8_MANTISSA_BITS, rounding_error
 from ..cost.setting import Setting
@@ -135,7 +135,7 @@ def _priced_by(setting: Setting) -> str:
     device = setting.device
     if by_bare_roofline(setting) or not device.meter.times_for(setting.dtype.name):
         return f"by the roofline of {device.title}"
-    if device.measured_on is None:
+    if device.measured_on is None or is_measured_itself(setting):
         return f"by what was measured on {device.title}"
     own = " and, of codes, on it" if setting.derivation.coded and device.times_for(setting.dtype.name) else ""
     return f"by the roofline of {device.title} with efficiencies measured on {device.measured_on.title}{own}"

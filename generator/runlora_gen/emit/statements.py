@@ -135,13 +135,13 @@ def backward_blocks(
         if is_told(step.operation):
             wanted = frozenset[Symbol]().union(*(needed_by[out] for out in step.operation.outputs))
             guards = dict.fromkeys(step.operation.outputs, guard(wanted, phase.derivation))
-            for out in step.operation.outputs:
-                if out not in phase.goals:  # it is told of what follows from it
-                    add(guards[out], f"need_{out} = {guard(needed_by[out], phase.derivation)}")
         else:
             guards = {symbol: guard(needed_by[symbol], phase.derivation) for symbol in step.operation.outputs}
         if len(set(guards.values())) == 1:
             out = step.operation.outputs[0]
+            for inner in step.operation.outputs if is_told(step.operation) else ():
+                if inner not in phase.goals:  # what is told of it is told of what it is made for
+                    add(guards[out], f"need_{inner} = {guard(needed_by[inner], phase.derivation)}")
             add(guards[out], line(step.operation, owner))
             if begun.setdefault(out, len(blocks)) != len(blocks):
                 blocks[-1] = replace(blocks[-1], adds_to=blocks[-1].adds_to | {str(out)})

@@ -307,10 +307,10 @@ class _Workbench:
 
     def module_of_experts(self, site: Derivation) -> ModuleType:
         """A module with all operations of a projection of experts."""
-        name, *options = _OF_EXPERTS[site]
+        name, gathers, activation = _OF_EXPERTS[site]
         if name not in self._modules:
             folder = Path(self._folder.name) / f"{name}_{os.getpid()}"
-            self._modules[name] = module_of_experts(self.workload, folder, *options)
+            self._modules[name] = module_of_experts(self.workload, folder, gathers, activation)
         return self._modules[name]
 
     def operations_at(self, point: Point) -> tuple[Operation, ...]:
