@@ -24,6 +24,7 @@ from runlora_gen.emit.style import DEFAULT_LINE_LENGTH, MAX_LINE_LENGTH, MIN_LIN
 from runlora_gen.kernels.registry import KERNELS
 from runlora_gen.kernels.sites import operations_of
 from runlora_gen.request.errors import SpecError
+from runlora_gen.request.activations import ACTIVATIONS
 from runlora_gen.request.experts import Experts
 from runlora_gen.request.groups import Group
 from runlora_gen.request.layers import Layer
@@ -165,9 +166,10 @@ def test_functions_are_formatted_as_in_the_whole() -> None:
     of_one = [replace(workload, dropout=0.1), replace(workload, base="nf4"), replace(workload, base="fp8-block")]
     settings += [setting_for(each, 128, 128, 4, False, 4096) for each in of_one]
     stacks = [Experts(4, 128, 128, gathers, 2, False, 1, ("up_proj",)) for gathers in (True, False)]
+    stacks.append(replace(stacks[1], activation="silu_gated"))
     settings += [setting_of(workload, stack, 4, 4096) for stack in stacks]
     calls = tuple(KernelCall(op, of) for of in settings for op in operations_of(of.derivation) if isinstance(op, Fused))
-    node = replace(node, calls=calls, helpers=node.helpers | helpers)
+    node = replace(node, calls=calls, helpers=node.helpers | helpers, activations=tuple(ACTIVATIONS.values()))
     assert [kernel.name for kernel in node.kernels] == list(KERNELS)
     source = render("linear.py.jinja", {"header": Header("command", "digest"), "module": node})
     assert len(style._CUT.split(source)) > 40

@@ -139,9 +139,9 @@ def backward_blocks(
             guards = {symbol: guard(needed_by[symbol], phase.derivation) for symbol in step.operation.outputs}
         if len(set(guards.values())) == 1:
             out = step.operation.outputs[0]
-            for inner in step.operation.outputs if is_told(step.operation) else ():
-                if inner not in phase.goals:  # what is told of it is told of what it is made for
-                    add(guards[out], f"need_{inner} = {guard(needed_by[inner], phase.derivation)}")
+            for each in step.operation.outputs if is_told(step.operation) else ():
+                if each not in phase.goals:  # what is told of it is told of what it is made for
+                    add(guards[out], f"need_{each} = {guard(needed_by[each], phase.derivation)}")
             add(guards[out], line(step.operation, owner))
             if begun.setdefault(out, len(blocks)) != len(blocks):
                 blocks[-1] = replace(blocks[-1], adds_to=blocks[-1].adds_to | {str(out)})
