@@ -23,8 +23,8 @@ from runlora_gen.emit.render import Header, render
 from runlora_gen.emit.style import DEFAULT_LINE_LENGTH, MAX_LINE_LENGTH, MIN_LINE_LENGTH, Style, style_of
 from runlora_gen.kernels.registry import KERNELS
 from runlora_gen.kernels.sites import operations_of
-from runlora_gen.request.errors import SpecError
 from runlora_gen.request.activations import ACTIVATIONS
+from runlora_gen.request.errors import SpecError
 from runlora_gen.request.experts import Experts
 from runlora_gen.request.groups import Group
 from runlora_gen.request.layers import Layer
