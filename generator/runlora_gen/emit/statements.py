@@ -135,9 +135,6 @@ def backward_blocks(
         if is_told(step.operation):
             wanted = frozenset[Symbol]().union(*(needed_by[out] for out in step.operation.outputs))
             guards = dict.fromkeys(step.operation.outputs, guard(wanted, phase.derivation))
-            for out in step.operation.outputs:
-                if out not in phase.goals:  # it is told of what follows from it
-                    add(guards[out], f"need_{out} = {guard(needed_by[out], phase.derivation)}")
         else:
             guards = {symbol: guard(needed_by[symbol], phase.derivation) for symbol in step.operation.outputs}
         if len(set(guards.values())) == 1:
