@@ -123,7 +123,8 @@ def launch_experts(kernels: Any, dtype: torch.dtype) -> None:
         getattr(kernels, f"_launch_experts_x_at{gathered}")(X, A, 0.5, routing, f"{read} S")
         getattr(kernels, f"_launch_experts_pt_x{gathered}")(S, X, dtype, routing, f"{read} dA")
         getattr(kernels, f"_launch_experts_p_db{gathered}")(X, B, S, 0.5, dtype, routing, f"{read} P, dB")
-        getattr(kernels, f"_launch_experts_gemm{gathered}")(X, W, S, B, None, routing, "tokens Y" if gathered else "rows Yr")
+        key = "tokens Y" if gathered else "rows Yr"
+        getattr(kernels, f"_launch_experts_gemm{gathered}")(X, W, S, B, None, routing, key)
         mask = torch.zeros(1, dtype=torch.int64), 0.1
         getattr(kernels, f"_launch_experts_x_at_dropped{gathered}")(X, A, 0.5, *mask, routing, f"{read} S seeded")
         getattr(kernels, f"_launch_experts_pt_x_dropped{gathered}")(S, X, *mask, dtype, routing, f"{read} dA seeded")
