@@ -150,7 +150,9 @@ R      8  16    8   16
 @pytest.mark.parametrize("path", sorted(DEVICES.glob("*.toml")), ids=lambda path: path.stem)
 def test_those_of_the_package_are_compact_and_as_they_are_written(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    rows = [line for line in text.splitlines() if not line.startswith(("[tiles", '"'))]  # works have names of any length
+    rows = [
+        line for line in text.splitlines() if not line.startswith(("[tiles", '"'))
+    ]  # works have names of any length
     assert len(text) < 40_000 and text.count("\n") < 900 and max(map(len, rows)) < 140
     profile = read(text)
     if profile.times:

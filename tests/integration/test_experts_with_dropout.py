@@ -286,5 +286,3 @@ def test_stacks_are_run_before_the_first_step(package: Any, monkeypatch: pytest.
     assert len(cases) == 2
     for case in cases:
         warmup._step(case, 8)
-
-
