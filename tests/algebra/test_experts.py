@@ -238,9 +238,8 @@ def test_every_program_computes_the_same(site: Derivation) -> None:
         casts = any(isinstance(op, Convert) for op in program.forward.operations)
         forward = run(in_order(program.forward), of.values(*names - ({"A", "B"} if casts else set())), of)
         kept = {str(symbol): forward[str(symbol)] for symbol in (*program.kept, *program.saved_inputs)}
-        backward = run(
-            in_order(program.backward), of.values("dY", "b", *(("P",) if site in HANDING else ())) | kept, of
-        )
+        given = of.values("dY", "b", *(("P",) if site in HANDING else ()))
+        backward = run(in_order(program.backward), given | kept, of)
         for name, value in right.items():
             made = (forward if name in map(str, site.outputs) else backward)[name]
             assert np.allclose(made, value, rtol=1e-12, atol=1e-12), (program.id, name)

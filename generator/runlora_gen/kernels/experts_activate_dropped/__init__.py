@@ -1,4 +1,4 @@
-"""X = activate(U) and S = s H A[e]ᵀ in one pass over U, H being what dropout leaves of X: it is drawn within."""
+"""X = activate(U) and S = s H A[e]ᵀ in one pass over U, where H is what dropout leaves of X: it is drawn within."""
 
 from __future__ import annotations
 
