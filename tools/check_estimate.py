@@ -1,4 +1,4 @@
-"""``runlora-gen estimate`` against measured steps: the table of docs/estimate.md.
+"""``runlora-gen estimate`` against measured steps: the tables of docs/estimate.md.
 
     python tools/check_estimate.py
 
@@ -9,18 +9,23 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from runlora_gen.algebra.experts import ACTIVATED, COMBINED
 from runlora_gen.forecast.estimate import Batch, Estimate, estimate
-from runlora_gen.request.architecture import Architecture, family_projections
-from runlora_gen.request.decoder import Decoder
+from runlora_gen.request.architecture import Architecture, decoder_types, family_projections
+from runlora_gen.request.decoder import Decoder, Router
+from runlora_gen.request.experts import Stack
 from runlora_gen.request.workload import Workload
 
 RESULTS = Path(__file__).parent / "results" / "model_h100.json"
+#: Of mixtures of experts; of these shapes those that are estimated.
+RESULTS_OF_EXPERTS = RESULTS.with_name("model_experts_h100.json")
 #: Contenders of the benchmark: how the estimate calls them, and their adapters' dtype.
 CONTENDERS = {
     "frozen": ("frozen", "fp32"),
@@ -62,44 +67,72 @@ class Compared:
         return f"| {self.shape}, {self.contender}{mode} | {times} | {' | '.join(mib)} | {self.peak_off:+.1%} |"
 
 
-def model(row: dict[str, Any]) -> Architecture:
-    """The layers that a row was measured on."""
+def model(row: dict[str, Any], *, chained: bool = False) -> Architecture:
+    """The layers that a row was measured on; ``chained``: with both projections of experts as a chain."""
+    model_type, mixture = row.get("model_type", "llama"), "experts" in row
     sizes = {
         "num_hidden_layers": row["layers"],
         "hidden_size": row["hidden"],
-        "intermediate_size": row["intermediate"],
+        "moe_intermediate_size" if mixture else "intermediate_size": row["intermediate"],
         "num_attention_heads": row["heads"],
         "num_key_value_heads": row["kv_heads"],
+        "head_dim": row.get("head_dim") or row["hidden"] // row["heads"],
     }
-    linears = family_projections(sizes, "llama")
+    linears = family_projections(sizes, model_type)
     decoder = Decoder(
         layers=row["layers"],
         hidden=row["hidden"],
         intermediate=row["intermediate"],
         heads=row["heads"],
         kv_heads=row["kv_heads"],
-        head_dim=row["hidden"] // row["heads"],
-        head_norms=False,
+        head_dim=sizes["head_dim"],
+        head_norms=mixture,
         vocab=None,
         tied=False,
         projections=linears,
+        router=Router(normed=False, float32=False) if mixture else None,
     )
-    return Architecture(row["shape"], "llama", "live", linears, decoder=decoder)
+    stacks = tuple(
+        Stack(
+            name,
+            row["experts"],
+            *features,
+            gathers=name != "down_proj",
+            top_k=row["top_k"],
+            bias=False,
+            count=row["layers"],
+            activation="silu_gated" if chained else "",
+        )
+        for name, features in (
+            ("gate_up_proj", (row["hidden"], 2 * row["intermediate"])),
+            ("down_proj", (row["intermediate"], row["hidden"])),
+        )
+        if mixture
+    )
+    adapted = () if row.get("adapted") == "experts" else linears
+    return Architecture(row["shape"], model_type, "live", adapted, decoder=decoder, stacks=stacks)
+
+
+def _is_chained(result: dict[str, Any]) -> bool:
+    """Whether modules made what is between the projections of experts: some of their ways are of no others."""
+    ways = {way.name for way in ACTIVATED.table} - {way.name for way in COMBINED.table}
+    return any(ways & set(re.split("[-/]", chosen)) for chosen in result.get("chosen", {}).values())
 
 
 def compared(report: dict[str, Any]) -> Iterator[Compared]:
     """All rows, contenders and modes that the estimate knows."""
     for row in report["rows"]:
-        architecture = model(row)
+        if row.get("model_type", "llama") not in decoder_types():
+            continue
 
         @cache
-        def guesses(adapter_dtype: str, checkpointing: bool) -> dict[str, Estimate]:
+        def guesses(adapter_dtype: str, checkpointing: bool, chained: bool) -> dict[str, Estimate]:
             tokens = (row["batch"] * row["sequence"],)  # noqa: B023  # called within this round
             # What was measured are lone linears.
             fields = {"adapter_dtype": adapter_dtype, "device": report["profile"], "groups": "none"}
             workload = Workload(tokens=tokens, **fields)
             batch = Batch(row["batch"], row["sequence"], checkpointing=checkpointing, body=True)  # noqa: B023
-            return estimate(architecture, row["rank"], workload, batch)  # noqa: B023
+            return estimate(model(row, chained=chained), row["rank"], workload, batch)  # noqa: B023
 
         for contender, (way, adapter_dtype) in CONTENDERS.items():
             result = row["results"].get(contender, {})
@@ -107,7 +140,7 @@ def compared(report: dict[str, Any]) -> Iterator[Compared]:
                 measured = result.get(mode, {})
                 if "median_ms" not in measured:
                     continue
-                guess = guesses(adapter_dtype, checkpointing)[way]
+                guess = guesses(adapter_dtype, checkpointing, _is_chained(result))[way]
                 yield Compared(
                     row["shape"],
                     contender,
@@ -128,12 +161,15 @@ def table(rows: list[Compared]) -> str:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, nargs="?", default=RESULTS, help="what tools/bench_model.py wrote")
+    parser.add_argument(
+        "results", type=Path, nargs="*", default=[RESULTS, RESULTS_OF_EXPERTS], help="what tools/bench_model.py wrote"
+    )
     options = parser.parse_args()
-    rows = list(compared(json.loads(options.results.read_text(encoding="utf-8"))))
-    print(table(rows))
-    for name, values in (("time", [r.time_off for r in rows]), ("peak", [r.peak_off for r in rows])):
-        print(f"{name}: at most {max(map(abs, values)):.1%} off")
+    for file in options.results:
+        rows = list(compared(json.loads(file.read_text(encoding="utf-8"))))
+        print(table(rows))
+        for name, values in (("time", [r.time_off for r in rows]), ("peak", [r.peak_off for r in rows])):
+            print(f"{name}: at most {max(map(abs, values)):.1%} off")
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@
 The path is PEFT's source with its tests, of the version that is installed (an unpacked ``pip download --no-binary :all:
 --no-deps peft``). One of its files is run twice, unchanged: as it is, and with every LoRA layer accelerated as soon as
 PEFT has put it in, by one generated module that serves all shapes and ranks (generated modules accept any); stacks of
-experts by one for each of the two kinds. This file is the plugin of pytest that does that, too. The result counts the
-tests that pass on generated modules, those that pass with accelerated layers that they save, merge or switch and never
-call, and the others by their reason and by the case that they test.
+experts by one for each of the two kinds, chained or apart. This file is the plugin of pytest that does that, too. The
+result counts the tests that pass on generated modules, those that pass with accelerated layers that they save, merge or
+switch and never call, and the others by their reason and by the case that they test.
 
 Nothing is loaded from the Hub. Of three of its tiny models, which the tests of experts load, the Hub's cache holds
 stand-ins: models of the same classes, as tiny, with random weights. Tests that load others fail both times.
@@ -30,9 +30,10 @@ import sys
 import tempfile
 import types
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 #: Where the plugin writes, and whether it switches our layers on.
 _RECORD, _OURS = "RUNLORA_PEFT_TESTS_RECORD", "RUNLORA_PEFT_TESTS_OURS"
@@ -88,8 +89,23 @@ class _AnyShape(dict[tuple[Any, ...], Any]):
 
     def __getitem__(self, shape: tuple[Any, ...]) -> Any:
         self.calls += 1
+        return self.get(shape)
+
+    def get(self, shape: tuple[Any, ...], _: Any = None) -> Any:
+        """What is there for a shape, which is no call of it."""
         # What stands behind the sizes of a stack is its kind.
         return next(module for own, module in self.items() if own[3:] == shape[3:])
+
+
+class _Counted:
+    """As what computes experts, which counts its calls."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.calls, self._function = 0, function
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        self.calls += 1
+        return self._function(*args, **options)
 
 
 class Plugin:
@@ -102,22 +118,32 @@ class Plugin:
         self._left: collections.Counter[str] = collections.Counter()
         self._accelerated = 0
         self._watches = False
-        self._served: list[_AnyShape] = []
+        self._served: list[_AnyShape | _Counted] = []
         if ours:
             self._switch_on()
 
     def _switch_on(self) -> None:
         from peft.tuners import lora
+        from runlora_gen.request.workload import Workload
         from transformers import Qwen3MoeConfig
 
         linears = _package("llama-9m", target_modules=["q_proj"], dropout=0.1)
-        experts = _package(Qwen3MoeConfig(), target_parameters=["gate_up_proj", "down_proj"])
         linears.with_peft.LINEARS = _AnyShape(linears.with_peft.LINEARS)
-        experts.experts.EXPERTS = experts.experts_with_peft.EXPERTS = _AnyShape(experts.experts.EXPERTS)
-        experts.experts_with_peft.RANK = linears.with_peft.RANK = _AnyRank()
-        self._served = [linears.with_peft.LINEARS, experts.experts.EXPERTS]
-        for package in (linears, experts):
-            self._watch(package, stacks=package is experts)
+        linears.with_peft.RANK = _AnyRank()
+        self._served = [linears.with_peft.LINEARS]
+        packages = [linears]
+        # Chained with the activation between them; and apart, for experts that have another one.
+        for chained in (True, False):
+            with mock.patch.object(Workload, "chains_experts", chained):
+                experts = _package(Qwen3MoeConfig(), target_parameters=["gate_up_proj", "down_proj"])
+            experts.experts.EXPERTS = _AnyShape(experts.experts.EXPERTS)
+            experts.experts_with_peft.RANK = _AnyRank()
+            # A package looks its modules up when it judges layers, too.
+            experts.experts_with_peft.computed = _Counted(experts.experts_with_peft.computed)
+            self._served.append(experts.experts_with_peft.computed)
+            packages.append(experts)
+        for package in packages:
+            self._watch(package, stacks=package is not linears)
         tuners: Any = lora.LoraModel
         inject = tuners.inject_adapter
 
@@ -125,7 +151,7 @@ class Plugin:
             made = inject(tuner, *args, **options)
             with warnings.catch_warnings():  # the tests count PEFT's
                 warnings.simplefilter("ignore")
-                for package in (linears, experts):
+                for package in packages:
                     with contextlib.suppress(ValueError):  # there is no such LoRA layer
                         self._accelerated += len(package.accelerate(tuner.model).accelerated)
             return made
@@ -138,7 +164,10 @@ class Plugin:
         judge = with_peft._why_not
 
         def lora_layers(model: Any) -> dict[str, Any]:
-            return {name: layer for name, layer in here.lora_layers(model).items() if here.is_stack(layer) == stacks}
+            layers = here.lora_layers(model).items()
+            return {
+                name: layer for name, layer in layers if here.is_stack(layer) == stacks and _is_free(layer, package)
+            }
 
         def why_not(layer: Any, **options: Any) -> Any:
             reason = judge(layer, **options)
@@ -177,6 +206,12 @@ class Plugin:
 
     def pytest_sessionfinish(self) -> None:
         self._record.write_text(json.dumps(self._found), encoding="utf-8")
+
+
+def _is_free(layer: Any, package: Any) -> bool:
+    """Whether no other package runs a layer."""
+    kind = type(layer)
+    return not hasattr(kind, "replaces") or kind.__module__.startswith(f"{package.__name__}.")
 
 
 def _package(model: Any, **options: Any) -> Any:
@@ -248,7 +283,8 @@ def run(source: Path, file: str, expression: str | None, cache: Path, *, ours: b
     """
     with tempfile.TemporaryDirectory() as folder, _as_package(source) as root:
         record = Path(folder, "record.json")
-        paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+        given = [str(Path(path).resolve()) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+        paths = [str(Path(__file__).parent), *given]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
         environment |= {_RECORD: str(record), _OURS: str(int(ours)), "TRITON_INTERPRET": "1"}
         environment |= {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}

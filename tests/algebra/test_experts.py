@@ -13,18 +13,42 @@ from numpy.typing import NDArray
 from runlora_gen.algebra.count import count_programs
 from runlora_gen.algebra.derivation import CAST_ADAPTER, NO_FACTS, Derivation, Facts, Way
 from runlora_gen.algebra.enumerate import Phase, Program, enumerate_programs
-from runlora_gen.algebra.experts import ACTIVATED, COMBINED, GATHERED, HANDED, experts
-from runlora_gen.algebra.operations import Contract, Convert, Fused, Map, Operand, Operation, Reduce, Route, products
+from runlora_gen.algebra.experts import (
+    ACTIVATED,
+    ACTIVATED_DROPPED,
+    COMBINED,
+    COMBINED_DROPPED,
+    GATHERED,
+    GATHERED_DROPPED,
+    HANDED,
+    HANDED_DROPPED,
+    experts,
+)
+from runlora_gen.algebra.operations import (
+    Contract,
+    Convert,
+    Draw,
+    Fused,
+    Map,
+    Operand,
+    Operation,
+    Reduce,
+    Route,
+    products,
+)
 from runlora_gen.algebra.schedule import schedule
 from runlora_gen.kernels.sites import serves
 
 Array = NDArray[np.float64]
 Values = dict[str, Array]
 
-SITES = (GATHERED, COMBINED, HANDED, ACTIVATED)
+DROPPED = (GATHERED_DROPPED, COMBINED_DROPPED, HANDED_DROPPED, ACTIVATED_DROPPED)
+SITES = (GATHERED, COMBINED, HANDED, ACTIVATED, *DROPPED)
 GOALS = {site: tuple(map(str, site.gradients)) for site in SITES}
-#: Those whose rows become tokens.
-GIVE_TOKENS = (COMBINED, ACTIVATED)
+#: Those whose rows become tokens, those that hand over, and those that read what goes into an activation.
+GIVE_TOKENS = (COMBINED, ACTIVATED, COMBINED_DROPPED, ACTIVATED_DROPPED)
+HANDING, ACTIVATING = (HANDED, HANDED_DROPPED), (ACTIVATED, ACTIVATED_DROPPED)
+RATE = 0.25
 WIDE = frozenset({CAST_ADAPTER})
 SCALINGS = {"s": 0.75, "s_U": 0.5}
 SCALING = SCALINGS["s"]
@@ -68,9 +92,13 @@ def problem(site: Derivation) -> Problem:
     generator = np.random.default_rng(0)
     sizes = {"N": N, "T": N * TOP_K, "E": E, "I": I, "O": O, "R": R, "F": 2 * I, "RU": R + 1}
     arguments = [argument.name for argument in site.arguments if argument.name in site.symbols]
-    names = [*arguments, "dY", *(("P",) if site is HANDED else ())]
+    names = [*arguments, "dY", *(("P",) if site in HANDING else ())]
+    names = [name for name in names if name != "dropout"]
     given = {name: generator.standard_normal([sizes[dim] for dim in site[name].shape]) for name in names}
     given |= {name: given[f"lora_{name}"] for name in ("A", "B", "BU") if name in given}
+    if site in DROPPED:  # whichever draws, from the rate or from a seed: the same mask
+        given["K"] = (generator.random((sizes["T"], I)) >= RATE).astype(np.float64)
+        given |= dict.fromkeys(("dropout", "seed"), np.zeros(()))
     return Problem(order // TOP_K, choices[order], given)
 
 
@@ -89,13 +117,14 @@ def activate_backward(dx: Array, u: Array) -> Array:
 def expected(site: Derivation, of: Problem) -> Values:
     """Row by row, straight from what a linear with LoRA is, and its gradients from the chain rule."""
     w, b, lora_a, lora_b, dy = (of.given[name] for name in ("W", "b", "lora_A", "lora_B", "dY"))
-    x = activate(of.given["U"]) if site is ACTIVATED else of.given["X"]
+    x = activate(of.given["U"]) if site in ACTIVATING else of.given["X"]
     found = {"Y": np.zeros((N, O)) if site in GIVE_TOKENS else np.zeros((len(of.tokens), O))}
     found |= {"dX": np.zeros_like(x), "dA": np.zeros_like(lora_a), "dB": np.zeros_like(lora_b)}
     found |= {"dg": np.zeros_like(of.given["g"])} if site in GIVE_TOKENS else {}
+    kept = of.given["K"] / (1 - RATE) if site in DROPPED else np.ones((len(of.tokens), I))
     for row, (token, expert) in enumerate(zip(of.tokens, of.experts, strict=True)):
         at = row if site in GIVE_TOKENS else token
-        whole = w[expert] + SCALING * lora_b[expert] @ lora_a[expert]
+        whole = w[expert] + SCALING * lora_b[expert] @ lora_a[expert] * kept[row]
         made = whole @ x[at] + b[expert]
         if site not in GIVE_TOKENS:
             found["Y"][row] = made
@@ -105,18 +134,19 @@ def expected(site: Derivation, of: Problem) -> Values:
             found["dg"][row] = dy[token] @ made
             gradient = of.given["g"][row] * dy[token]
         found["dX"][at] += gradient @ whole
-        outer = SCALING * np.outer(gradient, x[at])
+        outer = SCALING * np.outer(gradient, x[at] * kept[row])
         found["dA"][expert] += lora_b[expert].T @ outer
         found["dB"][expert] += outer @ lora_a[expert].T
-    if site is HANDED:  # the gradient of S is another module's, and so is that of B
+    if site in HANDING:  # the gradient of S is another module's, and so is that of B
         del found["dB"]
-        found["S"] = SCALING * np.stack([lora_a[e] @ x[token] for token, e in zip(of.tokens, of.experts, strict=True)])
+        left = x[of.tokens] * kept
+        found["S"] = SCALING * np.stack([lora_a[e] @ row for row, e in zip(left, of.experts, strict=True)])
         p = of.given["P"]
         found["dX"], found["dA"] = np.zeros_like(x), np.zeros_like(lora_a)
         for row, (token, expert) in enumerate(zip(of.tokens, of.experts, strict=True)):
-            found["dX"][token] += dy[row] @ w[expert] + p[row] @ lora_a[expert]
-            found["dA"][expert] += np.outer(p[row], x[token])
-    if site is ACTIVATED:
+            found["dX"][token] += dy[row] @ w[expert] + p[row] @ lora_a[expert] * kept[row]
+            found["dA"][expert] += np.outer(p[row], left[row])
+    if site in ACTIVATING:
         du = activate_backward(found.pop("dX"), of.given["U"])
         found |= {"dU": du, "dBU": np.zeros_like(of.given["BU"])}
         found["PU"] = SCALINGS["s_U"] * np.stack([d @ of.given["BU"][e] for d, e in zip(du, of.experts, strict=True)])
@@ -158,6 +188,11 @@ def step_value(step: Operation, values: Values, of: Problem) -> Array:
             rows, *weights = (values[operand.name] for operand in step.operands)
             weighed = rows * weights[0][:, None] if weights else rows
             return np.stack([weighed[of.tokens == token].sum(0) for token in range(N)])
+        case Draw():
+            return of.given[step.out.name]
+        case Map(function="drop"):
+            rows, mask = (values[operand.name] for operand in step.operands)
+            return rows * mask / (1 - RATE)
         case Map(function="activate"):
             return activate(values[step.operands[0].name])
         case Map(function="activate_backward"):
@@ -203,7 +238,8 @@ def test_every_program_computes_the_same(site: Derivation) -> None:
         casts = any(isinstance(op, Convert) for op in program.forward.operations)
         forward = run(in_order(program.forward), of.values(*names - ({"A", "B"} if casts else set())), of)
         kept = {str(symbol): forward[str(symbol)] for symbol in (*program.kept, *program.saved_inputs)}
-        backward = run(in_order(program.backward), of.values("dY", "b", *(("P",) if site is HANDED else ())) | kept, of)
+        given = of.values("dY", "b", *(("P",) if site in HANDING else ()))
+        backward = run(in_order(program.backward), given | kept, of)
         for name, value in right.items():
             made = (forward if name in map(str, site.outputs) else backward)[name]
             assert np.allclose(made, value, rtol=1e-12, atol=1e-12), (program.id, name)
@@ -242,6 +278,12 @@ def test_formulas_parse_back(site: Derivation) -> None:
         (HANDED, 1, 2 * 2 * 2 * 2),
         # X and S kept or made again, dg of dXu or of Yr, kept or made again. With kernels 2 ways of Yr and of dXu.
         (ACTIVATED, 12, 1272),
+        # Nothing is merged, and the mask comes first in dX. H, too, is kept or made again; or a seed is, of which
+        # kernels draw: then S, dA and dX have one way each.
+        (GATHERED_DROPPED, 2 * 2 * 2, 3 * 2 * 2 * 2 + 3 * 2 * 2),
+        (COMBINED_DROPPED, 2 * 2 * 2 * 4, 3 * 3 * 2 * 6 * 2 + 3 * 3 * 2 * 6),
+        (HANDED_DROPPED, 2, 2 * 2 + 2),
+        (ACTIVATED_DROPPED, 22, 1092),
     ],
     ids=lambda value: getattr(value, "site", None),
 )
@@ -291,7 +333,8 @@ def test_rows_of_tokens_are_never_kept(site: Derivation) -> None:
     for program in programs(site):
         names = {str(symbol) for symbol in program.kept}
         kept |= names
-        assert ("U" if site is ACTIVATED else "X") in map(str, program.saved_inputs)
+        read = "U" if site in ACTIVATING else "X"  # what a mask leaves of rows may stand for it
+        assert read in map(str, program.saved_inputs) or (site in DROPPED and "H" in names)
         assert ("g" in map(str, program.saved_inputs)) == (site in GIVE_TOKENS)
         assert set(program.kept) <= program.backward.reads, "what nothing reads is not kept"
     assert (
@@ -301,13 +344,40 @@ def test_rows_of_tokens_are_never_kept(site: Derivation) -> None:
             COMBINED: {"S", "M", "A", "B", "Yr"},
             HANDED: {"A"},
             ACTIVATED: {"X", "S", "A", "B", "Yr"},
+            # What a mask leaves of rows is nowhere else.
+            GATHERED_DROPPED: {"S", "A", "B", "K", "H", "seed"},
+            COMBINED_DROPPED: {"S", "A", "B", "Yr", "K", "H", "seed"},
+            HANDED_DROPPED: {"A", "K", "H", "seed"},
+            ACTIVATED_DROPPED: {"X", "S", "A", "B", "Yr", "K", "H", "seed"},
         }[site]
     )
+
+
+@pytest.mark.parametrize("site", DROPPED, ids=lambda site: site.site)
+def test_a_mask_is_drawn_once_and_goes_back_through_the_same(site: Derivation) -> None:
+    found = set()
+    for program in programs(site):
+        (drawn,) = (op for op in program.forward.operations if isinstance(op, Draw))
+        assert str(drawn.operands[0]) == "dropout" and drawn.out in program.kept, "dX goes through it"
+        assert not any(isinstance(op, Draw) for op in program.backward.operations)
+        drawing = [
+            op for op in program.operations if isinstance(op, Fused) and any(isinstance(p, Draw) for p in op.parts)
+        ]
+        # By a seed all kernels draw; by bytes none does.
+        read = {str(symbol) for op in program.operations for symbol in op.reads}
+        seeded = str(drawn.out) == "seed"
+        assert bool(drawing) == seeded and not read & ({"K", "H"} if seeded else {"seed"})
+        assert site["dropout"] not in program.saved_inputs
+        found.add(seeded)
+    assert found == {False, True}
 
 
 def test_which_site_a_projection_is() -> None:
     assert experts(gathers=True) is GATHERED and experts(gathers=False) is COMBINED
     assert experts(gathers=True, activated=True) is HANDED and experts(gathers=False, activated=True) is ACTIVATED
+    for gathers, activated in itertools.product((True, False), repeat=2):
+        site = experts(gathers=gathers, activated=activated, dropout=True)
+        assert site in DROPPED and site.evaluated is experts(gathers=gathers, activated=activated)
     assert [str(symbol) for symbol in GATHERED.gradients] == ["dX", "dA", "dB"]
     assert [str(symbol) for symbol in COMBINED.gradients] == ["dX", "dA", "dB", "dg"]
     assert [str(symbol) for symbol in GATHERED.inputs()] == ["X", "W", "A", "B"]
@@ -318,4 +388,6 @@ def test_which_site_a_projection_is() -> None:
 @every_site
 def test_what_merges_loses_updates_in_16_bits(site: Derivation) -> None:
     for program in programs(site):
-        assert program.lossy_in_16_bit == (site["M"] in program.forward.made | program.backward.made)
+        merged = site.symbols.get("M")
+        assert program.lossy_in_16_bit == (merged in program.forward.made | program.backward.made)
+        assert (merged is None) == (site in DROPPED)

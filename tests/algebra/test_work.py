@@ -5,7 +5,14 @@ from __future__ import annotations
 import itertools
 import re
 
-from runlora_gen.algebra.experts import ACTIVATED, COMBINED, GATHERED
+from runlora_gen.algebra.experts import (
+    ACTIVATED,
+    ACTIVATED_DROPPED,
+    COMBINED,
+    COMBINED_DROPPED,
+    GATHERED,
+    GATHERED_DROPPED,
+)
 from runlora_gen.algebra.linear import DROPPED, FLOAT8, LINEAR, QUANTIZED
 from runlora_gen.algebra.operations import Map, Operation, Symbol, parse
 from runlora_gen.algebra.work import work
@@ -160,6 +167,43 @@ OF_EXPERTS = {
             "experts_activate_backward: TF->TI activate inner; TR1,T->TR1 weigh inner; TR1,TI->ER1I; "
             "TI,T->TI weigh inner; TI,TF->TF activate_backward; NO->TO gather inner; TI,TI,TO,EO->T dot; "
             "TF,EFR2->TR2 scaled; TF,TR2->EFR2"
+        ),
+    },
+    GATHERED_DROPPED: {
+        "experts_x_at_dropped_gathered: Xr := gather(X); K := draw(seed); H := drop(Xr, K); S = s * H @ A[e].T": (
+            "experts_x_at_dropped_gathered: NI->TI gather inner; ->TI draw inner; TI,TI->TI drop inner; "
+            "TI,ERI->TR scaled"
+        ),
+        "experts_gemm_dropped: K := draw(seed); dH := P @ A[e]; dXr = drop(dH, K); dXr += dY @ W[e]": (
+            "experts_gemm_dropped: ->TI draw inner; TR,ERI->TI inner; TI,TI->TI drop; TO,EOI->TI accumulated"
+        ),
+        "experts_pt_x_dropped_gathered: Xr := gather(X); K := draw(seed); H := drop(Xr, K); dA[e] = P.T @ H": (
+            "experts_pt_x_dropped_gathered: NI->TI gather inner; ->TI draw inner; TI,TI->TI drop inner; TR,TI->ERI"
+        ),
+    },
+    COMBINED_DROPPED: {
+        "experts_x_at_dropped: K := draw(seed); H := drop(X, K); S = s * H @ A[e].T": (
+            "experts_x_at_dropped: ->TI draw inner; TI,TI->TI drop inner; TI,ERI->TR scaled"
+        ),
+        "experts_gemm_dropped_gathered: dYr := gather(dY); K := draw(seed); dH := P @ A[e]; dXu = drop(dH, K); "
+        "dXu += dYr @ W[e]": (
+            "experts_gemm_dropped_gathered: NO->TO gather inner; ->TI draw inner; TR,ERI->TI inner; TI,TI->TI drop; "
+            "TO,EOI->TI accumulated"
+        ),
+        "experts_pt_x_dropped: K := draw(seed); H := drop(X, K); dA[e] = Pg.T @ H": (
+            "experts_pt_x_dropped: ->TI draw inner; TI,TI->TI drop inner; TR,TI->ERI"
+        ),
+    },
+    ACTIVATED_DROPPED: {
+        "experts_activate_dropped: X = activate(U); K := draw(seed); H := drop(X, K); S = s * H @ A[e].T": (
+            "experts_activate_dropped: TF->TI activate; ->TI draw inner; TI,TI->TI drop inner; TI,ERI->TR scaled"
+        ),
+        "experts_activate_backward_dropped: X := activate(U); K := draw(seed); H := drop(X, K); Pg := weigh(P, g); "
+        "dA[e] = Pg.T @ H; dX := weigh(dXu, g); dU = activate_backward(dX, U); dYr := gather(dY); "
+        "dg = dot(dXu, X, dYr, b); PU = s_U * dU @ BU[e]; dBU[e] = dU.T @ SU": (
+            "experts_activate_backward_dropped: TF->TI activate inner; ->TI draw inner; TI,TI->TI drop inner; "
+            "TR1,T->TR1 weigh inner; TR1,TI->ER1I; TI,T->TI weigh inner; TI,TF->TF activate_backward; "
+            "NO->TO gather inner; TI,TI,TO,EO->T dot; TF,EFR2->TR2 scaled; TF,TR2->EFR2"
         ),
     },
 }

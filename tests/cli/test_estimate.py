@@ -94,3 +94,22 @@ def test_devices_are_listed(run) -> None:
     by_name = {one["name"]: one for one in listed}
     assert by_name["h100"]["measured_on"] == "h200" and by_name["h200"]["measured_on"] is None
     assert by_name["a100"]["measured_dtypes"] == [] and by_name["cpu"]["measured_dtypes"] == ["fp32"]
+
+
+def test_a_mixture_with_adapters_on_experts_or_linears(run, tmp_path: Path) -> None:
+    """Experts without adapters are frozen: their weights are there, and their time."""
+    pytest.importorskip("transformers")
+    sizes = {"hidden_size": 256, "moe_intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 64, "num_experts": 16, "num_experts_per_tok": 4, "vocab_size": 512}
+    (tmp_path / "config.json").write_text(json.dumps({**sizes, "model_type": "qwen3_moe"}))
+    step = ("estimate", "--arch", tmp_path, "--rank", "4", "-s", "1k", "--no-kernels", "--json")
+    alone, linears = (
+        json.loads(run(*step, *more).out) for more in (("--target-parameters", "gate_up_proj,down_proj"), ())
+    )
+    assert alone["frozen"] == linears["frozen"]
+    assert alone["frozen"]["memory"]["weights"] > 2 * 2 * 16 * 3 * 256 * 96
+    rows = {"experts": 2 * 16 * 4 * (256 + 192 + 96 + 256), "linears": 2 * 4 * (2 * (256 + 256) + 2 * (256 + 128))}
+    assert alone["ours"]["memory"]["adapters"] == 8 * rows["experts"]
+    assert linears["ours"]["memory"]["adapters"] == 8 * rows["linears"]
+    (tmp_path / "config.json").write_text(json.dumps({**sizes, "model_type": "gpt_oss", "num_local_experts": 4}))
+    assert "of which only the linears are known; estimated are llama, mistral, mixtral, " in run(*step).err

@@ -271,9 +271,10 @@ def test_variants_of_experts(run, mixture: Path) -> None:
     assert set(rows(text)) == front | {site["chosen"]} and f"→ chosen: {site['chosen']} " in text
 
 
-def test_a_step_with_adapters_on_experts_is_not_estimated(run, mixture: Path) -> None:
+def test_a_manifest_is_not_estimated(run, mixture: Path) -> None:
+    """It says nothing of what is around linears and experts."""
     outcome = run("estimate", "--arch", mixture, "--rank", "4", "--sequence", "2k", "--target-parameters", "down_proj")
     assert outcome.code == 2 and outcome.err.splitlines()[-1] == (
-        "runlora-gen: error: estimate: mine has adapters on experts, of which no whole step is estimated yet; "
-        "`explain` says what these gain"
+        "runlora-gen: error: estimate: not all is known of mine; give the config of a mixtral model with all sizes, "
+        "whose layers are all alike"
     )

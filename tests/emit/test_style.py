@@ -167,7 +167,9 @@ def test_functions_are_formatted_as_in_the_whole() -> None:
     settings += [setting_for(each, 128, 128, 4, False, 4096) for each in of_one]
     stacks = [Experts(4, 128, 128, gathers, 2, False, 1, ("up_proj",)) for gathers in (True, False)]
     stacks.append(replace(stacks[1], activation="silu_gated"))
-    settings += [setting_of(workload, stack, 4, 4096) for stack in stacks]
+    settings += [
+        setting_of(each, stack, 4, 4096) for stack in stacks for each in (workload, replace(workload, dropout=0.1))
+    ]
     calls = tuple(KernelCall(op, of) for of in settings for op in operations_of(of.derivation) if isinstance(op, Fused))
     node = replace(node, calls=calls, helpers=node.helpers | helpers, activations=tuple(ACTIVATIONS.values()))
     assert [kernel.name for kernel in node.kernels] == list(KERNELS)

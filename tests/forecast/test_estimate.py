@@ -145,7 +145,7 @@ def test_the_operators_of_a_layer() -> None:
         return estimate(model, 8, Workload(tokens=(64,)), Batch(1, 64))["frozen"].times.host_s
 
     from runlora_gen.cost.device import load_device
-    from runlora_gen.forecast.estimate import PLAIN_HOST
+    from runlora_gen.forecast.plain import PLAIN_HOST
 
     launches = (host_s(3) - host_s(2)) / load_device("h100").host_s / PLAIN_HOST
     assert launches == pytest.approx(sum(three) - sum(two))

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from runlora_gen.generation import Request, read_request
+from runlora_gen.request.architecture import family_projections
 from runlora_gen.request.errors import SpecError
 from runlora_gen.request.experts import UNASKED, Stack
 
@@ -26,6 +29,13 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "num_hidden_layers": 2,
+}
+LINEAR_ATTENTION = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
 }
 LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
 DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
@@ -100,12 +110,33 @@ MODELS: dict[str, tuple[dict[str, Any], str, dict[str, tuple[int, int, int, int,
         "block_sparse_moe.experts",
         {"gate_up_proj": (4, 64, 192, 2, False, 2), "down_proj": (4, 96, 64, 2, False, 2)},
     ),
-    "qwen3_next": (BESIDE_SHARED, "mlp.experts", FINE),
-    "qwen3_5_moe_text": (BESIDE_SHARED, "mlp.experts", FINE),
+    **{
+        model_type: (
+            {
+                **LINEAR_ATTENTION,
+                "num_experts": 6,
+                "num_experts_per_tok": 3,
+                "moe_intermediate_size": 24,
+                "shared_expert_intermediate_size": 32,
+                "head_dim": 16,
+            },
+            "mlp.experts",
+            {"gate_up_proj": (6, 64, 48, 3, False, 2), "down_proj": (6, 24, 64, 3, False, 2)},
+        )
+        for model_type in ("qwen3_next", "qwen3_5_moe_text")
+    },
     "glm4_moe": (
-        {"n_routed_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "first_k_dense_replace": 0},
+        {
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "head_dim": 16,
+        },
         "mlp.experts",
-        FINE,
+        {"gate_up_proj": (4, 64, 48, 2, False, 1), "down_proj": (4, 24, 64, 2, False, 1)},
     ),
     "minimax_m2": (
         {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16},
@@ -113,18 +144,40 @@ MODELS: dict[str, tuple[dict[str, Any], str, dict[str, tuple[int, int, int, int,
         {"gate_up_proj": (4, 64, 192, 2, False, 2), "down_proj": (4, 96, 64, 2, False, 2)},
     ),
     "ernie4_5_moe": (
-        {"moe_num_experts": 6, "moe_k": 3, "moe_intermediate_size": 24, "moe_layer_start_index": 0},
+        {
+            "moe_num_experts": 4,
+            "moe_k": 2,
+            "moe_intermediate_size": 24,
+            "moe_layer_start_index": 1,
+            "moe_layer_end_index": 1,
+        },
         "mlp.experts",
-        FINE,
+        {"gate_up_proj": (4, 64, 48, 2, False, 1), "down_proj": (4, 24, 64, 2, False, 1)},
+    ),
+    # Every expert has all tokens, whatever the router makes of them.
+    "llama4_text": (
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "intermediate_size_mlp": 128,
+            "interleave_moe_layer_step": 2,
+            "head_dim": 16,
+        },
+        "feed_forward.experts",
+        {"gate_up_proj": (4, 64, 192, 4, False, 1), "down_proj": (4, 96, 64, 4, False, 1)},
     ),
 }
+#: What is between their projections, where it is not silu(gate) * up.
+ACTIVATIONS = {"gpt_oss": "gpt_oss", "nemotron_h": "relu2"}
+#: Families whose experts are given rows, of which PEFT takes the matrices for transposed.
+ROWS = ("llama4_text",)
 BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
-def build(model_type: str = "mixtral") -> Any:
+def build(model_type: str = "mixtral", device: str = "cpu") -> Any:
     torch.manual_seed(0)
     config = transformers.CONFIG_MAPPING[model_type](**{**SIZES, **MODELS[model_type][0]})
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.device(device):
         warnings.simplefilter("ignore")
         return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
 
@@ -136,11 +189,11 @@ def adapted(model: Any, **options: Any) -> Any:
 
 
 def stacks(model_type: str) -> tuple[Stack, ...]:
-    layout = "in_out" if model_type == "gpt_oss" else "out_in"
-    activation = {"gpt_oss": "gpt_oss", "nemotron_h": "relu2"}.get(model_type, "silu_gated")
+    layout = "in_out" if model_type in ("gpt_oss", *ROWS) else "out_in"
+    between = ACTIVATIONS.get(model_type, "silu_gated")
     _, module, shapes = MODELS[model_type]
     return tuple(
-        Stack(name, experts, wide, out, name != "down_proj", top_k, bias, count, layout, module, activation)
+        Stack(name, experts, wide, out, name != "down_proj", top_k, bias, count, layout, module, between)
         for name, (experts, wide, out, top_k, bias, count) in shapes.items()
     )
 
@@ -159,14 +212,57 @@ def test_stacks_are_read_as_the_model_has_them(model_type: str) -> None:
     read = read_model(model)
     expected = stacks(model_type)
     assert read.architecture.offered == expected and read.architecture.stacks == ()
+    on_meta = read_model(build(model_type, "meta"))
+    assert on_meta.architecture == read.architecture and on_meta.left_out == read.left_out
+    assert on_meta.architecture.offered == expected
     reasons = {where for where, why in read.left_out.items() if why == UNASKED}
     assert {re.sub(r".*\d\.|.*\*\.", "", where) for where in reasons} == {stack.parameter for stack in expected}
     # What the model does: as many choices a token as its router makes, of which each has a row.
     seen: list[tuple[int, ...]] = []
+
+    def hook(_: Any, inputs: tuple[Any, ...]) -> None:
+        tokens = 8
+        rows = len(inputs[0]) if model_type in ROWS else inputs[1].numel()
+        seen.append((inputs[0].shape[-1], rows // tokens))
+
     for module in experts_of(model).values():
-        module.register_forward_pre_hook(lambda _, inputs: seen.append((inputs[0].shape[-1], inputs[1].shape[-1])))
+        module.register_forward_pre_hook(hook)
     model(input_ids=torch.arange(8)[None])
     assert seen == [(expected[0].in_features, expected[0].top_k)] * expected[0].count
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_all_weights_are_taken_or_left_out_with_a_reason(model_type: str) -> None:
+    """Another walk: each weight is of a linear, of a stack, or of something that is named."""
+    model = build(model_type, "meta")
+    read = read_model(model)
+    linears: Counter[tuple[str, int, int, bool]] = Counter()
+    found: Counter[tuple[str, tuple[int, ...]]] = Counter()
+    for path, weight in model.named_parameters():
+        owner, _, name = path.rpartition(".")
+        left = {re.sub(r"\b\d+\b", "*", where) for where in (owner, path)} | {owner, path}
+        if weight.dim() < 2 or name.endswith("_bias"):
+            continue
+        reasons = [why for where, why in read.left_out.items() if where in left]
+        if reasons == [UNASKED]:
+            found[name, tuple(weight.shape)] += 1
+        elif not reasons:
+            assert name == "weight" and weight.dim() == 2, path
+            linear = model.get_submodule(owner)
+            linears[owner.rpartition(".")[2], weight.shape[1], weight.shape[0], linear.bias is not None] += 1
+        else:
+            assert len(reasons) == 1 and reasons[0], path
+    taken: Counter[tuple[str, int, int, bool]] = Counter()
+    for p in read.architecture.projections:
+        taken[p.name, p.in_features, p.out_features, p.bias] += p.count
+    assert taken == linears
+    assert found == {
+        (stack.name, (stack.experts, *sides[:: 1 if stack.layout == "in_out" else -1])): stack.count
+        for stack in read.architecture.offered
+        for sides in [(stack.in_features, stack.out_features)]
+    }
+    described = family_projections(model.config.to_dict(), model_type)  # of few families, the linears beside experts
+    assert {replace(p, input="") for p in described} <= {replace(p, input="") for p in read.architecture.projections}
 
 
 @pytest.mark.parametrize("model_type", MODELS)
@@ -198,8 +294,9 @@ def test_stacks_with_adapters_are_seen_through_peft(model_type: str) -> None:
     for wrapper in wrappers:
         (stack,) = (stack for stack in expected if stack.name == wrapper.parameter_name)
         rows = ranks[stack.name] * stack.experts
-        assert wrapper.lora_A["default"].weight.shape == (rows, stack.in_features)
-        assert wrapper.lora_B["default"].weight.shape == (stack.out_features, rows)
+        sides = (stack.in_features, stack.out_features)[:: -1 if model_type in ROWS else 1]
+        assert wrapper.lora_A["default"].weight.shape == (rows, sides[0])
+        assert wrapper.lora_B["default"].weight.shape == (sides[1], rows)
 
 
 def test_experts_beside_linears_and_in_half_precision() -> None:
@@ -408,7 +505,6 @@ def test_of_several_ranks_each_has_what_was_asked_for_of_it() -> None:
         ({"target_parameters": ""}, r"^target_parameters: '' is not in "),
         ({"target_parameters": BOTH, "target_modules": ["w1"]}, r"^target_modules: 'w1' is not in mixtral"),
         ({"target_parameters": BOTH, "rank": 65}, r"--rank: 65 is above min\(in, out\) of gate_up_proj \(64x192\)"),
-        ({"target_parameters": BOTH, "dropout": 0.1}, r"^--target-parameters: experts have no dropout"),
         ({"target_parameters": BOTH, "base": "nf4"}, r"^--base: nf4 is of linears alone, not of experts"),
         ({"target_parameters": BOTH, "bias": "all"}, r"^--bias: all needs a linear that has one"),
     ],

@@ -36,7 +36,7 @@ MIXED = {
     "dbrx": "2-D parameters of DbrxExpertGLU",
     "deepseek_v2": UNASKED,
     "deepseek_v3": UNASKED,
-    "ernie4_5_moe": UNASKED,
+    "ernie4_5_moe": "2-D parameters of Ernie4_5_MoeStatics",
     "falcon_h1": "FalconH1Mixer takes",
     "falcon_mamba": "FalconMambaMixer takes",
     "glm4_moe": UNASKED,
@@ -74,7 +74,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ministral": {"head_dim": 128},
     "nemotron": {"num_key_value_heads": 8},
     "qwen2_moe": {"decoder_sparse_step": 2},
-    "qwen3_5_moe_text": {"full_attention_interval": 2},
+    "qwen3_5_moe_text": {"layer_types": ["linear_attention", "full_attention"]},
     "qwen3_moe": {"mlp_only_layers": [0]},
     "qwen3_next": {"full_attention_interval": 2},
 }
@@ -122,11 +122,14 @@ def test_decoders_are_read_right(model_type: str) -> None:
         owner, _, field = path.rpartition(".")
         module = model.get_submodule(owner)
         if reason_of(read, path) == UNASKED:
-            choices = getattr(model.config, "num_experts_per_tok", None) or model.config.moe_k
+            given_rows = model_type == "llama4_text"  # every expert has all tokens, whoever was chosen
+            asked = getattr(model.config, "num_experts_per_tok", None) or model.config.moe_k
+            choices = weight.shape[0] if given_rows else asked
+            transposed = given_rows or module.is_transposed
             where = f"{owner.rpartition('.')[0].rpartition('.')[2]}.experts"
-            sides = tuple(weight.shape[1:] if module.is_transposed else weight.shape[:0:-1])
+            sides = tuple(weight.shape[1:] if transposed else weight.shape[:0:-1])
             biased = getattr(module, f"{field}_bias", None) is not None
-            experts[where, field, (weight.shape[0], *sides), module.is_transposed, biased, choices] += 1
+            experts[where, field, (weight.shape[0], *sides), transposed, biased, choices] += 1
             continue
         if weight.dim() < 2 or reason_of(read, owner) or reason_of(read, path.removesuffix("_bias")):
             continue

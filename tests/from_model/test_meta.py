@@ -80,15 +80,8 @@ def test_a_family_without_a_data_file_is_read(tmp_path: Path, capsys: pytest.Cap
 def test_experts_of_a_config_are_offered(tmp_path: Path, model_type: str, layout: str) -> None:
     experts = {"num_local_experts": 4, "num_experts_per_tok": 3, "head_dim": 16}
     architecture = read(tmp_path, {"model_type": model_type, **SIZES, **experts})
-    activation = {"mixtral": "silu_gated"}.get(model_type, model_type)
-    shape = {
-        "experts": 4,
-        "top_k": 3,
-        "bias": layout == "in_out",
-        "count": 2,
-        "layout": layout,
-        "activation": activation,
-    }
+    shape = {"experts": 4, "top_k": 3, "bias": layout == "in_out", "count": 2, "layout": layout}
+    shape["activation"] = "gpt_oss" if model_type == "gpt_oss" else "silu_gated"
     assert architecture.stacks == ()
     assert architecture.offered == (
         Stack("gate_up_proj", in_features=64, out_features=192, gathers=True, module="mlp.experts", **shape),
@@ -124,7 +117,11 @@ def test_the_text_model_of_other_families_is_entered(tmp_path: Path) -> None:
     }
     architecture = read(tmp_path, llama4)
     assert names(architecture)["k_proj"] == (64, 32, 2)
-    assert architecture.left_out["layers.*.feed_forward.experts"] == "3-D weights of Llama4TextExperts"
+    # Every expert has all tokens.
+    assert [(stack.name, stack.experts, stack.top_k) for stack in architecture.offered] == [
+        ("gate_up_proj", 16, 16),
+        ("down_proj", 16, 16),
+    ]
     assert architecture.left_out["vision_config"] == "not of the text model"
     flat = {"model_type": "qwen2_5_vl", **SIZES, "vision_config": {"depth": 1}}
     architecture = read(tmp_path, flat)

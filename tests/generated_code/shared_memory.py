@@ -29,7 +29,7 @@ DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", tor
 RANKS = (128, 64, 32)
 RANKS_OF_GROUPS = ((64, 64, 64), (64, 64, 16), (64, 32, 16), (32, 32, 32))
 TOKENS, FEATURES = 512, 256
-EXPERTS, TOP_K = 8, 2
+EXPERTS, TOP_K, ACTIVATION = 8, 2, "silu_gated"
 
 
 def kind(value: Any, described: Any) -> str:
@@ -114,15 +114,34 @@ def launch_experts(kernels: Any, dtype: torch.dtype) -> None:
     places = torch.arange(rows)
     routing = kernels.Routing(places, places, torch.zeros(EXPERTS + 1, dtype=torch.int32), TOP_K)
     for rank, gathered in itertools.product(RANKS, ("", "_gathered")):
+        read = "tokens" if gathered else "rows"
         X = torch.zeros(TOKENS if gathered else rows, FEATURES, dtype=dtype)
         A, B, W = (
             torch.zeros(EXPERTS, *shape, dtype=dtype) for shape in ((rank, FEATURES), (FEATURES, rank), (FEATURES,) * 2)
         )
         S = torch.zeros(rows, rank, dtype=dtype)
-        getattr(kernels, f"_launch_experts_x_at{gathered}")(X, A, 0.5, routing, "S")
-        getattr(kernels, f"_launch_experts_pt_x{gathered}")(S, X, dtype, routing, "dA")
-        getattr(kernels, f"_launch_experts_p_db{gathered}")(X, B, S, 0.5, dtype, routing, "P, dB")
-        getattr(kernels, f"_launch_experts_gemm{gathered}")(X, W, S, B, None, routing, "Y" if gathered else "Yr")
+        getattr(kernels, f"_launch_experts_x_at{gathered}")(X, A, 0.5, routing, f"{read} S")
+        getattr(kernels, f"_launch_experts_pt_x{gathered}")(S, X, dtype, routing, f"{read} dA")
+        getattr(kernels, f"_launch_experts_p_db{gathered}")(X, B, S, 0.5, dtype, routing, f"{read} P, dB")
+        key = "tokens Y" if gathered else "rows Yr"
+        getattr(kernels, f"_launch_experts_gemm{gathered}")(X, W, S, B, None, routing, key)
+        mask = torch.zeros(1, dtype=torch.int64), 0.1
+        getattr(kernels, f"_launch_experts_x_at_dropped{gathered}")(X, A, 0.5, *mask, routing, f"{read} S seeded")
+        getattr(kernels, f"_launch_experts_pt_x_dropped{gathered}")(S, X, *mask, dtype, routing, f"{read} dA seeded")
+        key = "rows dXu seeded" if gathered else "tokens dXr seeded"
+        getattr(kernels, f"_launch_experts_gemm_dropped{gathered}")(X, W, S, B, None, *mask, routing, key)
+    for rank in RANKS:
+        U, dX, S, g = (
+            torch.zeros(*shape, dtype=dtype)
+            for shape in ((rows, 2 * FEATURES), (rows, FEATURES), (rows, rank), (TOKENS, TOP_K))
+        )
+        A, B = (torch.zeros(EXPERTS, *shape, dtype=dtype) for shape in ((rank, FEATURES), (2 * FEATURES, rank)))
+        mask, rest = (torch.zeros(1, dtype=torch.int64), 0.1), (ACTIVATION, routing)
+        kernels._launch_experts_activate(U, A, 0.5, *rest, "rows X, S")
+        kernels._launch_experts_activate_dropped(U, A, 0.5, *mask, *rest, "rows X, S seeded")
+        given, dtypes, key = (dX, g, U, dX[:TOKENS], None, S, B, S, 0.5), (dtype, dtype), "rows dA, dU, dg, PU, dBU"
+        kernels._launch_experts_activate_backward(*given, *dtypes, *rest, key)
+        kernels._launch_experts_activate_backward_dropped(*given, *mask, *dtypes, *rest, f"{key} seeded")
 
 
 def records(

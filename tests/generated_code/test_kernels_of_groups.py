@@ -26,6 +26,7 @@ from runlora_gen.emit.nodes import SharedNode
 from runlora_gen.emit.render import Header, render
 from runlora_gen.kernels.registry import KERNELS
 from runlora_gen.measure.modules import import_file
+from runlora_gen.request.activations import ACTIVATIONS
 from runlora_gen.request.bases import BASES
 from torch import Tensor
 
@@ -62,9 +63,14 @@ def alone(folder: Path, operations_of: Mapping[Derivation, Sequence[Fused]], *, 
     """These kernels, with the table's tiles, as a folder has them for its modules."""
     half = DTYPES["fp16"]
     further = {**dict.fromkeys(("O_q", "O_k", "O_v"), 64), **dict.fromkeys(("R_q", "R_k", "R_v"), 8)}
-    further |= {"E": 8, "N": 2048}
+    further |= {"E": 8, "N": 2048, "F": 128, "RU": 8}
     calls = tuple(
-        KernelCall(op, Setting(4096, 64, 64, 8, half, half, False, frozenset(), load_device("a100"), site, further))
+        # Experts make symbols of the same names.
+        KernelCall(
+            op,
+            Setting(4096, 64, 64, 8, half, half, False, frozenset(), load_device("a100"), site, further),
+            "rows" if "g" in site.symbols else "tokens" if "Xr" in site.symbols else "",
+        )
         for site, found in operations_of.items()
         for op in found
     )
@@ -88,6 +94,8 @@ def alone(folder: Path, operations_of: Mapping[Derivation, Sequence[Fused]], *, 
         lone=True,
         groups=True,
         experts="routing" in files,
+        activations=tuple(ACTIVATIONS.values()) if "routing" in files else (),
+        handing=False,
         folder=True,
         width=120,
     )

@@ -9,7 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from runlora_gen.algebra.experts import ACTIVATED, COMBINED, GATHERED
+from runlora_gen.algebra.experts import (
+    ACTIVATED,
+    ACTIVATED_DROPPED,
+    COMBINED,
+    COMBINED_DROPPED,
+    GATHERED,
+    GATHERED_DROPPED,
+)
 from runlora_gen.algebra.group import group
 from runlora_gen.algebra.linear import DROPPED, LINEAR
 from runlora_gen.algebra.operations import Fused
@@ -24,6 +31,8 @@ ROOT = Path(__file__).parents[2]
 ROOM = {90: 227 * 1024, 86: 99 * 1024}
 #: The kernel of which it was too much; all of them take a minute each.
 CASES = [(90, "float32", "dx_das")]
+#: Of what the interpreter does not refuse: names that change their type.
+CASES += [(90, "bfloat16", f"experts_{name}_dropped") for name in ("x_at", "pt_x", "activate_backward")]
 if os.environ.get("RUNLORA_LONG"):
     CASES += [(architecture, dtype, "") for architecture in ROOM for dtype in ("float32", "bfloat16")]
 
@@ -31,6 +40,7 @@ if os.environ.get("RUNLORA_LONG"):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sites = (LINEAR, group(LINEARS), DROPPED, group(LINEARS, dropout=True), GATHERED, COMBINED, ACTIVATED)
+    sites = (*sites, GATHERED_DROPPED, COMBINED_DROPPED, ACTIVATED_DROPPED)
     found = {site: [op for op in operations_of(site) if isinstance(op, Fused)] for site in sites}
     place = tmp_path_factory.mktemp("shared_memory")
     alone(place, found, dropout=True)
@@ -52,5 +62,5 @@ def test_it_is_enough(folder: Path, architecture: int, dtype: str, kernel: str) 
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = json.loads(done.stdout)
-    assert len(rows) >= (3 if kernel else 15)
+    assert len(rows) >= (2 if kernel else 15)
     assert [row for row in rows if row[2] > ROOM[architecture]] == []

@@ -30,7 +30,7 @@ def llama(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     return transformers.LlamaForCausalLM(config).to(dtype)
 
 
-#: What configs call the sizes of a mixture of experts: where all agree, and each model's own.
+#: What all mixtures of experts here have, by the fields that most families call so.
 _SIZES = {
     "hidden_size": HIDDEN,
     "intermediate_size": INNER,
@@ -41,28 +41,35 @@ _SIZES = {
     "head_dim": 8,
     "vocab_size": VOCABULARY,
 }
-_OWN_SIZES: dict[str, dict[str, Any]] = {
-    "qwen3_moe": {"num_experts": EXPERTS, "moe_intermediate_size": INNER},
-    "mixtral": {"num_local_experts": EXPERTS},
-    "gpt_oss": {"num_local_experts": EXPERTS},
-    "nemotron_h": {
-        "n_routed_experts": EXPERTS,
-        "moe_intermediate_size": INNER,
-        "moe_shared_expert_intermediate_size": INNER,
-        "layers_block_type": ["moe", "attention"],
-    },
-}
 
 
-def mixture(model_type: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    """A mixture of experts: the same sizes and weights each time."""
+def _mixture(family: str, dtype: torch.dtype, **options: Any) -> Any:
+    """A family's language model of these sizes, and of its own; the same weights each time."""
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(model_type, **{**_SIZES, **_OWN_SIZES[model_type], **options})
-    return larger(transformers.AutoModelForCausalLM.from_config(config)).to(dtype)
+    config = getattr(transformers, f"{family}Config")(**{**_SIZES, **options})
+    return larger(getattr(transformers, f"{family.removesuffix('Text')}ForCausalLM")(config)).to(dtype)
 
 
 def qwen3_moe(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    return mixture("qwen3_moe", dtype, **options)
+    return _mixture("Qwen3Moe", dtype, **{"moe_intermediate_size": INNER, "num_experts": EXPERTS, **options})
+
+
+def mixtral(dtype: torch.dtype = torch.float32) -> Any:
+    return _mixture("Mixtral", dtype, num_local_experts=EXPERTS)
+
+
+def gpt_oss(dtype: torch.dtype = torch.float32) -> Any:
+    return _mixture("GptOss", dtype, num_local_experts=EXPERTS)
+
+
+def nemotron_h(dtype: torch.dtype = torch.float32) -> Any:
+    options = {"moe_intermediate_size": INNER, "moe_shared_expert_intermediate_size": INNER}
+    return _mixture("NemotronH", dtype, n_routed_experts=EXPERTS, layers_block_type=["moe", "attention"], **options)
+
+
+def llama4(dtype: torch.dtype = torch.float32) -> Any:
+    """Its experts are given rows."""
+    return _mixture("Llama4Text", dtype, num_local_experts=EXPERTS, intermediate_size_mlp=INNER)
 
 
 def larger(model: nn.Module) -> nn.Module:

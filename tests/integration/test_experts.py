@@ -37,8 +37,10 @@ from .models import (
     VOCABULARY,
     checkpointed,
     filled,
+    gpt_oss,
     gradients,
-    mixture,
+    mixtral,
+    nemotron_h,
     qwen3_moe,
 )
 
@@ -82,9 +84,7 @@ def of_rank_2(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return package_of(tmp_path_factory.mktemp("packages"), rank=2)
 
 
-MODELS: Mapping[str, Callable[..., Any]] = {
-    name: functools.partial(mixture, name) for name in ("qwen3_moe", "mixtral", "gpt_oss")
-}
+MODELS: Mapping[str, Callable[..., Any]] = {"qwen3_moe": qwen3_moe, "mixtral": mixtral, "gpt_oss": gpt_oss}
 
 
 def with_lora(model: Any, targets: Sequence[str] = BOTH, **options: Any) -> Any:
@@ -117,7 +117,7 @@ def test_outputs_and_gradients_are_peft_s(package: Any, tokens: Tensor, name: st
 
 @pytest.mark.parametrize("activation", ["relu2", ""])
 def test_experts_without_a_gate(tmp_path: Path, tokens: Tensor, activation: str) -> None:
-    model = with_lora(mixture("nemotron_h", torch.float64), ["experts.up_proj", "experts.down_proj"])
+    model = with_lora(nemotron_h(torch.float64), ["experts.up_proj", "experts.down_proj"])
     package = package_of(tmp_path, activation=activation, gated=False)
     both_run(package, model, tokens, 2, tolerance=1e-5)  # its router is in float32
 
@@ -443,6 +443,7 @@ def test_a_router_is_as_with_peft(package: Any, tokens: Tensor) -> None:
 @pytest.mark.filterwarnings("ignore:.*(rank|alpha)_pattern keys did not match.*")
 def test_all_linear_is_one_graph(tokens: Tensor, tmp_path: Path) -> None:
     """PEFT puts adapters on attention, on experts, of two ranks, and on routers; with PEFT it is none."""
+    torch._dynamo.reset()  # other tests have compiled Transformers' code as often as it may be
     config = peft.LoraConfig(r=RANK, target_modules="all-linear", init_lora_weights=False)
     model: Any = peft.get_peft_model(qwen3_moe(), config)
     wanted = gradients(model, tokens)
@@ -641,7 +642,7 @@ def test_merging_and_disabling(package: Any, tokens: Tensor, name: str) -> None:
 
 
 def test_what_a_merge_drops_is_said(package: Any) -> None:
-    model = injected(package, mixture("mixtral", torch.bfloat16))
+    model = injected(package, mixtral(torch.bfloat16))
     with torch.no_grad():
         for layer in package.adapters.lora_layers(model).values():
             layer.lora_B.mul_(1e-3)

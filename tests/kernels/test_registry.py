@@ -7,17 +7,27 @@ from types import MappingProxyType
 
 import pytest
 from runlora_gen.algebra.derivation import Derivation
-from runlora_gen.algebra.experts import ACTIVATED, COMBINED, GATHERED, HANDED
+from runlora_gen.algebra.experts import (
+    ACTIVATED,
+    ACTIVATED_DROPPED,
+    COMBINED,
+    COMBINED_DROPPED,
+    GATHERED,
+    GATHERED_DROPPED,
+    HANDED,
+    HANDED_DROPPED,
+)
 from runlora_gen.algebra.group import group as group_of
 from runlora_gen.algebra.linear import DROPPED, FLOAT8, FLOAT8_DROPPED, LINEAR, QUANTIZED, SCALED, SCALED_DROPPED
-from runlora_gen.algebra.operations import Fused
+from runlora_gen.algebra.operations import Draw, Fused, dimensions
 from runlora_gen.algebra.sites import DERIVATIONS
 from runlora_gen.algebra.work import work
+from runlora_gen.cost.measured import measured_as
 from runlora_gen.emit.code import line, numbers_of
 from runlora_gen.kernels import sites
 from runlora_gen.kernels.record import Kernel
 from runlora_gen.kernels.registry import FOLDER, KERNELS
-from runlora_gen.kernels.sites import OPERATIONS, alternatives, draws, operations_of
+from runlora_gen.kernels.sites import OPERATIONS, alternatives, draws, operations_of, undropped
 
 from ..algebra.sketches import dropout
 from ..search.groups import group
@@ -36,7 +46,7 @@ FUSED, OF_TABLES, OF_NUMBERS, OF_FLOAT8 = (
 DECODING = {**OF_TABLES, **OF_NUMBERS, **OF_FLOAT8}
 ROUTED = {
     operation.kernel: operation
-    for site in (GATHERED, COMBINED, ACTIVATED)
+    for site in (GATHERED, COMBINED, ACTIVATED, GATHERED_DROPPED, COMBINED_DROPPED, ACTIVATED_DROPPED)
     for operation in operations_of(site)
     if isinstance(operation, Fused)
 }
@@ -64,6 +74,7 @@ def test_every_kernel_is_of_a_site() -> None:
             continue
         rows = (*LINEAR.operations, *QUANTIZED.operations, *SCALED.operations, *FLOAT8.operations)
         rows = (*rows, *GATHERED.operations, *COMBINED.operations, *ACTIVATED.operations)
+        rows = (*rows, *GATHERED_DROPPED.operations, *COMBINED_DROPPED.operations, *ACTIVATED_DROPPED.operations)
         in_rows = any(isinstance(op, Fused) and op.kernel == name for op in rows)
         assert in_rows != bool(kernel.replaces), "of several products, in a row, or in the place of a single one"
 
@@ -179,6 +190,48 @@ def test_calls_of_experts() -> None:
         "BU = cast(lora_BU)": "BU = lora_BU.to(dY.dtype)",
     }.items():
         assert line(ACTIVATED.parse(formula)) == expected
+
+
+def test_calls_of_experts_that_drop() -> None:
+    """Products of what is left of rows are those of any rows, or draw where they read what it is left of."""
+    common = {call for call in calls_of(GATHERED) if not call.startswith(("dXr", "dA")) and "Xr" not in call}
+    common -= {'S = _experts_x_at_gathered(X, A, scaling, routing, tiles="S")'}
+    assert calls_of(GATHERED_DROPPED) == common | {
+        'S = _experts_x_at(H, A, scaling, routing, tiles="S")',
+        'S = _experts_x_at_dropped_gathered(X, A, scaling, seed, dropout, routing, tiles="S seeded")',
+        'dXr = _experts_gemm_dropped(dY, W.mT, P, A.mT, None, seed, dropout, routing, tiles="dXr seeded")',
+        'dX = _experts_combine(dXr, routing=routing, tiles="dX")',
+        'dA = _experts_pt_x(P, H, A_dtype, routing, tiles="dA")',
+        'dA = _experts_pt_x_dropped_gathered(P, X, seed, dropout, A_dtype, routing, tiles="dA seeded")',
+    }
+    assert calls_of(HANDED_DROPPED) < calls_of(GATHERED_DROPPED)
+    assert calls_of(COMBINED_DROPPED) - calls_of(COMBINED) == {
+        'S = _experts_x_at(H, A, scaling, routing, tiles="S")',
+        'S = _experts_x_at_dropped(X, A, scaling, seed, dropout, routing, tiles="S seeded")',
+        'dXu = _experts_gemm_dropped_gathered(dY, W.mT, P, A.mT, None, seed, dropout, routing, tiles="dXu seeded")',
+        'dA = _experts_pt_x(Pg, H, A_dtype, routing, tiles="dA")',
+        'dA = _experts_pt_x_dropped(Pg, X, seed, dropout, A_dtype, routing, tiles="dA seeded")',
+    }
+    assert calls_of(ACTIVATED_DROPPED) - calls_of(COMBINED_DROPPED, ACTIVATED) == {
+        'X, S = _experts_activate_dropped(U, A, scaling, seed, dropout, ACTIVATION, routing, tiles="X, S seeded")',
+        "dA, dU, dg, PU, dBU = _experts_activate_backward_dropped(dXu, g, U, dY, b, P, BU, SU, scaling_U, seed, "
+        "dropout, A_dtype, BU_dtype, (need_dA, need_dU, need_dg, need_PU, need_dBU), ACTIVATION, routing, "
+        'tiles="dA, dU, dg, PU, dBU seeded")',
+    }
+    assert line(GATHERED_DROPPED.parse("dXr = drop(dH, K)")) == "dXr = _masked(dH, K, dropout)"
+
+
+@pytest.mark.parametrize("site", [GATHERED_DROPPED, COMBINED_DROPPED, HANDED_DROPPED, ACTIVATED_DROPPED])
+def test_what_also_drops_is_priced_as_what_does_not(site: Derivation) -> None:
+    """By the times of the other kernel, at the same sizes."""
+    assert site.evaluated is not None
+    known = {measured_as(op): dimensions(op) for op in operations_of(site.evaluated) if isinstance(op, Fused)}
+    for operation in operations_of(site):
+        if isinstance(operation, Fused) and KERNELS[operation.kernel].drops:
+            plain = undropped(operation)
+            assert not any(isinstance(part, Draw) for part in plain.parts)
+            # Tokens are those of the rows that are gathered.
+            assert {*known[measured_as(operation)], "N"} == {*dimensions(operation), "N"}
 
 
 def test_calls_for_a_linear_of_a_group_name_its_operands() -> None:

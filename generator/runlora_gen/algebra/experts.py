@@ -17,9 +17,15 @@ Where both projections of an expert have adapters, what is between them belongs 
 into the activation: X = activate(U). Then X need not be kept, as it is made again of U, and one pass over U's rows in
 the backward yields dU, dg and dA; and, as the first projection hands over its S and leaves the gradients of its B to
 the last one, PU = s dU B[e] and dB[e] = dUᵀ S of the first projection as well.
+
+With dropout an adapter reads H = K ∘ X / (1 - p) in place of X, each row by a part of the mask K of its own, also where
+several are of one token: dX gets K ∘ P A[e] / (1 - p), and nothing merged computes this. dg is what it was, as dXu · X
+is dYr · (X W[e]ᵀ) + S · dYr B[e], whatever of X is in S.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from .derivation import CAST_ADAPTER, SAVED, Argument, Derivation, Row, Term, derive, row, rows_of_sum
 from .operations import Symbol
@@ -27,20 +33,25 @@ from .operations import Symbol
 _GATHERED = "gathered"
 
 
-def _experts(site: str, *, gathers: bool, activated: bool = False) -> Derivation:
+def _experts(
+    site: str, *, gathers: bool, activated: bool = False, dropout: bool = False, evaluated: Derivation | None = None
+) -> Derivation:
     """The first projection of experts, which gathers tokens, or the last, which combines their rows.
 
-    ``activated``: whether the activation between both is the last one's.
+    ``activated``: whether the activation between both is the last one's; ``dropout``: whether adapters read what it
+    leaves of their rows.
     """
     read, given = ("Xr", "dY") if gathers else ("X", "dYr")
+    adapted = "H" if dropout else read
     made, summed = ("Y", "dXr") if gathers else ("Yr", "dXu")
     # By what a product of the backward is weighed: its other factor is a gradient that is not.
     kept, other = ("S", "P") if gathers else ("Sg", "Pg")
     hands, activates = gathers and activated, activated and not gathers
     # Orders that cost the same, and merged stacks, of the simple sites alone: there would be too many programs.
     lowrank_first = None if activated else "lowrank_first"
-    merged = () if activated else (row(made, "merged", f"{made} = {read} @ M[e].T + b[e]"),)
-    merged_back = () if activated else (row(summed, "merged", f"{summed} = {given} @ M[e]"),)
+    merges = not (activated or dropout)
+    merged = (row(made, "merged", f"{made} = {read} @ M[e].T + b[e]"),) if merges else ()
+    merged_back = (row(summed, "merged", f"{summed} = {given} @ M[e]"),) if merges else ()
     return derive(
         site,
         symbols=(
@@ -51,7 +62,7 @@ def _experts(site: str, *, gathers: bool, activated: bool = False) -> Derivation
             Symbol("lora_B", ("E", "O", "R"), store="adapter"),
             Symbol("A", ("E", "R", "I")),  # lora_A as the products read it: in the activations' dtype
             Symbol("B", ("E", "O", "R")),  # lora_B likewise
-            Symbol("M", ("E", "O", "I"), store="weight"),  # W + s B A
+            *(() if dropout else (Symbol("M", ("E", "O", "I"), store="weight"),)),  # W + s B A
             Symbol("Y", ("T" if gathers else "N", "O")),  # output: rows, or tokens
             Symbol("S", ("T", "R")),  # s X A[e]ᵀ
             Symbol("dY", ("T" if gathers else "N", "O")),
@@ -85,6 +96,17 @@ def _experts(site: str, *, gathers: bool, activated: bool = False) -> Derivation
                 if activates
                 else ()
             ),
+            *(
+                (
+                    Symbol("dropout", (), store="seed"),  # the rate, at which torch's generator draws
+                    Symbol("seed", (), store="seed"),  # that it gave, of a mask that is drawn wherever it is read
+                    Symbol("K", ("T", "I"), store="byte"),  # whether an element of a row is kept
+                    Symbol("H", ("T", "I")),  # K ∘ X / (1 - p), what the adapter reads
+                    Symbol("dH", ("T", "I")),  # P A[e]
+                )
+                if dropout
+                else ()
+            ),
         ),
         facts=(CAST_ADAPTER,),
         arguments=(
@@ -111,6 +133,7 @@ def _experts(site: str, *, gathers: bool, activated: bool = False) -> Derivation
                 if activates
                 else ()
             ),
+            *((Argument("dropout", "float", once=True),) if dropout else ()),
             Argument("routing", "Routing"),
         ),
         outputs=("Y", "S") if hands else ("Y",),
@@ -134,9 +157,11 @@ def _experts(site: str, *, gathers: bool, activated: bool = False) -> Derivation
                 for symbol in ("A", "B")
                 for way, formulas in (("cast", (f"{symbol} = cast(lora_{symbol})",)), (SAVED, ()))
             ),
-            *(() if activated else (row("M", "merge", "M[e] = W + s * B[e] @ A[e]"), row("M", SAVED))),
+            *((row("M", "merge", "M[e] = W + s * B[e] @ A[e]"), row("M", SAVED)) if merges else ()),
+            *(_masks(read) if dropout else ()),
             # The forward.
-            *_products("S", "x_at", read, "experts_x_at", f"S = s * {read} @ A[e].T"),
+            *_products("S", "x_at", adapted, "experts_x_at", f"S = s * {adapted} @ A[e].T"),
+            *(_seeded("S", read, "experts_x_at", "S = s * H @ A[e].T") if dropout else ()),
             row("S", SAVED),
             *rows_of_sum(
                 made,
@@ -148,10 +173,21 @@ def _experts(site: str, *, gathers: bool, activated: bool = False) -> Derivation
             *_in_kernel(made, "fused", read, "experts_gemm", f"{made} = S @ B[e].T + b[e]; {made} += {read} @ W[e].T"),
             # The backward.
             *(() if hands else _products("P", "dy_b", given, "experts_x_at", f"P = s * {given} @ B[e]")),
-            *rows_of_sum(summed, Term(f"{given} @ W[e]", first="base_first"), Term("P @ A[e]", first=lowrank_first)),
-            *merged_back,
-            *_in_kernel(summed, "fused", given, "experts_gemm", f"{summed} = P @ A[e]; {summed} += {given} @ W[e]"),
-            *_products("dA", "pt_x", read, "experts_pt_x", f"dA[e] = {other}.T @ {read}"),
+            *(
+                _dropped_sum(summed, given)
+                if dropout
+                else (
+                    *rows_of_sum(
+                        summed, Term(f"{given} @ W[e]", first="base_first"), Term("P @ A[e]", first=lowrank_first)
+                    ),
+                    *merged_back,
+                    *_in_kernel(
+                        summed, "fused", given, "experts_gemm", f"{summed} = P @ A[e]; {summed} += {given} @ W[e]"
+                    ),
+                )
+            ),
+            *_products("dA", "pt_x", adapted, "experts_pt_x", f"dA[e] = {other}.T @ {adapted}"),
+            *(_seeded("dA", read, "experts_pt_x", f"dA[e] = {other}.T @ H") if dropout else ()),
             *(() if hands else _products_of_dy(given, kept)),
             *(
                 (row("Xr", "gather", "Xr = gather(X)"), row("dX", "combine", "dX = combine(dXr)"))
@@ -172,31 +208,67 @@ def _experts(site: str, *, gathers: bool, activated: bool = False) -> Derivation
                     ),
                 )
             ),
-            *(_ACTIVATED if activates else ()),
+            *(_activated(dropout) if activates else ()),
         ),
-        lossy=() if activated else ("M",),
+        lossy=("M",) if merges else (),
+        evaluated=evaluated,
     )
 
 
-#: What the last projection does for the activation before it, and for the first projection's B. X is made in the pass
-#: that makes S, and again in that over U's rows.
-_ACTIVATED = (
-    row("BU", "cast", "BU = cast(lora_BU)", when=(CAST_ADAPTER,)),
-    row("X", "activate", "X = activate(U)"),
-    row("X", SAVED),
-    row("X S", "one_pass", "experts_activate: X = activate(U); S = s * X @ A[e].T"),
-    row("dU", "activate_backward", "dU = activate_backward(dX, U)"),
-    row("PU", "du_b", "PU = s_U * dU @ BU[e]"),
-    row("dBU", "dut_s", "dBU[e] = dU.T @ SU"),
-    row("PU dBU", "one_pass", "experts_p_db: PU = s_U * dU @ BU[e]; dBU[e] = dU.T @ SU"),
-    row(
-        "dA dU dg PU dBU",
-        "with_gradients",
-        "experts_activate_backward: X := activate(U); Pg := weigh(P, g); dA[e] = Pg.T @ X; dX := weigh(dXu, g); "
-        "dU = activate_backward(dX, U); dYr := gather(dY); dg = dot(dXu, X, dYr, b); PU = s_U * dU @ BU[e]; "
-        "dBU[e] = dU.T @ SU",
-    ),
-)
+def _masks(read: str) -> tuple[Row, ...]:
+    """Dropout's mask, as bytes or as the seed of which kernels draw it, and what it leaves of rows."""
+    return (
+        row("K", "draw", "K = draw(dropout)"),
+        row("K", SAVED),
+        row("H", "drop", f"H = drop({read}, K)"),
+        row("H", SAVED),
+        row("seed", "draw", "seed = draw(dropout)"),
+        row("seed", SAVED),
+    )
+
+
+def _dropped_sum(summed: str, given: str) -> tuple[Row, ...]:
+    """The gradient of rows that dropout's mask goes through: in a kernel, before the large product is added."""
+    formulas = f"K := draw(seed); dH := P @ A[e]; {summed} = drop(dH, K); {summed} += {given} @ W[e]"
+    return (
+        row("dH", "p_a", "dH = P @ A[e]"),
+        row(summed, "lowrank_first", f"{summed} = drop(dH, K)", f"{summed} += {given} @ W[e]"),
+        *_in_kernel(summed, "seeded", given, "experts_gemm_dropped", formulas),
+    )
+
+
+def _seeded(target: str, read: str, kernel: str, formula: str) -> tuple[Row, ...]:
+    """A product with what a mask leaves of rows, that a kernel draws where it reads them."""
+    return _in_kernel(target, "seeded", read, f"{kernel}_dropped", f"K := draw(seed); H := drop({read}, K); {formula}")
+
+
+def _activated(dropout: bool) -> tuple[Row, ...]:
+    """What the last projection does for the activation before it, and for the first projection's B.
+
+    X is made in the pass that makes S, and again in that over U's rows.
+    """
+    name, mark, drawn, adapted = "one_pass", "", "", "X"
+    with_gradients = "with_gradients"
+    if dropout:
+        name, mark, with_gradients, adapted = "seeded", "_dropped", "with_gradients_seeded", "H"
+        drawn = "K := draw(seed); H := drop(X, K); "
+    return (
+        row("BU", "cast", "BU = cast(lora_BU)", when=(CAST_ADAPTER,)),
+        row("X", "activate", "X = activate(U)"),
+        row("X", SAVED),
+        row("X S", name, f"experts_activate{mark}: X = activate(U); {drawn}S = s * {adapted} @ A[e].T"),
+        row("dU", "activate_backward", "dU = activate_backward(dX, U)"),
+        row("PU", "du_b", "PU = s_U * dU @ BU[e]"),
+        row("dBU", "dut_s", "dBU[e] = dU.T @ SU"),
+        row("PU dBU", "one_pass", "experts_p_db: PU = s_U * dU @ BU[e]; dBU[e] = dU.T @ SU"),
+        row(
+            "dA dU dg PU dBU",
+            with_gradients,
+            f"experts_activate_backward{mark}: X := activate(U); {drawn}Pg := weigh(P, g); dA[e] = Pg.T @ {adapted}; "
+            "dX := weigh(dXu, g); dU = activate_backward(dX, U); dYr := gather(dY); dg = dot(dXu, X, dYr, b); "
+            "PU = s_U * dU @ BU[e]; dBU[e] = dU.T @ SU",
+        ),
+    )
 
 
 def _products_of_dy(given: str, kept: str) -> tuple[Row, ...]:
@@ -229,13 +301,30 @@ GATHERED = _experts("experts that read tokens", gathers=True)
 COMBINED = _experts("experts that give tokens", gathers=False)
 HANDED = _experts("experts that read tokens, for an activation", gathers=True, activated=True)
 ACTIVATED = _experts("experts that give tokens, after an activation", gathers=False, activated=True)
+GATHERED_DROPPED, COMBINED_DROPPED, HANDED_DROPPED, ACTIVATED_DROPPED = (
+    _experts(f"{site.site}, with dropout", gathers=gathers, activated=activated, dropout=True, evaluated=site)
+    for site, gathers, activated in (
+        (GATHERED, True, False),
+        (COMBINED, False, False),
+        (HANDED, True, True),
+        (ACTIVATED, False, True),
+    )
+)
+_SITES: Mapping[tuple[bool, bool, bool], Derivation] = {
+    (True, False, False): GATHERED,
+    (False, False, False): COMBINED,
+    (True, True, False): HANDED,
+    (False, True, False): ACTIVATED,
+    (True, False, True): GATHERED_DROPPED,
+    (False, False, True): COMBINED_DROPPED,
+    (True, True, True): HANDED_DROPPED,
+    (False, True, True): ACTIVATED_DROPPED,
+}
 
 
-def experts(*, gathers: bool, activated: bool = False) -> Derivation:
+def experts(*, gathers: bool, activated: bool = False, dropout: bool = False) -> Derivation:
     """The derivation of a projection of experts: the first one, which gathers tokens, or the last.
 
-    ``activated``: whether the activation between both is the last one's.
+    ``activated``: whether the activation between both is the last one's; ``dropout``: of the adapter's input.
     """
-    if activated:
-        return HANDED if gathers else ACTIVATED
-    return GATHERED if gathers else COMBINED
+    return _SITES[gathers, activated, dropout]

@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from .derivation import Derivation
-from .experts import ACTIVATED, COMBINED, GATHERED, HANDED
+from .experts import (
+    ACTIVATED,
+    ACTIVATED_DROPPED,
+    COMBINED,
+    COMBINED_DROPPED,
+    GATHERED,
+    GATHERED_DROPPED,
+    HANDED,
+    HANDED_DROPPED,
+)
 from .linear import (
     DROPPED,
     FLOAT8,
@@ -28,4 +37,8 @@ DERIVATIONS: tuple[Derivation, ...] = (
     COMBINED,
     HANDED,
     ACTIVATED,
+    GATHERED_DROPPED,
+    COMBINED_DROPPED,
+    HANDED_DROPPED,
+    ACTIVATED_DROPPED,
 )

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
-from ..algebra.operations import Contract, Convert, Dims, Fused, Operation, dimensions
+from ..algebra.operations import Contract, Convert, Dims, Fused, Map, Operation, dimensions
 from ..algebra.work import kind, work
 from ..kernels.registry import KERNELS
-from ..kernels.sites import OPERATIONS, WORKS, parted
+from ..kernels.sites import OPERATIONS, WORKS, parted, undropped
 from .device import DeviceProfile
 from .profile import Size
 from .roofline import roofline
@@ -108,10 +108,17 @@ def measured_as(operation: Operation) -> str:
 
 @lru_cache(maxsize=4096)
 def _of_one(operation: Operation) -> Operation:
-    """The products of one linear, of a kernel that another one is measured for; else the operation itself."""
-    if not isinstance(operation, Fused) or KERNELS[operation.kernel].priced_as is None:
+    """The products of one linear, of a kernel that another one is measured for; else the operation itself.
+
+    Of a kernel of several steps that also drops, that other's steps.
+    """
+    if not isinstance(operation, Fused) or (other := KERNELS[operation.kernel].priced_as) is None:
         return operation
     own, _ = parted(operation)
+    if KERNELS[operation.kernel].drops:
+        own = undropped(own)
+        if any(isinstance(part, Map) for part in own.parts):
+            return replace(own, kernel=other)
     made = (part for part in reversed(own.products) if part.out not in own.inner)
     first = {kind(part): part for part in made}
     return replace(operation, parts=tuple(first.values())[::-1], inner=())
@@ -123,6 +130,8 @@ def _together(operation: Operation, at: Size) -> Size:
     if one == operation:
         return at
     names = dimensions(operation)
+    if names == dimensions(one):
+        return at
     return tuple(
         sum(size for name, size in zip(names, at, strict=True) if name[0] == dim[0]) for dim in dimensions(one)
     )

@@ -96,10 +96,10 @@ def drawn_line(draw: Draw, drop: Map) -> str:
     return f"{drop.out}, {draw.out} = _dropped({drop.operands[0]}, {draw.operands[0]})"
 
 
-def seeds_line(draws: Sequence[Draw]) -> str:
-    """The statement that draws seeds, all in one launch."""
+def seeds_line(draws: Sequence[Draw], like: str) -> str:
+    """The statement that draws seeds, all in one launch; ``like``: what lies where they are to."""
     seeds = ", ".join(str(draw.out) for draw in draws)
-    return f"{seeds if len(draws) > 1 else f'({seeds},)'} = _new_seeds(X, {draws[0].operands[0]}, {len(draws)})"
+    return f"{seeds if len(draws) > 1 else f'({seeds},)'} = _new_seeds({like}, {draws[0].operands[0]}, {len(draws)})"
 
 
 def line(operation: Operation, owner: str = "", *, tiles: str | None = None) -> str:

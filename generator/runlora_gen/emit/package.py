@@ -172,7 +172,11 @@ def build_package(
         )
     if stacks:
         rendered["test_experts.py"] = render_test_of_experts(
-            [node.name for node in stacks], activations=activations_of(stacks), shared=shared, header=header
+            [node.name for node in stacks],
+            activations=activations_of(stacks),
+            dropout=workload.dropout > 0,
+            shared=shared,
+            header=header,
         )
     former = _Former(out / folder if reuse else None, style)
     files = former.format(rendered)

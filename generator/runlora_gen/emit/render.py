@@ -171,6 +171,7 @@ def render_test_of_experts(
     modules: Sequence[str],
     *,
     activations: Sequence[Activation] = (),
+    dropout: bool = False,
     shared: Collection[str] = (),
     header: Header | None = None,
 ) -> str:
@@ -181,7 +182,8 @@ def render_test_of_experts(
     kernels = "kernels" in shared
     imported = [*modules, "kernels"] if kernels else modules
     context = _of_tests(modules, imported, header)
-    return render("test_experts.py.jinja", {**context, "experts": True, "activations": activations, "kernels": kernels})
+    context = {**context, "experts": True, "activations": activations, "dropout": dropout, "kernels": kernels}
+    return render("test_experts.py.jinja", context)
 
 
 def _of_tests(modules: Sequence[str], imported: Sequence[str], header: Header | None) -> Mapping[str, Any]:

@@ -48,7 +48,7 @@ def forward_statements(phase: Phase, setting: Setting, owner: str) -> tuple[str,
 
     ``owner``: of the constants of kernels: see :func:`.code.tiles_key`.
     """
-    return _statements(_forward_steps(phase, setting), owner)
+    return _statements(phase, _forward_steps(phase, setting), owner)
 
 
 def parts_of_forward(phase: Phase, setting: Setting, owner: str) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
@@ -73,29 +73,29 @@ def parts_of_forward(phase: Phase, setting: Setting, owner: str) -> tuple[tuple[
     if not kept or any(not made.isdisjoint(step.operation.reads) for step in rest):
         return None
     rest = [replace(step, frees=tuple(symbol for symbol in step.frees if symbol not in made)) for step in rest]
-    return _statements(first, owner), _statements(rest, owner)
+    return _statements(phase, first, owner), _statements(phase, rest, owner)
 
 
 def _forward_steps(phase: Phase, setting: Setting) -> list[Step]:
     return [step for step in schedule(phase, setting.bytes_of).steps if step.operation.outputs[0] not in phase.held]
 
 
-def _statements(steps: Sequence[Step], owner: str) -> tuple[str, ...]:
+def _statements(phase: Phase, steps: Sequence[Step], owner: str) -> tuple[str, ...]:
     lines = []
     maps = [step.operation for step in steps if isinstance(step.operation, Map)]
     drops = {draw: drop for drop in maps for draw in drop.operands}  # by their masks
     draws = [step.operation for step in steps if isinstance(step.operation, Draw)]
     seeds = [draw for draw in draws if draw.out.store == "seed"]
-    drawn = [drops[draw.out] for draw in draws if draw not in seeds]
+    drawn = {drops[draw.out]: draw for draw in draws if draw not in seeds}
     for step in steps:
         match step.operation:
             case Draw() if step.operation in seeds:
                 if step.operation == seeds[0]:
-                    lines.append(seeds_line(seeds))
+                    lines.append(seeds_line(seeds, phase.derivation.arguments[0].name))
             case Draw():
-                lines.append(drawn_line(step.operation, drops[step.operation.out]))
+                pass  # where it is dropped by: what of may not be there yet
             case Map() if step.operation in drawn:
-                pass
+                lines.append(drawn_line(drawn[step.operation], step.operation))
             case _:
                 lines.append(line(step.operation, owner))
         lines += [f"del {symbol}" for symbol in step.frees]
@@ -139,9 +139,6 @@ def backward_blocks(
             guards = {symbol: guard(needed_by[symbol], phase.derivation) for symbol in step.operation.outputs}
         if len(set(guards.values())) == 1:
             out = step.operation.outputs[0]
-            for each in step.operation.outputs if is_told(step.operation) else ():
-                if each not in phase.goals:  # what is told of it is told of what it is made for
-                    add(guards[out], f"need_{each} = {guard(needed_by[each], phase.derivation)}")
             add(guards[out], line(step.operation, owner))
             if begun.setdefault(out, len(blocks)) != len(blocks):
                 blocks[-1] = replace(blocks[-1], adds_to=blocks[-1].adds_to | {str(out)})

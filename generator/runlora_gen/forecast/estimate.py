@@ -2,8 +2,8 @@
 
 The linears have their prices (:mod:`.cost`). What stands around them in a decoder's layer is counted operator by
 operator, as Transformers' modules run it eagerly (``LlamaRMSNorm``, ``apply_rotary_pos_emb``, ``LlamaMLP``, attention
-by a flash kernel): passes over memory, launches, and what autograd keeps. The input's gradient flows through all
-layers, and nothing of the base model trains. The optimizer's step is not part of it.
+by a flash kernel; experts: :mod:`.mixture`): passes over memory, launches, and what autograd keeps. The gradient of the
+input flows through all layers, and nothing of the base model trains. The optimizer's step is not part of it.
 """
 
 from __future__ import annotations
@@ -12,34 +12,28 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from ..algebra.linear import lone_linear
-from ..cost.passes import CAST, Times, price_passes
+from ..cost.passes import Times
 from ..cost.peft import price_peft
-from ..cost.price import price_frozen_forward
 from ..cost.setting import DTYPES, Setting
 from ..request.architecture import Architecture, Projection, decoder_types
 from ..request.decoder import Decoder
 from ..request.errors import SpecError
+from ..request.experts import Experts, Stack, experts
 from ..request.groups import Group
 from ..request.layers import layers
 from ..request.workload import Workload
-from ..search.candidates import setting_for
 from ..search.choose import Decision
 from ..search.grouped import decide_groups_of_step, sums_by_autograd
 from ..search.ranges import decide_step
-from .gain import Keeps, frozen_times, keeps, kept_bytes
+from .gain import Keeps, keeps, kept_bytes
+from .mixture import Mixture, Part
+from .plain import FLOAT, Plain
 
-#: What passes with operands that are broadcast or strided reach of the bandwidth, and causal attention's forward and
-#: backward in a flash kernel of the products' peak: so chosen that the frozen models of the benchmark come out, with
-#: checkpointing and without (tools/results/model_h100.json). With adapters nothing more is fitted.
-STRIDED, FLASH_FORWARD, FLASH_BACKWARD = 0.58, 0.68, 0.56
-#: What the host needs for an operator of the plain model, over what it needs for one within a module's autograd
-#: function: from the frozen model of the benchmark that waits for the host.
-PLAIN_HOST = 0.75
+#: What causal attention's forward and backward in a flash kernel reach of the products' peak: chosen with
+#: :data:`~.plain.STRIDED`, so that the frozen models of the benchmark come out.
+FLASH_FORWARD, FLASH_BACKWARD = 0.68, 0.56
 #: Products of a flash attention's forward and backward, which makes the scores again.
 _PRODUCTS_FORWARD, _PRODUCTS_BACKWARD = 2, 5
-
-FLOAT = 4  # bytes: Transformers norms in float32, and takes the loss in it
 
 
 @dataclass(frozen=True)
@@ -120,12 +114,12 @@ def check_modelled(architecture: Architecture) -> None:
     """Refuse a model of which more would have to be known.
 
     Raises:
-        SpecError: it has experts, its family is not modelled, or its config has no vocabulary.
+        SpecError: its family is not modelled, or not with such layers, or its config has no vocabulary.
     """
-    if architecture.stacks:
+    if architecture.decoder is None and architecture.model_type in decoder_types():
         raise SpecError(
-            f"estimate: {architecture.name} has adapters on experts, of which no whole step is estimated yet; "
-            "`explain` says what these gain"
+            f"estimate: not all is known of {architecture.name}; give the config of a {architecture.model_type} model "
+            "with all sizes, whose layers are all alike"
         )
     if architecture.decoder is None:
         raise SpecError(
@@ -157,16 +151,32 @@ def estimate(architecture: Architecture, rank: int, workload: Workload, batch: B
     if decoder is None or not batch.body:
         check_modelled(architecture)
     assert decoder is not None
-    sites = layers(architecture)
-    decisions = decide_step(workload, sites, rank, batch.tokens)
-    adapted = dict(zip(((site.in_features, site.out_features) for site in sites), decisions, strict=True))
+    sites, stacks = layers(architecture), experts(architecture.stacks, chained=workload.chains_experts)
+    decisions = decide_step(workload, [*sites, *stacks], rank, batch.tokens)
+    adapted = dict(zip(((site.in_features, site.out_features) for site in sites), decisions, strict=False))
     grouped = {group: _of_group(d) for group, d in decide_groups_of_step(workload, architecture, rank, batch.tokens)}
     model = _Model(decoder, architecture, rank, workload, batch)
+    of_frozen, of_peft, of_ours = _of_experts(model, dict(zip(stacks, decisions[len(sites) :], strict=True)))
     return {
-        "frozen": model.estimate({}),
-        "peft": model.estimate({shape: _by_peft(decision.setting) for shape, decision in adapted.items()}),
-        "ours": model.estimate({shape: _ours(decision) for shape, decision in adapted.items()}, grouped),
+        "frozen": model.estimate({}, of_frozen, frozen=True),
+        "peft": model.estimate({shape: _by_peft(decision.setting) for shape, decision in adapted.items()}, of_peft),
+        "ours": model.estimate({shape: _ours(decision) for shape, decision in adapted.items()}, of_ours, grouped),
     }
+
+
+def _of_experts(model: _Model, decisions: Mapping[Experts, Decision]) -> Sequence[Part | None]:
+    """A layer's experts in the three ways; None where there is a plain MLP in their place."""
+    architecture = model.architecture
+    if model.decoder.router is None:
+        return None, None, None
+    mixture = Mixture(model.plain, model.decoder, architecture.known_stacks)
+    decided = {
+        stack: decision
+        for stack in architecture.stacks
+        for site, decision in decisions.items()
+        if (site.in_features, site.out_features, site.gathers) == (stack.in_features, stack.out_features, stack.gathers)
+    }
+    return mixture.frozen(), mixture.peft(architecture.stacks), mixture.ours(decided) if decided else mixture.frozen()
 
 
 def _by_peft(setting: Setting) -> _Linear:
@@ -200,17 +210,24 @@ class _Model:
     batch: Batch
 
     @property
-    def size(self) -> int:
-        return DTYPES[self.workload.dtype].bytes
+    def plain(self) -> Plain:
+        return Plain(self.workload, self.rank, self.batch.tokens)
 
-    def setting(self, in_features: int, out_features: int, *, bias: bool = False) -> Setting:
-        return setting_for(self.workload, in_features, out_features, self.rank, bias, self.batch.tokens)
+    @property
+    def size(self) -> int:
+        return self.plain.size
 
     # Time
 
     def estimate(
-        self, adapted: dict[tuple[int, int], _Linear], grouped: Mapping[Group, _Linear] = MappingProxyType({})
+        self,
+        adapted: dict[tuple[int, int], _Linear],
+        mixture: Part | None,
+        grouped: Mapping[Group, _Linear] = MappingProxyType({}),
+        *,
+        frozen: bool = False,
     ) -> Estimate:
+        """One way: ``mixture`` has its experts of a layer, ``frozen`` says that nothing has an adapter."""
         forward, backward = Times(), Times()
         targets = {projection.name for projection in self.architecture.projections} if adapted else set()
         for group, linears in grouped.items():
@@ -226,6 +243,9 @@ class _Model:
             forward += linear.forward * projection.count
             backward += linear.backward * projection.count
         between = self._between_linears()
+        if mixture is not None:
+            forward += mixture.forward * self.decoder.layers
+            backward += mixture.backward * self.decoder.layers
         forward += between[0] * self.decoder.layers
         backward += between[1] * self.decoder.layers
         if self.batch.checkpointing:
@@ -233,38 +253,21 @@ class _Model:
         ends = self._ends()
         return Estimate(
             forward + backward + ends,
-            self._memory(adapted, grouped),
+            self._memory(adapted, mixture, grouped, adapters=0 if frozen else self._adapters()),
             graph=self.workload.launch == "graph",
         )
 
     def _frozen(self, in_features: int, out_features: int, bias: bool = False, *, head: bool = False) -> _Linear:
-        setting = self.setting(in_features, out_features, bias=bias)
-        if head:  # it is quantized in no model
-            setting = replace(setting, derivation=lone_linear())
-        forward = Times(*price_frozen_forward(setting))
-        whole = frozen_times(setting)
-        backward = Times(whole.device_s - forward.device_s, whole.host_s - forward.host_s)
-        return _Linear(self._plain(forward), self._plain(backward), Keeps(False, 0))
-
-    def _plain(self, times: Times) -> Times:
-        return Times(times.device_s, times.host_s * PLAIN_HOST)
-
-    def _passes(self, straight: Sequence[int], strided: Sequence[int], casts: Sequence[int], launches: int) -> Times:
-        """Passes by their bytes, and operators on little or nothing."""
-        device = self.setting(1, 1).device
-        times = price_passes(straight, device) + price_passes([0] * launches, device)
-        return self._plain(
-            times + price_passes(strided, device, reach=STRIDED) + price_passes(casts, device, reach=CAST)
-        )
+        return _Linear(*self.plain.linear(in_features, out_features, bias, plain=head), Keeps(False, 0))
 
     def _norm(self, features: int) -> tuple[Times, Times]:
         """``LlamaRMSNorm`` on all tokens, forward and backward."""
         n, s, f = self.batch.tokens * features, self.size, FLOAT
         cast = [n * (s + f)] if s != f else []
-        forward = self._passes(
+        forward = self.plain.passes(
             [2 * f * n, f * n], [2 * f * n, 2 * s * n], [*cast, *cast], launches=2
         )  # pow, mean; * rsqrt, weight *
-        backward = self._passes(
+        backward = self.plain.passes(
             [3 * f * n, f * n, 2 * f * n, 2 * f * n, 3 * f * n, 3 * f * n],  # to rsqrt; pow's; the sum
             [2 * s * n, 2 * f * n, f * n],  # to weight *, to * rsqrt, mean's
             [*cast, *cast],
@@ -284,17 +287,18 @@ class _Model:
             forward, backward = forward + there, backward + back
         for features in heads:  # rotary: x * cos + rotate_half(x) * sin
             n = tokens * features * s
-            forward += self._passes([], [2 * n, n, 2 * n, 2 * n, 3 * n], [], launches=0)
+            forward += self.plain.passes([], [2 * n, n, 2 * n, 2 * n, 3 * n], [], launches=0)
             halves = [3 * n // 2, 3 * n // 2]
-            backward += self._passes([], [2 * n, 2 * n, n, *halves, 3 * n, 3 * n, 2 * n], [], launches=0)
+            backward += self.plain.passes([], [2 * n, 2 * n, n, *halves, 3 * n, 3 * n, 2 * n], [], launches=0)
         # silu(gate) * up; both residual sums. In the backward also the sums of what q, k, v and gate, up give.
-        forward += self._passes([2 * inner * s, 3 * inner * s, *[3 * hidden * s] * 2], [], [], launches=0)
-        readers = sum(projection.input in ("attn_in", "mlp_in") for projection in d.projections)
-        sums = [3 * hidden * s] * (readers - 2 + 2)
-        backward += self._passes([*[3 * inner * s] * 3, *sums], [], [], launches=0)
+        gated, gated_back = ([2 * inner * s, 3 * inner * s], [3 * inner * s] * 3) if d.router is None else ([], [])
+        forward += self.plain.passes([*gated, *[3 * hidden * s] * 2], [], [], launches=0)
+        readers = [p.input for p in d.projections if p.input in ("attn_in", "mlp_in")]
+        sums = [3 * hidden * s] * (len(readers) - len(set(readers)) + 2)
+        backward += self.plain.passes([*gated_back, *sums], [], [], launches=0)
         product = self.batch.tokens * self.batch.length * d.heads * d.head_dim  # half of its FLOPs: causal
-        peak = self.setting(1, 1).device.flops_per_s[self.workload.dtype]
-        one = self._passes([], [], [], launches=1)
+        peak = self.plain.setting(1, 1).device.flops_per_s[self.workload.dtype]
+        one = self.plain.passes([], [], [], launches=1)
         forward += one + Times(_PRODUCTS_FORWARD * product / (FLASH_FORWARD * peak))
         backward += one + Times(_PRODUCTS_BACKWARD * product / (FLASH_BACKWARD * peak))
         return forward, backward
@@ -311,7 +315,7 @@ class _Model:
         # Embeddings; log_softmax, and its backward of the loss's.
         straight = [2 * self.batch.tokens * self.decoder.hidden * self.size]
         straight += [2 * FLOAT * n, FLOAT * n, 3 * FLOAT * n]
-        return times + head.forward + head.backward + self._passes(straight, [], [*cast, *cast], launches=5)
+        return times + head.forward + head.backward + self.plain.passes(straight, [], [*cast, *cast], launches=5)
 
     # Memory
 
@@ -323,15 +327,23 @@ class _Model:
         if d.head_norms:
             norms += FLOAT * tokens * (q + d.heads + kv + d.kv_heads)
         attention = s * tokens * (2 * q + 2 * kv) + FLOAT * tokens * d.heads  # q, k, v, output; logsumexp
-        return norms + attention + 3 * s * tokens * d.intermediate  # gate, silu(gate), up
+        mlp = 0 if d.router is not None else 3 * s * tokens * d.intermediate  # gate, silu(gate), up
+        return norms + attention + mlp
 
-    def _memory(self, adapted: dict[tuple[int, int], _Linear], grouped: Mapping[Group, _Linear]) -> Memory:
+    def _memory(
+        self,
+        adapted: dict[tuple[int, int], _Linear],
+        mixture: Part | None,
+        grouped: Mapping[Group, _Linear],
+        *,
+        adapters: int,
+    ) -> Memory:
         d, batch, s = self.decoder, self.batch, self.size
         count, hidden = d.layers, batch.tokens * d.hidden
         of_linears = self._kept(adapted, grouped)
         down = self._kept(adapted, {}, "mlp_hidden") // count
         logits = 0 if batch.body or d.vocab is None else batch.tokens * d.vocab
-        layer = self.layer_bytes() + of_linears // count
+        layer = self.layer_bytes() + of_linears // count + (0 if mixture is None else mixture.kept)
         if batch.checkpointing:
             inputs = (count - 1 if batch.body else count) * s * hidden
             between, within = inputs, inputs + layer
@@ -344,17 +356,19 @@ class _Model:
         workspace = max((adapted[p.in_features, p.out_features].workspace for p in readers), default=0)
         # Of a quantized base the weight is there while it is read.
         made = s * d.intermediate * d.hidden if self.workload.quantized else 0
-        moments = [
-            # The last norm's backward: five tensors in float32 beside what it has kept.
-            (between + last, output + 5 * FLOAT * hidden),
+        # The last norm's backward: five tensors in float32 beside what it has kept.
+        moments = [(between + last, output + 5 * FLOAT * hidden)]
+        if mixture is not None:
+            moments += [(within - gone, output + s * hidden + beside) for gone, beside in mixture.moments]
+        else:
             # The last layer's MLP: dX of the last linear, and the gradients of gate and up before silu's.
-            (within - down, output + s * hidden + 3 * inner + made),
-            (within, output + s * hidden + inner + max(workspace, made)),
-        ]
+            moments += [
+                (within - down, output + s * hidden + 3 * inner + made),
+                (within, output + s * hidden + inner + max(workspace, made)),
+            ]
         if logits:  # the loss's backward: log_softmax, its gradient and that of its input
             moments.append((between + last + FLOAT * logits, output + 2 * FLOAT * logits))
         kept, transient = max(moments, key=sum)
-        adapters = self._adapters() if adapted else 0
         return Memory(self._weights(), adapters, kept, transient, between + last + FLOAT * logits)
 
     def _read(self, name: str) -> list[Projection]:
@@ -383,8 +397,14 @@ class _Model:
         weights = sum(p.count * p.out_features * p.in_features for p in d.projections)
         biases = sum(p.count * p.out_features * p.bias for p in d.projections)
         stored = round(self.workload.stored.bits / 8 * weights) if self.workload.quantized else self.size * weights
-        return stored + self.size * (biases + norms + ends)
+        # Stacks are parameters, and routers no linears: neither is quantized.
+        stacks = self.architecture.known_stacks if d.router is not None else ()
+        mixture = sum(stack.count * stack.experts * stack.in_features * stack.out_features for stack in stacks)
+        mixture += sum(stack.count * stack.experts * d.hidden for stack in stacks if stack.gathers)
+        return stored + self.size * (biases + norms + ends + mixture)
 
     def _adapters(self) -> int:
         each = 2 * DTYPES[self.workload.adapter_dtype].bytes  # with its gradient
-        return each * self.rank * sum(p.count * (p.in_features + p.out_features) for p in self.architecture.projections)
+        sites = self.architecture.sites
+        counts = (site.count * (site.experts if isinstance(site, Stack) else 1) for site in sites)
+        return each * self.rank * sum(n * (p.in_features + p.out_features) for n, p in zip(counts, sites, strict=True))

@@ -7,12 +7,13 @@ where the process has imported them already.
 
 from __future__ import annotations
 
+import copy
 import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -282,13 +283,13 @@ def _walk(root: nn.Module) -> Iterator[_Linear | _Stack | _Other]:
         if _is_other_linear(module, tuner):
             yield _Other(path, _other_linear(module))
             return
-        if names := _names_of_experts(module):
+        if experts := _experts(module):
             wrappers = _param_wrappers(tuner)
-            if reason := _reason_of_experts(module, names, wrappers, head):
+            if reason := _reason_of_experts(module, experts, wrappers, head):
                 yield _Other(path, reason)
                 return
-            for name in names:
-                yield _stack(f"{path}.{name}".removeprefix("."), module, name, parent, wrappers.get(name))
+            for name in experts.names:
+                yield _stack(f"{path}.{name}".removeprefix("."), module, experts, name, parent, wrappers.get(name))
         elif any(weight.dim() > 1 for weight in weights):
             yield _Other(path, _what(module, weights))
         for name, child in module._modules.items():
@@ -439,11 +440,62 @@ def _what(module: nn.Module, weights: Sequence[torch.Tensor]) -> str:
     return f"{most}-D weights of {kind}" if most > 2 else f"2-D parameters of {kind}, which is no linear"
 
 
-def _names_of_experts(module: Any) -> tuple[str, ...]:
-    """The weights of a module of experts, in the order in which they are read; empty if it is none."""
-    if getattr(type(module).forward, "__globals__", {}).get("__name__") != _EXPERTS_OF:
-        return ()
-    return ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
+class _Experts(NamedTuple):
+    """How a module of experts is built.
+
+    Attributes:
+        names: of the weights, in the order in which they are read.
+        transposed, biased, gated: how these lie, whether they have biases, and whether the first holds a gate as well.
+        rows: whether it is given rows that are sorted by expert, all tokens for each, as Llama 4's; else tokens, and
+            choices.
+    """
+
+    names: tuple[str, str]
+    transposed: bool
+    biased: bool
+    gated: bool
+    rows: bool = False
+
+
+def _experts(module: Any) -> _Experts | None:
+    """What a module is built like, by Transformers' decorator or as it was tried; None if it is no such experts."""
+    forward = getattr(type(module), "stands_for", type(module)).forward  # ours stands in front of it with adapters
+    if getattr(forward, "__globals__", {}).get("__name__") == _EXPERTS_OF:
+        first = "gate_up_proj" if module.has_gate else "up_proj"
+        return _Experts((first, "down_proj"), module.is_transposed, module.has_bias, module.has_gate)
+    if not _computes_rows(module, forward):
+        return None
+    return _Experts(("gate_up_proj", "down_proj"), transposed=True, biased=False, gated=True, rows=True)
+
+
+def _computes_rows(module: Any, forward: Any) -> bool:
+    """Whether a module maps each row x of an expert to down(up · act_fn(gate)); gate and up are halves of gate_up(x).
+
+    Tried, with the gradient, on a copy with small random weights.
+    """
+    held = {name: tuple(weight.shape) for name, weight in module._parameters.items() if weight is not None}
+    if held.keys() != {"gate_up_proj", "down_proj"} or hasattr(module, "has_gate"):
+        return False
+    (count, hidden, *wide), down = held["gate_up_proj"], held["down_proj"]
+    if len(wide) != 1 or wide[0] % 2 or down != (count, wide[0] // 2, hidden):
+        return False
+    drawn, device = torch.Generator().manual_seed(0), module.down_proj.device
+    sizes = {"x": (6, hidden), "gate_up_proj": (2, hidden, 6), "down_proj": (2, 3, hidden), "dy": (6, hidden)}
+    on = "cpu" if device.type == "meta" else device
+    tried = {name: torch.randn(size, generator=drawn, device="cpu").to(on) for name, size in sizes.items()}
+    tried["gate_up_proj"] /= hidden**0.5
+    x, small = tried["x"].requires_grad_(), copy.copy(module)
+    small.__dict__["_parameters"] = {name: nn.Parameter(tried[name], requires_grad=False) for name in held}
+    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+        try:
+            gate, up = (x.view(2, 3, hidden) @ tried["gate_up_proj"]).chunk(2, dim=-1)
+            made = ((up * module.act_fn(gate)) @ tried["down_proj"]).view(-1, hidden)
+            theirs = forward(small, x)
+            back, their_back = (torch.autograd.grad(y, x, tried["dy"])[0] for y in (made, theirs))
+        except Exception:  # whatever a model's own code says to such rows
+            return False
+    same = made.shape == theirs.shape and torch.allclose(made, theirs, 1e-4, 1e-6)
+    return same and torch.allclose(back, their_back, 1e-4, 1e-6)
 
 
 def _param_wrappers(tuner: Any) -> dict[str, Any]:
@@ -455,8 +507,9 @@ def _param_wrappers(tuner: Any) -> dict[str, Any]:
     return wrappers
 
 
-def _reason_of_experts(module: Any, names: Sequence[str], adapted: Mapping[str, Any], head: str) -> str | None:
+def _reason_of_experts(module: Any, experts: _Experts, adapted: Mapping[str, Any], head: str) -> str | None:
     """Why a module of experts is left out, or None."""
+    names = experts.names
     if getattr(module, "parametrizations", None):
         return "its weights are parametrized"
     held = {name: weight for name, weight in module._parameters.items() if weight is not None and weight.dim() > 1}
@@ -464,7 +517,7 @@ def _reason_of_experts(module: Any, names: Sequence[str], adapted: Mapping[str, 
         return f"quantized ({type(module).__name__})"
     if any(name not in held or held[name].dim() != 3 for name in names):
         return "experts without weights of 3 dimensions"
-    biases = [f"{name}_bias" for name in names if module.has_bias]
+    biases = [f"{name}_bias" for name in names if experts.biased]
     if set(held) != {*names, *biases}:
         return f"experts with other weights than {', '.join((*names, *biases))}"
     if any(0 in weight.shape for weight in held.values()):
@@ -481,46 +534,53 @@ def _reason_of_experts(module: Any, names: Sequence[str], adapted: Mapping[str, 
     return head or None
 
 
-def _stack(path: str, module: Any, name: str, parent: nn.Module | None, tuner: nn.Module | None) -> _Stack:
+def _stack(
+    path: str, module: Any, experts: _Experts, name: str, parent: nn.Module | None, tuner: nn.Module | None
+) -> _Stack:
     weight = module._parameters[name]
-    experts, *sides = weight.shape
-    in_features, out_features = sides if module.is_transposed else reversed(sides)
+    count, *sides = weight.shape
+    in_features, out_features = sides if experts.transposed else reversed(sides)
     stack = Stack(
         name=name,
-        experts=experts,
+        experts=count,
         in_features=in_features,
         out_features=out_features,
         gathers=name != "down_proj",
-        top_k=_top_k(parent, module.config),
-        bias=module.has_bias,
+        # Experts that are given rows compute all tokens each, whatever the router makes of them.
+        top_k=count if experts.rows else _top_k(parent, module.config),
+        bias=experts.biased,
         count=1,
-        layout="in_out" if module.is_transposed else "out_in",
-        activation=_activation(module),
+        layout="in_out" if experts.transposed else "out_in",
+        activation=_activation(module, experts),
     )
     return _Stack(path, stack, weight.dtype, () if tuner is None else tuple(_adapters(tuner)))
 
 
-def _activation(module: Any) -> str:
+def _activation(module: Any, experts: _Experts) -> str:
     """What a module of experts does between its projections: which of those that have a row, tried on some rows."""
     act_fn = getattr(module, "act_fn", None)
     if isinstance(act_fn, nn.Module) and act_fn.state_dict():
         return ""  # it may do something else tomorrow
     weight = module._parameters["down_proj"]
-    features = weight.shape[1 if module.is_transposed else 2]
+    features = weight.shape[1 if experts.transposed else 2]
     device = "cpu" if weight.is_meta else weight.device
     drawn = torch.Generator().manual_seed(0)
-    widths = 2 if module.has_gate else 1
+    widths = 2 if experts.gated else 1
     u = torch.randn(5, widths * features, generator=drawn, dtype=torch.float64)
     u = (u * torch.tensor([[0.5], [2.0], [8.0], [32.0], [512.0]])).to(device).requires_grad_()
     dx = torch.randn(5, features, generator=drawn, dtype=torch.float64).to(device)
     try:
         with torch.enable_grad(), torch.autocast(u.device.type, enabled=False):
-            x = module._apply_gate(u) if module.has_gate else module.act_fn(u)
+            if experts.rows:
+                gate, up = u.chunk(2, 1)
+                x = up * module.act_fn(gate)
+            else:
+                x = module._apply_gate(u) if experts.gated else module.act_fn(u)
             (du,) = torch.autograd.grad(x, u, dx)
     except Exception:  # whatever a model's own code says to such rows
         return ""
     alike = (
-        name for name, row in ACTIVATIONS.items() if row.gated == module.has_gate and _does(row, u.detach(), x, dx, du)
+        name for name, row in ACTIVATIONS.items() if row.gated == experts.gated and _does(row, u.detach(), x, dx, du)
     )
     return next(alike, "")
 

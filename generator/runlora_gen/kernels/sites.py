@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from ..algebra.derivation import Derivation
 from ..algebra.enumerate import Phase, Program
-from ..algebra.operations import Fused, Operation, Step, dimensions
+from ..algebra.operations import Contract, Draw, Fused, Map, Operation, Step, dimensions
 from ..algebra.sites import DERIVATIONS
 from ..algebra.work import kind, work
 from .record import When
@@ -65,6 +65,22 @@ def parted(operation: _Some) -> tuple[_Some, tuple[Step, ...]]:
     last = kind(operation.products[-1])
     then = tuple(part for part in operation.products if part.accumulate and kind(part) == last)
     return replace(operation, parts=operation.parts[: -len(then)]), then
+
+
+def undropped(operation: Fused) -> Fused:
+    """What a kernel that drops computes beside that: its other steps, of all that a mask would leave some of."""
+    drops = [part for part in operation.parts if isinstance(part, Map) and part.function == "drop"]
+    # What is dropped to is what it is dropped of; where it is written, the other way round.
+    names = dict((p.out, p.operands[0]) if p.out in operation.inner else (p.operands[0], p.out) for p in drops)
+
+    def renamed(part: Step) -> Step:
+        if not isinstance(part, Contract):
+            return part
+        left, right = (replace(side, symbol=names.get(side.symbol, side.symbol)) for side in (part.left, part.right))
+        return replace(part, out=names.get(part.out, part.out), left=left, right=right)
+
+    parts = tuple(renamed(part) for part in operation.parts if part not in drops and not isinstance(part, Draw))
+    return replace(operation, parts=parts, inner=tuple(s for s in operation.inner if any(s == p.out for p in parts)))
 
 
 def draws(operation: Operation) -> bool:

@@ -104,7 +104,8 @@ def checks(modules: Sequence[str], part: str, examples: int) -> Iterator[Check]:
     groups = [_Group(name, _function_of(module)) for name, module in loaded.items() if hasattr(module, "LINEARS")]
     lone = [name for name, module in loaded.items() if hasattr(module, "lora_linear")]
     stacks = [name for name, module in loaded.items() if hasattr(module, "lora_experts")]
-    dropout = any("dropout" in inspect.signature(loaded[name].lora_linear).parameters for name in lone)
+    functions = [loaded[name].lora_linear for name in lone] + [loaded[name].lora_experts for name in stacks]
+    dropout = any("dropout" in inspect.signature(function).parameters for function in functions)
     coded = [module.Quantized for module in loaded.values() if hasattr(module, "Quantized")]
     base = BASES[sys.modules[coded[0].__module__].BASE if coded else "plain"]
     sources = {}
@@ -113,7 +114,9 @@ def checks(modules: Sequence[str], part: str, examples: int) -> Iterator[Check]:
     if stacks:
         between = dict.fromkeys(getattr(loaded[name], "ACTIVATION", None) for name in stacks)
         activations = [ACTIVATIONS[name] for name in between if name is not None]
-        sources["test_experts"] = render_test_of_experts(stacks, activations=activations, shared=shared)
+        sources["test_experts"] = render_test_of_experts(
+            stacks, activations=activations, dropout=dropout, shared=shared
+        )
     for name, source in sources.items():
         for function in _properties(name, source):
             if function.__name__.startswith(_OF_KERNELS) == (part == KERNELS):

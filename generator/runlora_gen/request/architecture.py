@@ -30,7 +30,7 @@ import tomllib
 
 from .activations import ACTIVATIONS
 from .cache import cached_config, is_model_name
-from .decoder import Decoder
+from .decoder import Decoder, Router
 from .errors import SpecError, one_line, shorten
 from .experts import MAX_EXPERTS, MAX_TOP_K, UNASKED, Stack
 from .files import read_text
@@ -337,11 +337,20 @@ class _ProjectionRule:
 
 
 @dataclass(frozen=True)
+class _RouterRule:
+    """How a family's routers are :class:`Router`."""
+
+    normed: bool | str  # a constant, or the name of a flag
+    float32: bool = False
+
+
+@dataclass(frozen=True)
 class _DecoderRule:
     """How the models of a family are :class:`Decoder`; its sizes have the names of the family's."""
 
     model_types: Sequence[str]  # the family's others have something more
     head_norms: bool = False
+    router: _RouterRule | None = None
 
 
 @dataclass(frozen=True)
@@ -354,6 +363,8 @@ class _Family:
     flags: Mapping[str, _Flag] = field(default_factory=dict)
     multiples: Sequence[Sequence[str]] = ()  # pairs: the first must be a multiple of the second
     decoder: _DecoderRule | None = None  # where the layers are those of :class:`Decoder`
+    #: Whether there is more than these linears, as experts: then models are read as Transformers builds them.
+    partial: bool = False
 
 
 def _load_family(file: Path) -> _Family:
@@ -362,7 +373,8 @@ def _load_family(file: Path) -> _Family:
     table["flags"] = {name: _Flag(**flag) for name, flag in table.get("flags", {}).items()}
     table["projections"] = [_ProjectionRule(**rule) for rule in table["projections"]]
     if "decoder" in table:
-        table["decoder"] = _DecoderRule(**table["decoder"])
+        router = table["decoder"].pop("router", None)
+        table["decoder"] = _DecoderRule(**table["decoder"], router=router and _RouterRule(**router))
     return _Family(**table)
 
 
@@ -370,6 +382,12 @@ def _load_family(file: Path) -> _Family:
 def _families() -> Mapping[str, _Family]:
     files = sorted((_DATA / "families").glob("*.toml"))
     return {model_type: family for family in map(_load_family, files) for model_type in family.model_types}
+
+
+@functools.cache
+def _whole_families() -> Mapping[str, _Family]:
+    """Those whose data files say all of a model."""
+    return {model_type: family for model_type, family in _families().items() if not family.partial}
 
 
 @functools.cache
@@ -420,7 +438,7 @@ def _build(
     other = functools.partial(_read_by_others, others, candidates, name=name, source=source)
     parts = [key for key, value in whole.values.items() if key.endswith("_config") and isinstance(value, dict)]
     left_out = {} if not nested else {key: "not of the text model" for key in parts if key not in _OF_THE_TEXT}
-    if isinstance(found, str) and found in _families():
+    if isinstance(found, str) and found in _whole_families():
         if found != own:
             _check_fields(config, found)
         try:
@@ -436,7 +454,7 @@ def _build(
         read = other()
         if read is None:
             _refuse_type(config, found, others)
-        architecture = read
+        architecture = replace(read, decoder=_decoder_around(read, config, found))
     if found != own and isinstance(own, str):
         _check_own(config, own, architecture, others)
     return replace(architecture, stored=_stored(whole.values))
@@ -461,7 +479,7 @@ def _stored(values: Mapping[str, object]) -> str | None:
 def _text_config(config: _Config) -> _Config:
     """Of a model that reads text and other things, the part of the config that is of its text model."""
     own, text = config.values.get("model_type"), config.values.get("text_config")
-    if not isinstance(text, dict) or (isinstance(own, str) and own in _families()):
+    if not isinstance(text, dict) or (isinstance(own, str) and own in _whole_families()):
         return config
     if text.get("model_type") is None and isinstance(own, str):
         text = {**text, "model_type": f"{own}_text"}  # old files leave it to the reader
@@ -489,7 +507,7 @@ def _refuse_type(config: _Config, model_type: object, others: OtherFamilies | No
     could = others is not None and not others.is_installed()
     hint = "; with torch and transformers installed other families can be read, too" if could else ""
     raise SpecError(
-        f"{config.file}: model_type = {shorten(model_type)}: expected one of {', '.join(sorted(_families()))}"
+        f"{config.file}: model_type = {shorten(model_type)}: expected one of {', '.join(sorted(_whole_families()))}"
         f"; --model-type NAME reads the file as one of these if its layers are alike{hint}"
     )
 
@@ -521,7 +539,7 @@ def _check_fields(config: _Config, model_type: str) -> None:
     for name, kind in _OTHER_KINDS.items():
         if foreign.get(name):
             config.fail(name, foreign[name], f"stands for {kind}, which {model_type} doesn't have")
-    for other in dict.fromkeys(_families()):
+    for other in _whole_families():
         for size in _families()[other].sizes.values():
             for name in size.fields:
                 if foreign.get(name) is not None:
@@ -535,8 +553,10 @@ def _check_fields(config: _Config, model_type: str) -> None:
 
 def _check_own(config: _Config, own: str, read: Architecture, others: OtherFamilies | None) -> None:
     """Refuse what was read as another model type than the config's own, if that is known to have others."""
-    projections, experts = family_projections(config.values, own), tuple[Stack, ...]()
-    if not projections and own not in _families():
+    projections, experts = tuple[Projection, ...](), tuple[Stack, ...]()
+    if own in _whole_families():
+        projections = family_projections(config.values, own)
+    else:
         with contextlib.suppress(SpecError):  # what can't be read contradicts nothing
             known = _read_by_others(others, [_typed(config, own)], name=own, source="")
             projections, experts = ((), ()) if known is None else (known.projections, known.offered)
@@ -553,15 +573,19 @@ def _check_own(config: _Config, own: str, read: Architecture, others: OtherFamil
         raise SpecError(f"{config.file}: model_type = {shorten(own)}: its experts are not {read.model_type}'s")
 
 
+def _flag(family: _Family, config: _Config, said: bool | str) -> bool:
+    """A constant, or a flag of the config by its name."""
+    return _read_flag(family.flags[said], config) if isinstance(said, str) else said
+
+
 def _projections(family: _Family, config: _Config) -> tuple[Projection, ...]:
     sizes = _read_sizes(family, config)
-    flags = {name: _read_flag(flag, config) for name, flag in family.flags.items()}
     return tuple(
         Projection(
             name=rule.name,
             in_features=_features(config, sizes, f"{rule.name} in_features", rule.in_features),
             out_features=_features(config, sizes, f"{rule.name} out_features", rule.out_features),
-            bias=flags[rule.bias] if isinstance(rule.bias, str) else rule.bias,
+            bias=_flag(family, config, rule.bias),
             count=sizes["layers"] if rule.count is None else rule.count,
             input=rule.input,
             layout=rule.layout,
@@ -576,14 +600,29 @@ def _decoder(family: _Family, config: _Config, model_type: str, linears: tuple[P
     if family.decoder is None or model_type not in family.decoder.model_types:
         return None
     sizes, vocab = _read_sizes(family, config), config.values.get("vocab_size")
-    names = ("layers", "hidden", "intermediate", "heads", "kv_heads", "head_dim")
+    names, router = ("layers", "hidden", "intermediate", "heads", "kv_heads", "head_dim"), family.decoder.router
     return Decoder(
         **{name: sizes[name] for name in names},
         head_norms=family.decoder.head_norms,
         vocab=vocab if type(vocab) is int and 1 <= vocab <= MAX_FEATURES else None,
         tied=config.values.get("tie_word_embeddings") is True,
         projections=linears,
+        router=None if router is None else Router(_flag(family, config, router.normed), router.float32),
     )
+
+
+def _decoder_around(read: Architecture, config: _Config, model_type: object) -> Decoder | None:
+    """The whole model of one with experts that was read elsewhere, if all of its layers have them and all is known."""
+    family = _families().get(model_type) if isinstance(model_type, str) else None
+    if family is None or not isinstance(model_type, str):
+        return None
+    try:
+        decoder = _decoder(family, config, model_type, read.projections)
+        known = decoder is not None and read.projections == _projections(family, config)
+    except SpecError:  # what only estimates need
+        return None
+    every = decoder is not None and all(stack.count == decoder.layers for stack in read.known_stacks)
+    return decoder if known and every and len(read.known_stacks) == 2 else None
 
 
 def decoder_types() -> tuple[str, ...]:

@@ -10,17 +10,31 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Router:
+    """What chooses experts by the softmax of a linear, and weighs them.
+
+    Attributes:
+        normed: whether the weights of a token's experts are divided by their sum.
+        float32: whether they stay in float32; else they are cast to the activations' dtype.
+    """
+
+    normed: bool
+    float32: bool
+
+
+@dataclass(frozen=True)
 class Decoder:
     """A decoder of pre-norm layers: RMSNorm, rotary attention, RMSNorm, a gated MLP; residual sums; a last RMSNorm.
 
     Attributes:
         layers: how many.
-        hidden, intermediate: features of the residual stream, and within the MLP.
+        hidden, intermediate: features of the residual stream, and within the MLP, or within each expert.
         heads, kv_heads, head_dim: of the attention.
         head_norms: whether queries and keys are normed by heads.
         vocab: size of the vocabulary, or None if the config doesn't say.
         tied: whether the head's weight is the embedding's.
         projections: all linears of the layers, also those without LoRA.
+        router: of a mixture of experts, which are in the MLP's place in all layers.
     """
 
     layers: int
@@ -33,3 +47,4 @@ class Decoder:
     vocab: int | None
     tied: bool
     projections: tuple[Projection, ...]
+    router: Router | None = None

@@ -55,7 +55,7 @@ def setting_of(workload: Workload, site: Site, rank: int, tokens: int) -> Settin
     if isinstance(site, Experts):
         return _setting(
             workload,
-            experts(gathers=site.gathers, activated=bool(site.activation)),
+            experts(gathers=site.gathers, activated=bool(site.activation), dropout=workload.dropout > 0),
             site.in_features,
             site.out_features,
             rank,

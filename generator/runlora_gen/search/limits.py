@@ -69,12 +69,10 @@ def check_experts(architecture: Architecture, workload: Workload) -> None:
     """Refuse what no module of experts has.
 
     Raises:
-        SpecError: a base of codes, or dropout that was asked for.
+        SpecError: a base of codes.
     """
     if architecture.stacks and workload.quantized:
         raise SpecError(f"--base: {workload.base} is of linears alone, not of experts; give plain")
-    if workload.target_parameters and workload.dropout:
-        raise SpecError("--target-parameters: experts have no dropout, in PEFT neither; give --dropout 0")
 
 
 def check_saved_limit(architecture: Architecture, ranks: Sequence[int], workload: Workload) -> None:

@@ -23,6 +23,7 @@ KERNEL = Kernel(
             "activated",
             "activation",
             "by_expert",
+            "dot_biases",
             "of_expert",
             "rank_wide",
             "routed",

@@ -1,0 +1,19 @@
+"""S = s H A[e]ᵀ in one pass over X, where H is what dropout leaves of X: the mask is drawn within."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ..experts_x_at import KERNEL as X_AT
+
+KERNEL = replace(
+    X_AT,
+    call="{dropped0}, {right0T}, {scaling0}, {seed0}, dropout, routing",
+    # Small programs, of which some draw while others load.
+    tiles={"BT": 32, "BI": 128, "WARPS": 4, "STAGES": 4},
+    candidates=(),
+    helpers=X_AT.helpers | {"drop"},
+    replaces=(),
+    priced_as="experts_x_at",
+    drops=True,
+)
