@@ -163,6 +163,21 @@ def test_every_kernel_is_proved(tmp_path: Path, site: str) -> None:
     assert proved(path, proof.KERNELS, 10, covering) == 4
 
 
+@pytest.mark.parametrize("site", SITES)
+def test_every_way_to_drop_is_proved(tmp_path: Path, site: str) -> None:
+    """In plain torch, and by the kernels that draw."""
+    pytest.importorskip("triton", minversion="3.4")
+    workload = replace(WORKLOAD, dropout=0.1)
+    setting = setting_of(workload, SITES[site], 8, 4096)
+    choice = one_choice(SITES[site], workload, of_everything(workload, decide(workload, setting)))
+    module = render_module(choice, 8, workload, tmp_path / site, all_variants=True)
+    drawing = {op.kernel for op in setting.derivation.operations if isinstance(op, Fused) and KERNELS[op.kernel].drops}
+    assert drawing and drawing <= {name for name in KERNELS if hasattr(module, f"_launch_{name}")}
+    (path,) = (path for path in (tmp_path / site).iterdir() if path.suffix == ".py")
+    assert proved(path, proof.TORCH, 1, covering) > 30
+    assert proved(path, proof.KERNELS, 3, covering) == 4
+
+
 #: Each module by its kernels under torch.compile, which sees their operators, against eager calls.
 _COMPILED = """
 import sys
