@@ -11,6 +11,7 @@ from ..algebra.liveness import is_told
 from ..algebra.operations import Draw, Map, Symbol, products
 from ..algebra.schedule import Step, schedule
 from ..cost.setting import Setting
+from ..kernels.registry import KERNELS
 from .code import drawn_line, line, seeds_line
 
 
@@ -136,7 +137,7 @@ def backward_blocks(
             wanted = frozenset[Symbol]().union(*(needed_by[out] for out in step.operation.outputs))
             guards = dict.fromkeys(step.operation.outputs, guard(wanted, phase.derivation))
             for out in step.operation.outputs:
-                if out not in phase.goals:  # it is told of what follows from it
+                if out not in phase.goals and "{needs}" in KERNELS[step.operation.kernel].call:  # told of what follows
                     add(guards[out], f"need_{out} = {guard(needed_by[out], phase.derivation)}")
         else:
             guards = {symbol: guard(needed_by[symbol], phase.derivation) for symbol in step.operation.outputs}
