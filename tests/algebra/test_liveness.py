@@ -7,8 +7,9 @@ import itertools
 import pytest
 from runlora_gen.algebra.derivation import CAST_ADAPTER
 from runlora_gen.algebra.enumerate import enumerate_programs
+from runlora_gen.algebra.experts import ACTIVATED
 from runlora_gen.algebra.linear import LINEAR
-from runlora_gen.algebra.liveness import dependents, saved_activations, saved_symbols, wanted_operations
+from runlora_gen.algebra.liveness import dependents, is_told, saved_activations, saved_symbols, wanted_operations
 from runlora_gen.algebra.operations import Operation, Symbol, products
 
 ALL = ("dX", "dA", "dB", "db")
@@ -75,3 +76,15 @@ def test_of_a_kernel_whose_results_are_not_all_wanted_the_product_runs_alone() -
     assert "p_db: P = s * dY @ B; dB = dY.T @ S" in running("dA", "dB")
     assert running("dB") == {"dB = dY.T @ S"}
     assert running("dA") == {"P = s * dY @ B", "dA = P.T @ X"}
+
+
+def test_what_a_told_kernel_makes_on_the_way_needs_no_more() -> None:
+    """dU is made for dBU, whose other factor it does not need."""
+    program = next(
+        program
+        for program in enumerate_programs(ACTIVATED, tuple(map(str, ACTIVATED.gradients)))
+        if any(is_told(op) and len(op.outputs) == 5 for op in program.backward.operations)
+    )
+    needed = {str(s): {str(g) for g in goals} for s, goals in dependents(program.backward).items()}
+    assert needed["SU"] == {"dBU"} and needed["BU"] == {"PU"}
+    assert needed["dU"] == {"dU", "PU", "dBU"} and needed["P"] >= {"dA", "dU", "dg"}

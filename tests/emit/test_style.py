@@ -23,6 +23,7 @@ from runlora_gen.emit.render import Header, render
 from runlora_gen.emit.style import DEFAULT_LINE_LENGTH, MAX_LINE_LENGTH, MIN_LINE_LENGTH, Style, style_of
 from runlora_gen.kernels.registry import KERNELS
 from runlora_gen.kernels.sites import operations_of
+from runlora_gen.request.activations import ACTIVATIONS
 from runlora_gen.request.errors import SpecError
 from runlora_gen.request.experts import Experts
 from runlora_gen.request.groups import Group
@@ -170,7 +171,7 @@ def test_functions_are_formatted_as_in_the_whole() -> None:
         setting_of(each, stack, 4, 4096) for stack in stacks for each in (workload, replace(workload, dropout=0.1))
     ]
     calls = tuple(KernelCall(op, of) for of in settings for op in operations_of(of.derivation) if isinstance(op, Fused))
-    node = replace(node, calls=calls, helpers=node.helpers | helpers)
+    node = replace(node, calls=calls, helpers=node.helpers | helpers, activations=tuple(ACTIVATIONS.values()))
     assert [kernel.name for kernel in node.kernels] == list(KERNELS)
     source = render("linear.py.jinja", {"header": Header("command", "digest"), "module": node})
     assert len(style._CUT.split(source)) > 40

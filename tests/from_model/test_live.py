@@ -122,8 +122,9 @@ def test_decoders_are_read_right(model_type: str) -> None:
         owner, _, field = path.rpartition(".")
         module = model.get_submodule(owner)
         if reason_of(read, path) == UNASKED:
-            given_rows = model_type == "llama4_text"  # sorted by expert, whoever was chosen
-            choices = 1 if given_rows else getattr(model.config, "num_experts_per_tok", None) or model.config.moe_k
+            given_rows = model_type == "llama4_text"  # every expert has all tokens, whoever was chosen
+            asked = getattr(model.config, "num_experts_per_tok", None) or model.config.moe_k
+            choices = weight.shape[0] if given_rows else asked
             transposed = given_rows or module.is_transposed
             where = f"{owner.rpartition('.')[0].rpartition('.')[2]}.experts"
             sides = tuple(weight.shape[1:] if transposed else weight.shape[:0:-1])

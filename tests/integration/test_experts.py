@@ -829,6 +829,8 @@ IMPOSTORS: Mapping[str, tuple[str, Callable[[Any], None]]] = {
     "swapped": ("qwen3_moe", _gated(lambda gate, up: F.silu(up) * gate)),
     "alternating": ("qwen3_moe", _alternating),
     "residual": ("qwen3_moe", _gated(lambda gate, up: F.silu(gate) * up + 0.01 * up)),
+    "another gradient": ("qwen3_moe", _gated(lambda gate, up: F.silu(gate.detach()) * up + 0 * gate)),
+    "shifted": ("qwen3_moe", _gated(lambda gate, up: F.silu(gate) * up + 1)),
     "norm": ("qwen3_moe", _gated(lambda gate, up: F.rms_norm(F.silu(gate) * up, (INNER,)))),
     "learned": ("qwen3_moe", _learned),
     "raising": ("qwen3_moe", _raising),
