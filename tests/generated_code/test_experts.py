@@ -163,6 +163,7 @@ def test_every_kernel_is_proved(tmp_path: Path, site: str) -> None:
     assert proved(path, proof.KERNELS, 10, covering) == 4
 
 
+@pytest.mark.skipif(not os.environ.get("RUNLORA_LONG"), reason="takes minutes: set RUNLORA_LONG=1")
 @pytest.mark.parametrize("site", SITES)
 def test_every_way_to_drop_is_proved(tmp_path: Path, site: str) -> None:
     """In plain torch, and by the kernels that draw."""
