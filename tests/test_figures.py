@@ -79,17 +79,31 @@ def test_the_table_of_projections_of_experts() -> None:
 
 def test_the_tables_of_models_with_experts() -> None:
     titles = {"frozen": "frozen", "PEFT": "PEFT, 16-bit adapters", "**ours**": "ours, 16-bit adapters"}
-    rows = results("model_experts_h100.json")["rows"]
+    peft_s, ours = (results(f"model_experts_{name}h100.json")["rows"] for name in ("", "chain_"))
     for called, title in titles.items():
         cells = []
-        for row in rows:
+        for row in peft_s if called == "PEFT" else ours:
             found = row["results"][title]
             cells += [over_frozen(found, "eager"), over_frozen(found, "compiled")]
             cells.append(f"{found['compiled']['peak_bytes'] / 2**20:.0f} MiB")
         assert f"| {called} | {' | '.join(cells)} |" in README
-    graph = rows[0]["results"]["ours for graphs, 16-bit adapters"]
-    assert f"{over_frozen(graph, 'eager')} with modules for `launch=\"graph\"`" in README
-    assert f"and {over_frozen(graph, 'compiled')}, PEFT 3.00" in README
+    apart = "ours, projections of experts apart"
+    for row, shape in zip(ours, ("Qwen3-30B-A3B, 2 layers: ", "gpt-oss-20b, 2 layers: "), strict=True):
+        for mode in ("eager", "compiled", "checkpointing"):
+            ways = [row["results"][name] for name in (apart, "ours", titles["**ours**"])]
+            ratios = "{} | **{}** | **{}**".format(*(over_frozen(way, mode) for way in ways))
+            peaks = [f"{way[mode]['peak_bytes'] / 2**20:.0f}" for way in (row["results"]["frozen"], *ways)]
+            begins = shape if mode == "eager" else "… "
+            assert f"| {begins}{mode} | {ratios} | {', '.join(peaks)} MiB |" in README
+    (alone,) = results("model_experts_alone_h100.json")["rows"]
+    named = ("frozen", "PEFT, 16-bit adapters", f"{apart.replace('ours', 'ours for graphs')}", "ours")
+    needs = "{:.1f} ms for the frozen eager step, {:.1f} for PEFT's, {:.1f} apart and {:.1f} as a chain"
+    assert needs.format(*(alone["results"][name]["device_ms"] for name in named)) in " ".join(README.split())
+    eager = over_frozen(peft_s[0]["results"][titles["PEFT"]], "eager")
+    assert (
+        f"PEFT took {eager} eagerly and {over_frozen(peft_s[0]['results'][titles['PEFT']], 'compiled')} compiled"
+        in README
+    )
     (row,) = results("model_experts_rivals_h100.json")["rows"]
     peft, axolotl, ours = (
         row["results"][f"{name}, 16-bit adapters"] for name in ("PEFT", "axolotl's ScatterMoE", "ours")
