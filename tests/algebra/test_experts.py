@@ -22,6 +22,7 @@ from runlora_gen.algebra.experts import (
     GATHERED_DROPPED,
     HANDED,
     HANDED_DROPPED,
+    OF_EXPERTS,
     experts,
 )
 from runlora_gen.algebra.operations import (
@@ -43,7 +44,7 @@ Array = NDArray[np.float64]
 Values = dict[str, Array]
 
 DROPPED = (GATHERED_DROPPED, COMBINED_DROPPED, HANDED_DROPPED, ACTIVATED_DROPPED)
-SITES = (GATHERED, COMBINED, HANDED, ACTIVATED, *DROPPED)
+SITES = OF_EXPERTS
 GOALS = {site: tuple(map(str, site.gradients)) for site in SITES}
 #: Those whose rows become tokens, those that hand over, and those that read what goes into an activation.
 GIVE_TOKENS = (COMBINED, ACTIVATED, COMBINED_DROPPED, ACTIVATED_DROPPED)

@@ -6,7 +6,7 @@ import pytest
 from runlora_gen.algebra.count import count_programs
 from runlora_gen.algebra.derivation import CAST_ADAPTER, KEEPS_WEIGHTS, NO_FACTS, Derivation, Facts
 from runlora_gen.algebra.enumerate import enumerate_programs
-from runlora_gen.algebra.experts import experts
+from runlora_gen.algebra.experts import OF_EXPERTS
 from runlora_gen.algebra.group import group
 from runlora_gen.algebra.linear import (
     DROPPED,
@@ -138,13 +138,7 @@ def test_sites_by_what_is_asked_for() -> None:
     assert lone_linear(base="codes") is QUANTIZED and lone_linear(dropout=True, base="codes") is QUANTIZED_DROPPED
     assert lone_linear(base="scaled") is SCALED and lone_linear(dropout=True, base="scaled") is SCALED_DROPPED
     assert lone_linear(base="float8") is FLOAT8 and lone_linear(dropout=True, base="float8") is FLOAT8_DROPPED
-    of_experts = {
-        experts(gathers=gathers, activated=activated, dropout=dropout)
-        for gathers in (True, False)
-        for activated in (True, False)
-        for dropout in (True, False)
-    }
-    assert {LINEAR, DROPPED, *SITES, *of_experts} == set(DERIVATIONS) and len(of_experts) == 8
+    assert {LINEAR, DROPPED, *SITES, *OF_EXPERTS} == set(DERIVATIONS)
     assert len({site.site for site in DERIVATIONS}) == len(DERIVATIONS)
 
 

@@ -20,10 +20,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from runlora_gen.algebra.derivation import CAST_ADAPTER, NO_FACTS
 from runlora_gen.algebra.enumerate import Phase, Program, enumerate_programs, pair
+from runlora_gen.algebra.experts import OF_EXPERTS
 from runlora_gen.algebra.linear import DROPPED, LINEAR
 from runlora_gen.algebra.liveness import saved_activations, saved_symbols
 from runlora_gen.algebra.operations import Convert, Fused, Operation
-from runlora_gen.algebra.sites import DERIVATIONS
 from runlora_gen.cost.device import load_device
 from runlora_gen.cost.measured import setting_at
 from runlora_gen.cost.price import price
@@ -243,8 +243,7 @@ def test_a_gpu_counts_the_launches_and_the_bytes_that_are_priced() -> None:
     def printed(operation: Operation) -> str:
         return f"{operation.kernel}: {operation.formula}" if isinstance(operation, Fused) else operation.formula
 
-    sites = [site for site in DERIVATIONS if not site.coded and "E" in site["W"].shape]
-    of_experts = {op for site in sites for op in operations_of(site)} - {*operations_of(DROPPED)}
+    of_experts = {op for site in OF_EXPERTS for op in operations_of(site)} - {*operations_of(DROPPED)}
     operations = {
         printed(operation): operation
         for operation in WORKS.values()

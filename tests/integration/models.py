@@ -5,6 +5,8 @@ Imports nothing of this repository, so that it runs where only a generated packa
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import peft
@@ -162,3 +164,73 @@ def gradients(model: nn.Module, tokens: Tensor) -> dict[str, Tensor]:
     model.zero_grad()
     model(tokens, labels=tokens).loss.backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def seeded(model: nn.Module, tokens: Tensor, seed: int = 3) -> dict[str, Tensor]:
+    """The same from a seed on, from which masks are drawn."""
+    torch.manual_seed(seed)
+    return gradients(model, tokens)
+
+
+def outcome(model: Any, tokens: Tensor, seed: int = 3) -> Tensor:
+    """The logits, likewise."""
+    torch.manual_seed(seed)
+    logits: Tensor = model(tokens).logits.detach()
+    return logits
+
+
+def bitwise(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """Gradients are the same to the bit."""
+    assert wanted and found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], gradient) for name, gradient in wanted.items())
+
+
+def masks_drawn(modules: Iterable[Any], monkeypatch: Any) -> list[tuple[Tensor, float]]:
+    """The masks that generated modules draw from now on, with the rates at which they do."""
+    masks: list[tuple[Tensor, float]] = []
+    for module in modules:
+
+        def dropped(X: Tensor, dropout: float, draw: Any = module._dropped) -> tuple[Tensor, Tensor]:
+            left, mask = draw(X, dropout)
+            masks.append((mask.clone(), dropout))
+            return left, mask
+
+        monkeypatch.setattr(module, "_dropped", dropped)
+    return masks
+
+
+def computes_what_peft_would(package: Any, model: Any, base: Any, tokens: Tensor, folder: str, stacks: int) -> None:
+    """Injected experts, saved and loaded by PEFT onto a base like theirs: outputs, and all gradients of factors."""
+    package.save_adapter(model, folder)
+    other = peft.PeftModel.from_pretrained(base, folder, is_trainable=True, autocast_adapter_dtype=False)
+    torch.testing.assert_close(model(tokens).logits, other(tokens).logits, rtol=1e-12, atol=1e-12)
+    ours, theirs = gradients(model, tokens), gradients(other, tokens)
+    assert len(ours) == len(theirs) == 2 * stacks
+    found = {name: module.stack for name, module in package.adapters.lora_layers(model).items()}
+    for name, in_file in package.inject_experts.peft_names(found).items():
+        parent, _, child = name.rpartition(".")
+        for part in ("lora_A", "lora_B"):
+            gradient = package.inject_experts.packed(part, ours[f"{parent}.lora.{child}.{part}"])
+            wanted = theirs[f"base_model.model.{in_file}.{part}.default.weight"]
+            torch.testing.assert_close(gradient, wanted, rtol=1e-10, atol=1e-12)
+
+
+def loads_peft_s(package: Any, model: Any, build: Callable[[], Any], tokens: Tensor, folder: str) -> None:
+    """Adapters of experts that PEFT saved: into a model without any, into one with others, and back by PEFT."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT reads patterns for parameters, and says that it does not
+        model.save_pretrained(folder)
+    wanted, other = model(tokens).logits, build()
+    package.load_adapter(other, folder)
+    torch.testing.assert_close(other(tokens).logits, wanted)
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            if "lora_" in name:
+                parameter.normal_()
+    package.load_adapter(other, folder)
+    torch.testing.assert_close(other(tokens).logits, wanted)
+    package.save_adapter(other, folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        again = peft.PeftModel.from_pretrained(build(), folder)
+    torch.testing.assert_close(again(tokens).logits, wanted)

@@ -18,7 +18,7 @@ from runlora_gen.request.layout import LAYOUTS
 from torch import Tensor, nn
 
 from .conftest import takes_long
-from .models import RANK, checkpointed, filled, gradients, llama, with_lora
+from .models import RANK, bitwise, checkpointed, filled, gradients, llama, masks_drawn, outcome, seeded, with_lora
 from .test_runs_in import compiled_gradients, curve, same
 
 ALL = 14
@@ -58,34 +58,10 @@ def layers(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if hasattr(module, "lora_A")]
 
 
-def seeded(model: nn.Module, tokens: Tensor, seed: int = 3) -> dict[str, Tensor]:
-    torch.manual_seed(seed)
-    return gradients(model, tokens)
-
-
-def outcome(model: nn.Module, tokens: Tensor, seed: int = 3) -> Tensor:
-    torch.manual_seed(seed)
-    return model(tokens).logits.detach()
-
-
-def bitwise(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    assert wanted and found.keys() == wanted.keys()
-    assert all(torch.equal(found[name], gradient) for name, gradient in wanted.items())
-
-
 @pytest.fixture
 def drawn(package: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, float]]:
     """The masks that linears drew, with the rates at which they did."""
-    masks: list[tuple[Tensor, float]] = []
-    for module in (*package.shapes._MODULES, *getattr(package.shapes, "_GROUP_MODULES", ())):
-
-        def dropped(X: Tensor, dropout: float, draw: Any = module._dropped) -> tuple[Tensor, Tensor]:
-            left, mask = draw(X, dropout)
-            masks.append((mask.clone(), dropout))
-            return left, mask
-
-        monkeypatch.setattr(module, "_dropped", dropped)
-    return masks
+    return masks_drawn((*package.shapes._MODULES, *getattr(package.shapes, "_GROUP_MODULES", ())), monkeypatch)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

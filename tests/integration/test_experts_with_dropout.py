@@ -20,7 +20,22 @@ from runlora_gen.request.layout import FOLDER, STANDALONE
 from runlora_gen.request.workload import make_workload
 from torch import Tensor, nn
 
-from .models import EXPERTS, HIDDEN, INNER, RANK, STACKS, TOP_K, checkpointed, filled, gradients, qwen3_moe
+from .models import (
+    EXPERTS,
+    HIDDEN,
+    INNER,
+    RANK,
+    STACKS,
+    TOP_K,
+    bitwise,
+    checkpointed,
+    filled,
+    gradients,
+    masks_drawn,
+    outcome,
+    qwen3_moe,
+    seeded,
+)
 
 RATE = 0.5
 UP, DOWN = BOTH = STACKS
@@ -56,35 +71,10 @@ def layers(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if hasattr(module, "lora_dropout")]
 
 
-def seeded(model: nn.Module, tokens: Tensor, seed: int = 3) -> dict[str, Tensor]:
-    torch.manual_seed(seed)
-    return gradients(model, tokens)
-
-
-def outcome(model: Any, tokens: Tensor, seed: int = 3) -> Tensor:
-    torch.manual_seed(seed)
-    logits: Tensor = model(tokens).logits.detach()
-    return logits
-
-
-def bitwise(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    assert wanted and found.keys() == wanted.keys()
-    assert all(torch.equal(found[name], gradient) for name, gradient in wanted.items())
-
-
 @pytest.fixture
 def drawn(package: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, float]]:
     """The masks that stacks drew, with the rates at which they did."""
-    masks: list[tuple[Tensor, float]] = []
-    for module in package.shapes.EXPERTS.values():
-
-        def dropped(X: Tensor, dropout: float, draw: Any = module._dropped) -> tuple[Tensor, Tensor]:
-            left, mask = draw(X, dropout)
-            masks.append((mask.clone(), dropout))
-            return left, mask
-
-        monkeypatch.setattr(module, "_dropped", dropped)
-    return masks
+    return masks_drawn(package.shapes.EXPERTS.values(), monkeypatch)
 
 
 def test_masks_follow_the_seed(package: Any, tokens: Tensor) -> None:

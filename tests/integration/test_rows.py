@@ -24,7 +24,18 @@ from runlora_gen.request.experts import UNASKED, Stack
 from runlora_gen.request.workload import make_workload
 from torch import Tensor, nn
 
-from .models import EXPERTS, HIDDEN, INNER, RANK, checkpointed, filled, gradients, llama4
+from .models import (
+    EXPERTS,
+    HIDDEN,
+    INNER,
+    RANK,
+    checkpointed,
+    computes_what_peft_would,
+    filled,
+    gradients,
+    llama4,
+    loads_peft_s,
+)
 
 UP, DOWN = BOTH = ["feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"]
 of_targets = pytest.mark.parametrize("targets", [[UP], [DOWN], BOTH], ids=["gate_up", "down", "both"])
@@ -176,39 +187,12 @@ def test_without_peft_it_computes_what_peft_would(
     package: Any, tokens: Tensor, targets: list[str], folder: str
 ) -> None:
     model = injected(package, llama4(torch.float64), targets, use_rslora=True)
-    package.save_adapter(model, folder)
-    other = peft.PeftModel.from_pretrained(
-        llama4(torch.float64), folder, is_trainable=True, autocast_adapter_dtype=False
-    )
-    torch.testing.assert_close(model(tokens).logits, other(tokens).logits, rtol=1e-12, atol=1e-12)
-    ours, theirs = gradients(model, tokens), gradients(other, tokens)
-    assert len(ours) == len(theirs) == 4 * len(targets)
-    found = {n: m.stack for n, m in package.adapters.lora_layers(model).items()}
-    for name, in_file in package.inject_experts.peft_names(found).items():
-        parent, _, child = name.rpartition(".")
-        for part in ("lora_A", "lora_B"):
-            gradient = package.inject_experts.packed(part, ours[f"{parent}.lora.{child}.{part}"])
-            wanted = theirs[f"base_model.model.{in_file}.{part}.default.weight"]
-            torch.testing.assert_close(gradient, wanted, rtol=1e-10, atol=1e-12)
+    computes_what_peft_would(package, model, llama4(torch.float64), tokens, folder, 2 * len(targets))
 
 
 @of_targets
 def test_adapters_of_peft_are_loaded(package: Any, tokens: Tensor, targets: list[str], folder: str) -> None:
-    model = with_lora(llama4(), targets)
-    model.save_pretrained(folder)
-    wanted = model(tokens).logits
-    other = llama4()
-    package.load_adapter(other, folder)
-    torch.testing.assert_close(other(tokens).logits, wanted)
-    with torch.no_grad():
-        for name, parameter in other.named_parameters():
-            if "lora_" in name:
-                parameter.normal_()
-    package.load_adapter(other, folder)
-    torch.testing.assert_close(other(tokens).logits, wanted)
-    package.save_adapter(other, folder)
-    again = peft.PeftModel.from_pretrained(llama4(), folder)
-    torch.testing.assert_close(again(tokens).logits, wanted)
+    loads_peft_s(package, with_lora(llama4(), targets), llama4, tokens, folder)
 
 
 def test_merging_and_disabling_without_peft(package: Any, tokens: Tensor) -> None:

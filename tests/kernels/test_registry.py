@@ -16,6 +16,7 @@ from runlora_gen.algebra.experts import (
     GATHERED_DROPPED,
     HANDED,
     HANDED_DROPPED,
+    OF_EXPERTS,
 )
 from runlora_gen.algebra.group import group as group_of
 from runlora_gen.algebra.linear import DROPPED, FLOAT8, FLOAT8_DROPPED, LINEAR, QUANTIZED, SCALED, SCALED_DROPPED
@@ -46,7 +47,7 @@ FUSED, OF_TABLES, OF_NUMBERS, OF_FLOAT8 = (
 DECODING = {**OF_TABLES, **OF_NUMBERS, **OF_FLOAT8}
 ROUTED = {
     operation.kernel: operation
-    for site in (GATHERED, COMBINED, ACTIVATED, GATHERED_DROPPED, COMBINED_DROPPED, ACTIVATED_DROPPED)
+    for site in OF_EXPERTS
     for operation in operations_of(site)
     if isinstance(operation, Fused)
 }
@@ -73,8 +74,7 @@ def test_every_kernel_is_of_a_site() -> None:
             assert kernel.priced_as in FUSED and not kernel.replaces, "of several linears, or of what is left of X"
             continue
         rows = (*LINEAR.operations, *QUANTIZED.operations, *SCALED.operations, *FLOAT8.operations)
-        rows = (*rows, *GATHERED.operations, *COMBINED.operations, *ACTIVATED.operations)
-        rows = (*rows, *GATHERED_DROPPED.operations, *COMBINED_DROPPED.operations, *ACTIVATED_DROPPED.operations)
+        rows += tuple(operation for site in OF_EXPERTS for operation in site.operations)
         in_rows = any(isinstance(op, Fused) and op.kernel == name for op in rows)
         assert in_rows != bool(kernel.replaces), "of several products, in a row, or in the place of a single one"
 

@@ -112,6 +112,7 @@ class Argument:
         name: of the argument; that of its symbol, if it has one.
         annotation: its type.
         gradient: the symbol of its gradient, if it may want one.
+        left: what its gradient is called where another site's function makes it, of what this one hands over.
         activation: whether it is kept for the backward alone: parameters live anyway.
         when: the conditions under which its symbol is what a forward starts from.
         once: whether it gives the forward what it gives nobody again, as a generator that goes on: one row at most
@@ -121,6 +122,7 @@ class Argument:
     name: str
     annotation: str = "Tensor"
     gradient: str | None = None
+    left: str | None = None
     activation: bool = False
     once: bool = False
     when: tuple[str, ...] = ()
@@ -188,6 +190,11 @@ class Derivation:
     def gradients(self) -> tuple[Symbol, ...]:
         """The gradients that the function may give, in the order in which it returns them."""
         return tuple(self[a.gradient] for a in self.arguments if a.gradient is not None)
+
+    @cached_property
+    def left(self) -> tuple[str, ...]:
+        """What is left to another site's function: no symbols of this one."""
+        return tuple(argument.left for argument in self.arguments if argument.left is not None)
 
     @property
     def coded(self) -> bool:

@@ -25,8 +25,6 @@ is dYr · (X W[e]ᵀ) + S · dYr B[e], whatever of X is in S.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from .derivation import CAST_ADAPTER, SAVED, Argument, Derivation, Row, Term, derive, row, rows_of_sum
 from .operations import Symbol
 
@@ -117,7 +115,11 @@ def _experts(
             ),
             Argument("W"),
             Argument("lora_A", gradient="dA", when=(CAST_ADAPTER,)),
-            Argument("lora_B", gradient=None if hands else "dB", when=(CAST_ADAPTER,)),
+            (
+                Argument("lora_B", left="dB", when=(CAST_ADAPTER,))
+                if hands
+                else Argument("lora_B", gradient="dB", when=(CAST_ADAPTER,))
+            ),
             Argument("b", "Tensor | None"),
             Argument("A", when=(f"not {CAST_ADAPTER}",)),
             Argument("B", when=(f"not {CAST_ADAPTER}",)),
@@ -297,29 +299,26 @@ def _gathered(read: str, kernel: str, formulas: str) -> str:
     return f"{kernel}_gathered: {read} := gather({tokens}); {formulas}"
 
 
-GATHERED = _experts("experts that read tokens", gathers=True)
-COMBINED = _experts("experts that give tokens", gathers=False)
-HANDED = _experts("experts that read tokens, for an activation", gathers=True, activated=True)
-ACTIVATED = _experts("experts that give tokens, after an activation", gathers=False, activated=True)
-GATHERED_DROPPED, COMBINED_DROPPED, HANDED_DROPPED, ACTIVATED_DROPPED = (
-    _experts(f"{site.site}, with dropout", gathers=gathers, activated=activated, dropout=True, evaluated=site)
+#: By whether they gather tokens, and whether the activation between both projections is the last one's.
+_PLAIN = {
+    (gathers, activated): _experts(site, gathers=gathers, activated=activated)
     for site, gathers, activated in (
-        (GATHERED, True, False),
-        (COMBINED, False, False),
-        (HANDED, True, True),
-        (ACTIVATED, False, True),
+        ("experts that read tokens", True, False),
+        ("experts that give tokens", False, False),
+        ("experts that read tokens, for an activation", True, True),
+        ("experts that give tokens, after an activation", False, True),
     )
-)
-_SITES: Mapping[tuple[bool, bool, bool], Derivation] = {
-    (True, False, False): GATHERED,
-    (False, False, False): COMBINED,
-    (True, True, False): HANDED,
-    (False, True, False): ACTIVATED,
-    (True, False, True): GATHERED_DROPPED,
-    (False, False, True): COMBINED_DROPPED,
-    (True, True, True): HANDED_DROPPED,
-    (False, True, True): ACTIVATED_DROPPED,
 }
+GATHERED, COMBINED, HANDED, ACTIVATED = _PLAIN.values()
+#: The same whose adapters read what dropout leaves.
+_DROPPED = {
+    (gathers, activated): _experts(
+        f"{plain.site}, with dropout", gathers=gathers, activated=activated, dropout=True, evaluated=plain
+    )
+    for (gathers, activated), plain in _PLAIN.items()
+}
+GATHERED_DROPPED, COMBINED_DROPPED, HANDED_DROPPED, ACTIVATED_DROPPED = _DROPPED.values()
+OF_EXPERTS: tuple[Derivation, ...] = (*_PLAIN.values(), *_DROPPED.values())
 
 
 def experts(*, gathers: bool, activated: bool = False, dropout: bool = False) -> Derivation:
@@ -327,4 +326,4 @@ def experts(*, gathers: bool, activated: bool = False, dropout: bool = False) ->
 
     ``activated``: whether the activation between both is the last one's; ``dropout``: of the adapter's input.
     """
-    return _SITES[gathers, activated, dropout]
+    return (_DROPPED if dropout else _PLAIN)[gathers, activated]

@@ -3,16 +3,7 @@
 from __future__ import annotations
 
 from .derivation import Derivation
-from .experts import (
-    ACTIVATED,
-    ACTIVATED_DROPPED,
-    COMBINED,
-    COMBINED_DROPPED,
-    GATHERED,
-    GATHERED_DROPPED,
-    HANDED,
-    HANDED_DROPPED,
-)
+from .experts import OF_EXPERTS
 from .linear import (
     DROPPED,
     FLOAT8,
@@ -33,12 +24,5 @@ DERIVATIONS: tuple[Derivation, ...] = (
     SCALED_DROPPED,
     FLOAT8,
     FLOAT8_DROPPED,
-    GATHERED,
-    COMBINED,
-    HANDED,
-    ACTIVATED,
-    GATHERED_DROPPED,
-    COMBINED_DROPPED,
-    HANDED_DROPPED,
-    ACTIVATED_DROPPED,
+    *OF_EXPERTS,
 )

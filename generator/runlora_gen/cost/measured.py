@@ -59,20 +59,18 @@ def is_measured(operation: Operation, dtype: DType, device: DeviceProfile) -> bo
 
 def by_bare_roofline(setting: Setting) -> bool:
     """Whether experts are priced by the roofline alone: no profile holds times of their frozen products."""
-    return setting.experts > 0 and not all(
-        is_measured(operation, setting.dtype, setting.device)
-        for operation in setting.derivation.base
-        if isinstance(operation, Contract)
-    )
+    products = _products_of_experts(setting)
+    return setting.experts > 0 and not all(is_measured(op, setting.dtype, setting.device) for op in products)
 
 
 def is_measured_itself(setting: Setting) -> bool:
     """Whether experts are priced by what their device's own profile holds of them."""
-    return setting.experts > 0 and all(
-        meter_of(operation, setting.dtype, setting.device) is setting.device
-        for operation in setting.derivation.base
-        if isinstance(operation, Contract)
-    )
+    products = _products_of_experts(setting)
+    return setting.experts > 0 and all(meter_of(op, setting.dtype, setting.device) is setting.device for op in products)
+
+
+def _products_of_experts(setting: Setting) -> list[Contract]:
+    return [operation for operation in setting.derivation.base if isinstance(operation, Contract)]
 
 
 def meter_of(operation: Operation, dtype: DType, device: DeviceProfile) -> DeviceProfile:

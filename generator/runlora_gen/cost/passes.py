@@ -6,11 +6,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .device import DeviceProfile
-from .vector import Cost, PhaseCost, rounded, weighted
+from .vector import Cost, OperationCost, PhaseCost, rounded, weighted
 
 #: What passes that change the dtype reach of the bandwidth: X's four casts in PEFT's linears with float32 adapters took
 #: 1.35 times as long as their bytes (tools/results/linear_h100_bf16_r16.json, against those with 16-bit adapters).
 CAST = 0.74
+#: What passes with operands that are broadcast or strided reach of it: so chosen, with the constants of
+#: :mod:`~..forecast.estimate`, that the frozen models of the benchmark come out, with checkpointing and without
+#: (tools/results/model_h100.json). With adapters, or experts, nothing more is fitted.
+STRIDED = 0.58
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,7 @@ class Times:
     host_s: float = 0.0
 
     @classmethod
-    def of(cls, cost: Cost | PhaseCost) -> Times:
+    def of(cls, cost: Cost | PhaseCost | OperationCost) -> Times:
         """Those of a price."""
         return cls(cost.device_s, cost.host_s)
 
@@ -34,6 +38,33 @@ class Times:
 
     def __mul__(self, factor: float) -> Times:
         return Times(self.device_s * factor, self.host_s * factor)
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Passes over tensors, by the bytes that each reads and writes.
+
+    Attributes:
+        straight: over tensors that lie together.
+        strided: with operands that are broadcast or strided.
+    """
+
+    straight: tuple[int, ...] = ()
+    strided: tuple[int, ...] = ()
+
+    def price(self, device: DeviceProfile) -> Times:
+        """What they take."""
+        return price_passes(self.straight, device) + price_passes(self.strided, device, reach=STRIDED)
+
+
+def passes_of_activation(made: int, *, gated: bool, backward: bool = False) -> Passes:
+    """Those of an activation as a model's own modules compute it: of a gate, act(gate) · up, and of halves of a row.
+
+    ``made``: bytes of what it makes. In the backward the gradients of both halves are put side by side.
+    """
+    if not gated:
+        return Passes(straight=(3 * made if backward else 2 * made,))
+    return Passes((4 * made,), (3 * made,) * 3) if backward else Passes(strided=(2 * made, 3 * made))
 
 
 def price_passes(bytes_moved: Iterable[float], device: DeviceProfile, *, reach: float = 1.0) -> Times:

@@ -14,7 +14,7 @@ with M, the merged stack, in the place of W they run as they do without adapters
 that adds is of whole stacks, whoever has rows: M is made twice in every forward, first where the parametrization is
 registered, which tries it, and is kept; its gradient dM is a product over the rows of each expert, which have to be
 kept for it, and the factors' are products of all of dM. Not priced is what the host needs to register it and to remove
-it, at every call.
+it, at every call. PEFT refuses dropout there, and is priced without.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 
 from ..algebra.operations import Operation, Symbol, parse
 from .passes import CAST, Times, price_passes
-from .price import price_operation
+from .price import price_of_model
 from .setting import Setting
 
 
@@ -106,7 +106,8 @@ def price_peft(setting: Setting) -> PeftCost:
 def _experts(setting: Setting) -> PeftCost:
     """Price a stack of experts: what they do without adapters, with M in the place of W, and what M takes."""
     derivation, wanted, size = setting.derivation, setting.gradients, setting.dtype.bytes
-    symbols = {**derivation.symbols, "dM": Symbol("dM", ("E", "O", "I"), store="weight")}
+    stacks = (Symbol(name, ("E", "O", "I"), store="weight") for name in ("M", "dM"))
+    symbols = {**derivation.symbols, **{str(stack): stack for stack in stacks}}
     read, given = ("X", "dYr") if "dYr" in symbols else ("Xr", "dY")
 
     def operations(*formulas: str) -> list[Operation]:
@@ -148,6 +149,5 @@ def _experts(setting: Setting) -> PeftCost:
 def _phase(operations: Iterable[Operation], passes: list[int], casts: list[int], setting: Setting) -> Times:
     # Products are of one dtype, and their casts are passes.
     narrow = replace(setting, adapter_dtype=setting.dtype)
-    costs = [price_operation(operation, narrow) for operation in operations]
-    products = Times(sum(cost.device_s for cost in costs), sum(cost.host_s for cost in costs))
+    products = sum((price_of_model(operation, narrow) for operation in operations), Times())
     return products + price_passes(passes, setting.device) + price_passes(casts, setting.device, reach=CAST)

@@ -8,11 +8,11 @@ from functools import lru_cache
 
 from ..algebra.enumerate import Phase, Program
 from ..algebra.liveness import saved_activations, wanted_operations
-from ..algebra.operations import Fused, Operation, Symbol, dimensions
+from ..algebra.operations import Fused, Map, Operation, Symbol, dimensions
 from ..algebra.schedule import workspace
 from ..kernels.sites import parted, seeded
 from .measured import correction
-from .passes import Times
+from .passes import Times, passes_of_activation
 from .roofline import roofline
 from .rounding import merge_error, rounding_error, update_std
 from .setting import Setting
@@ -80,6 +80,18 @@ def price(program: Program, setting: Setting, host_share: float = DEVICE_BOUND) 
     )
 
 
+def price_of_model(operation: Operation, setting: Setting) -> Times:
+    """What an operation takes where the model itself runs it: an activation, by its own passes, which are fewer."""
+    match operation:
+        case Map(function="activate" | "activate_backward"):
+            backward = operation.function == "activate_backward"
+            wide, made = operation.reads[-1], operation.reads[0] if backward else operation.out
+            gated = setting.bytes_of(wide) > setting.bytes_of(made)
+            return passes_of_activation(setting.bytes_of(made), gated=gated, backward=backward).price(setting.device)
+        case _:
+            return Times.of(price_operation(operation, setting))
+
+
 def price_frozen(setting: Setting, host_share: float = DEVICE_BOUND) -> float:
     """Seconds of the frozen linear (Y = X Wᵀ + b and dX = dY W): the floor that a LoRA linear is held against.
 
@@ -100,7 +112,7 @@ def _base_times(setting: Setting, wanted: Collection[str]) -> tuple[float, float
     for operation in reversed(setting.derivation.base):
         if operation.outputs[0].name in needed:
             needed.update(map(str, operation.reads))
-            costs.append(price_operation(operation, setting))
+            costs.append(price_of_model(operation, setting))
     return sum(cost.device_s for cost in costs), sum(cost.host_s for cost in costs)
 
 

@@ -23,7 +23,7 @@ from ..request.groups import Group
 from ..request.layers import Layer
 from ..request.layout import FOLDER, STANDALONE
 from ..request.workload import TORCH_NAMES, Workload
-from ..search.candidates import Site, goals, setting_of
+from ..search.candidates import Site, setting_of, trained
 from ..search.choose import Decision, ForwardDecision
 from ..search.criterion import Priced
 from ..search.ranges import LayerChoice
@@ -357,13 +357,9 @@ def _ranges(choice: LayerChoice) -> tuple[RangeNode, ...]:
 
 def _trained(derivation: Derivation, workload: Workload) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
     """The arguments that may require a gradient in a module of a workload, and the others with the reason."""
-    given = {gradient.partition("_")[0] for gradient in goals(workload, derivation)}  # dA_q stands for all of a group
-    if "P" in map(str, derivation.output_gradients):
-        given |= {"dB"} if "b" in workload.train else set()  # another module makes it
-    if "dU" in given:
-        given |= {"dX"}
+    given = {gradient.partition("_")[0] for gradient in trained(workload, derivation)}  # dA_q stands for all of a group
     arguments = (
-        ("x", "dX", "it was generated with --no-input-grad"),
+        ("x", derivation.arguments[0].gradient, "it was generated with --no-input-grad"),
         ("lora_A", "dA", "it was generated with lora_A frozen (--train b)"),
         ("lora_B", "dB", "it was generated with lora_B frozen (--train a)"),
         ("bias", "db", "biases of experts are not trained"),

@@ -82,7 +82,17 @@ def _environment() -> jinja2.Environment:
     )
     environment.tests["named_in"] = _named_in
     environment.globals["bases_by_forward"] = BY_FORWARD
+    environment.globals["body_of"] = _body_of
     return environment
+
+
+#: Modules of the generator whose functions packages hold as they are.
+_HELD = {name: Path(__file__).parent.parent / "from_model" / f"{name}.py" for name in ("mixtures", "trial")}
+
+
+def _body_of(name: str) -> str:
+    """What stands after the imports of a module that packages hold."""
+    return _HELD[name].read_text(encoding="utf-8").partition("\n\n\n")[2]
 
 
 def _named_in(name: str, text: str) -> bool:
@@ -91,12 +101,12 @@ def _named_in(name: str, text: str) -> bool:
 
 
 def template_digest() -> str:
-    """SHA-256 over all templates, those of the kernels too: their names and texts."""
+    """SHA-256 over all templates, those of the kernels too, and what else packages hold: their names and texts."""
     paths = {
         "/".join((*filter(None, [name]), *path.relative_to(folder).parts)): path
         for name, folder in _folders().items()
         for path in folder.rglob("*.jinja")
-    }
+    } | _HELD
     digest = hashlib.sha256()
     for name, path in sorted(paths.items()):
         digest.update(f"{name}\0{path.read_text(encoding='utf-8')}\0".encode())

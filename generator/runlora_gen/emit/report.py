@@ -141,7 +141,7 @@ def adapted(found: Gain) -> str:
 
 
 def gain_lines(found: Gain, decisions: Sequence[Decision], workload: Workload) -> Iterable[str]:
-    """Three lines for the whole model: time, memory, and what decides; a fourth where experts were never measured."""
+    """Three lines for the whole model: time, memory, and what decides; then what else is to be known of experts."""
     ours, frozen, peft = (side.time_s(found.host_share) for side in (found.ours, found.frozen, found.peft))
     compiled = workload.launch == "compile"
     theirs = "PEFT unfused" if compiled else "PEFT"  # its passes are priced one by one, which torch.compile fuses
@@ -167,6 +167,8 @@ def gain_lines(found: Gain, decisions: Sequence[Decision], workload: Workload) -
     yield f"decides  {by}{bound}: kernels in {kernels} of {len(decisions)} shapes"
     if any(by_bare_roofline(decision.setting) for decision in decisions):
         yield "experts  by the bare roofline, which flatters the frozen ones; tune measures"
+    if workload.dropout and any(decision.setting.experts for decision in decisions):
+        yield "PEFT     has no dropout on experts: it is priced without"
 
 
 _WAYS = {"frozen": "frozen", "peft": "PEFT", "ours": "ours"}

@@ -30,7 +30,7 @@ from .mixture import Mixture, Part
 from .plain import FLOAT, Plain
 
 #: What causal attention's forward and backward in a flash kernel reach of the products' peak: chosen with
-#: :data:`~.plain.STRIDED`, so that the frozen models of the benchmark come out.
+#: :data:`~..cost.passes.STRIDED`, so that the frozen models of the benchmark come out.
 FLASH_FORWARD, FLASH_BACKWARD = 0.68, 0.56
 #: Products of a flash attention's forward and backward, which makes the scores again.
 _PRODUCTS_FORWARD, _PRODUCTS_BACKWARD = 2, 5

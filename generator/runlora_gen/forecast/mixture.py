@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from ..algebra.operations import Contract
-from ..cost.passes import Times
+from ..cost.passes import Times, passes_of_activation
 from ..cost.peft import price_peft
 from ..cost.price import price_frozen_forward, price_operation
 from ..cost.setting import Setting
@@ -162,10 +162,12 @@ class Mixture:
         return Part(there + forward, back + backward, self.rows * INDEX, ((0, beside),))
 
     def _activation(self) -> Part:
-        """silu(gate) * up: both are halves of a row, whose gradients are put side by side."""
+        """silu(gate) * up: both are halves of a row."""
         size, inner = self.plain.size, self._wide // 2
-        forward = self.plain.passes(strided=[2 * inner * size, 3 * inner * size])
-        backward = self.plain.passes([4 * inner * size], [3 * inner * size] * 3)
+        forward, backward = (
+            self.plain.passes(passes.straight, passes.strided)
+            for passes in (passes_of_activation(inner * size, gated=True, backward=back) for back in (False, True))
+        )
         return Part(forward, backward, (self._wide + inner) * size, ((0, 3 * inner * size),))
 
     def _last(self) -> Part:

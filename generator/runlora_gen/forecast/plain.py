@@ -6,17 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ..algebra.linear import lone_linear
-from ..cost.passes import CAST, Times, price_passes
+from ..cost.passes import CAST, STRIDED, Times, price_passes
 from ..cost.price import price_frozen_forward
 from ..cost.setting import DTYPES, Setting
 from ..request.workload import Workload
 from ..search.candidates import setting_for
 from .gain import frozen_times
 
-#: What passes with operands that are broadcast or strided reach of the bandwidth: so chosen, with two more constants of
-#: :mod:`.estimate`, that the frozen models of the benchmark come out, with checkpointing and without
-#: (tools/results/model_h100.json). With adapters, or experts, nothing more is fitted.
-STRIDED = 0.58
 #: What the host needs for an operator of the plain model, over what it needs for one within a module's autograd
 #: function: from the frozen model of the benchmark that waits for the host.
 PLAIN_HOST = 0.75

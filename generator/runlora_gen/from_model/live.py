@@ -7,13 +7,12 @@ where the process has imported them already.
 
 from __future__ import annotations
 
-import copy
 import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -25,6 +24,8 @@ from ..request.bases import BASES, BY_FORWARD
 from ..request.errors import SpecError, shorten
 from ..request.experts import UNASKED, Stack
 from ..request.groups import ATTENTION, OTHERS
+from .mixtures import is_biased, is_gated, is_given_rows, is_mixture, is_transposed, stacks_of
+from .trial import Trial, tried
 
 #: In these, queries come from another sequence than keys and values.
 _CROSS = re.compile(r"cross|encoder_attn|encdec", re.IGNORECASE)
@@ -43,8 +44,6 @@ TAKEN_WITHOUT_A_CALL = {
 }
 #: Subclasses of ``nn.Linear`` that compute the same in words of their own.
 SAME_AS_LINEAR = ("transformers.models.falcon.modeling_falcon.FalconLinear",)
-#: Where Transformers' decorator of experts stands; their forward asks its interface how they are computed.
-_EXPERTS_OF = "transformers.integrations.moe"
 #: What a router, or the module around it, calls the number of experts of a token, and what a config does.
 _TOP_K = ("top_k", "num_experts_per_tok")
 _TOP_K_OF_CONFIG = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "moe_k")
@@ -283,13 +282,13 @@ def _walk(root: nn.Module) -> Iterator[_Linear | _Stack | _Other]:
         if _is_other_linear(module, tuner):
             yield _Other(path, _other_linear(module))
             return
-        if experts := _experts(module):
+        if is_mixture(module):
             wrappers = _param_wrappers(tuner)
-            if reason := _reason_of_experts(module, experts, wrappers, head):
+            if reason := _reason_of_experts(module, wrappers, head):
                 yield _Other(path, reason)
                 return
-            for name in experts.names:
-                yield _stack(f"{path}.{name}".removeprefix("."), module, experts, name, parent, wrappers.get(name))
+            for name in stacks_of(module):
+                yield _stack(f"{path}.{name}".removeprefix("."), module, name, parent, wrappers.get(name))
         elif any(weight.dim() > 1 for weight in weights):
             yield _Other(path, _what(module, weights))
         for name, child in module._modules.items():
@@ -440,64 +439,6 @@ def _what(module: nn.Module, weights: Sequence[torch.Tensor]) -> str:
     return f"{most}-D weights of {kind}" if most > 2 else f"2-D parameters of {kind}, which is no linear"
 
 
-class _Experts(NamedTuple):
-    """How a module of experts is built.
-
-    Attributes:
-        names: of the weights, in the order in which they are read.
-        transposed, biased, gated: how these lie, whether they have biases, and whether the first holds a gate as well.
-        rows: whether it is given rows that are sorted by expert, all tokens for each, as Llama 4's; else tokens, and
-            choices.
-    """
-
-    names: tuple[str, str]
-    transposed: bool
-    biased: bool
-    gated: bool
-    rows: bool = False
-
-
-def _experts(module: Any) -> _Experts | None:
-    """What a module is built like, by Transformers' decorator or as it was tried; None if it is no such experts."""
-    forward = getattr(type(module), "stands_for", type(module)).forward  # ours stands in front of it with adapters
-    if getattr(forward, "__globals__", {}).get("__name__") == _EXPERTS_OF:
-        first = "gate_up_proj" if module.has_gate else "up_proj"
-        return _Experts((first, "down_proj"), module.is_transposed, module.has_bias, module.has_gate)
-    if not _computes_rows(module, forward):
-        return None
-    return _Experts(("gate_up_proj", "down_proj"), transposed=True, biased=False, gated=True, rows=True)
-
-
-def _computes_rows(module: Any, forward: Any) -> bool:
-    """Whether a module maps each row x of an expert to down(up · act_fn(gate)); gate and up are halves of gate_up(x).
-
-    Tried, with the gradient, on a copy with small random weights.
-    """
-    held = {name: tuple(weight.shape) for name, weight in module._parameters.items() if weight is not None}
-    if held.keys() != {"gate_up_proj", "down_proj"} or hasattr(module, "has_gate"):
-        return False
-    (count, hidden, *wide), down = held["gate_up_proj"], held["down_proj"]
-    if len(wide) != 1 or wide[0] % 2 or down != (count, wide[0] // 2, hidden):
-        return False
-    drawn, device = torch.Generator().manual_seed(0), module.down_proj.device
-    sizes = {"x": (6, hidden), "gate_up_proj": (2, hidden, 6), "down_proj": (2, 3, hidden), "dy": (6, hidden)}
-    on = "cpu" if device.type == "meta" else device
-    tried = {name: torch.randn(size, generator=drawn, device="cpu").to(on) for name, size in sizes.items()}
-    tried["gate_up_proj"] /= hidden**0.5
-    x, small = tried["x"].requires_grad_(), copy.copy(module)
-    small.__dict__["_parameters"] = {name: nn.Parameter(tried[name], requires_grad=False) for name in held}
-    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-        try:
-            gate, up = (x.view(2, 3, hidden) @ tried["gate_up_proj"]).chunk(2, dim=-1)
-            made = ((up * module.act_fn(gate)) @ tried["down_proj"]).view(-1, hidden)
-            theirs = forward(small, x)
-            back, their_back = (torch.autograd.grad(y, x, tried["dy"])[0] for y in (made, theirs))
-        except Exception:  # whatever a model's own code says to such rows
-            return False
-    same = made.shape == theirs.shape and torch.allclose(made, theirs, 1e-4, 1e-6)
-    return same and torch.allclose(back, their_back, 1e-4, 1e-6)
-
-
 def _param_wrappers(tuner: Any) -> dict[str, Any]:
     """PEFT's wrappers of a module's parameters, which lie around each other, by the parameter of each."""
     wrappers = {}
@@ -507,9 +448,9 @@ def _param_wrappers(tuner: Any) -> dict[str, Any]:
     return wrappers
 
 
-def _reason_of_experts(module: Any, experts: _Experts, adapted: Mapping[str, Any], head: str) -> str | None:
+def _reason_of_experts(module: Any, adapted: Mapping[str, Any], head: str) -> str | None:
     """Why a module of experts is left out, or None."""
-    names = experts.names
+    names = stacks_of(module)
     if getattr(module, "parametrizations", None):
         return "its weights are parametrized"
     held = {name: weight for name, weight in module._parameters.items() if weight is not None and weight.dim() > 1}
@@ -517,7 +458,7 @@ def _reason_of_experts(module: Any, experts: _Experts, adapted: Mapping[str, Any
         return f"quantized ({type(module).__name__})"
     if any(name not in held or held[name].dim() != 3 for name in names):
         return "experts without weights of 3 dimensions"
-    biases = [f"{name}_bias" for name in names if experts.biased]
+    biases = [f"{name}_bias" for name in names if is_biased(module)]
     if set(held) != {*names, *biases}:
         return f"experts with other weights than {', '.join((*names, *biases))}"
     if any(0 in weight.shape for weight in held.values()):
@@ -534,12 +475,10 @@ def _reason_of_experts(module: Any, experts: _Experts, adapted: Mapping[str, Any
     return head or None
 
 
-def _stack(
-    path: str, module: Any, experts: _Experts, name: str, parent: nn.Module | None, tuner: nn.Module | None
-) -> _Stack:
+def _stack(path: str, module: Any, name: str, parent: nn.Module | None, tuner: nn.Module | None) -> _Stack:
     weight = module._parameters[name]
     count, *sides = weight.shape
-    in_features, out_features = sides if experts.transposed else reversed(sides)
+    in_features, out_features = sides if is_transposed(module) else reversed(sides)
     stack = Stack(
         name=name,
         experts=count,
@@ -547,52 +486,33 @@ def _stack(
         out_features=out_features,
         gathers=name != "down_proj",
         # Experts that are given rows compute all tokens each, whatever the router makes of them.
-        top_k=count if experts.rows else _top_k(parent, module.config),
-        bias=experts.biased,
+        top_k=count if is_given_rows(module) else _top_k(parent, module.config),
+        bias=is_biased(module),
         count=1,
-        layout="in_out" if experts.transposed else "out_in",
-        activation=_activation(module, experts),
+        layout="in_out" if is_transposed(module) else "out_in",
+        activation=_activation(module),
     )
     return _Stack(path, stack, weight.dtype, () if tuner is None else tuple(_adapters(tuner)))
 
 
-def _activation(module: Any, experts: _Experts) -> str:
-    """What a module of experts does between its projections: which of those that have a row, tried on some rows."""
-    act_fn = getattr(module, "act_fn", None)
-    if isinstance(act_fn, nn.Module) and act_fn.state_dict():
-        return ""  # it may do something else tomorrow
-    weight = module._parameters["down_proj"]
-    features = weight.shape[1 if experts.transposed else 2]
-    device = "cpu" if weight.is_meta else weight.device
-    drawn = torch.Generator().manual_seed(0)
-    widths = 2 if experts.gated else 1
-    u = torch.randn(5, widths * features, generator=drawn, dtype=torch.float64)
-    u = (u * torch.tensor([[0.5], [2.0], [8.0], [32.0], [512.0]])).to(device).requires_grad_()
-    dx = torch.randn(5, features, generator=drawn, dtype=torch.float64).to(device)
-    try:
-        with torch.enable_grad(), torch.autocast(u.device.type, enabled=False):
-            if experts.rows:
-                gate, up = u.chunk(2, 1)
-                x = up * module.act_fn(gate)
-            else:
-                x = module._apply_gate(u) if experts.gated else module.act_fn(u)
-            (du,) = torch.autograd.grad(x, u, dx)
-    except Exception:  # whatever a model's own code says to such rows
+def _activation(module: Any) -> str:
+    """What a module of experts does between its projections: which of those that have a row."""
+    trial = tried(module)
+    if trial is None:
         return ""
-    alike = (
-        name for name, row in ACTIVATIONS.items() if row.gated == experts.gated and _does(row, u.detach(), x, dx, du)
-    )
+    alike = (name for name, row in ACTIVATIONS.items() if row.gated == is_gated(module) and _does(row, trial))
     return next(alike, "")
 
 
-def _does(activation: Activation, u: torch.Tensor, x: torch.Tensor, dx: torch.Tensor, du: torch.Tensor) -> bool:
-    """Whether an activation makes x of u, and du of dx."""
+def _does(activation: Activation, trial: Trial) -> bool:
+    """Whether an activation makes of a trial's rows what was made of them."""
+    u = trial.rows
     gate, up = (u, u) if not activation.gated else (u[:, 0::2], u[:, 1::2]) if activation.interleaved else u.chunk(2, 1)
-    made: dict[str, torch.Tensor] = {"gate": gate, "up": up, "dx": dx}
+    made: dict[str, torch.Tensor] = {"gate": gate, "up": up, "dx": trial.gradient}
     exec("\n".join((*activation.forward("torch"), *activation.backward("torch"))), {"torch": torch}, made)
     parts = [made["dgate"], made["dup"]] if activation.gated else [made["dgate"]]
-    ours = torch.stack(parts, 2).flatten(1) if activation.interleaved else torch.cat(parts, 1)
-    return torch.allclose(made["x"], x, 1e-4, 1e-5) and torch.allclose(ours, du, 1e-4, 1e-5)
+    back = torch.stack(parts, 2).flatten(1) if activation.interleaved else torch.cat(parts, 1)
+    return trial.is_same(made["x"], back)
 
 
 def _top_k(parent: nn.Module | None, config: Any) -> int:

@@ -30,11 +30,21 @@ Site: TypeAlias = Layer | Group | Experts
 
 def goals(workload: Workload, derivation: Derivation = LINEAR) -> tuple[str, ...]:
     """The gradients that a module of this workload can give: the bias may always be trained, and so may a router."""
+    return tuple(gradient.name for gradient in derivation.gradients if _trains(workload, gradient.name))
+
+
+def trained(workload: Workload, derivation: Derivation) -> tuple[str, ...]:
+    """The same, and those that it leaves to another module."""
+    return (*goals(workload, derivation), *(name for name in derivation.left if _trains(workload, name)))
+
+
+def _trains(workload: Workload, gradient: str) -> bool:
+    """Whether a workload wants a gradient."""
     wanted = {"dX": workload.input_grad, "dA": "a" in workload.train, "dB": "b" in workload.train}
     wanted |= {"db": True, "dg": True}
     # What goes into an activation has a projection with an adapter before it.
     wanted |= {"dU": True, "PU": True, "dBU": wanted["dB"]}
-    return tuple(gradient.name for gradient in derivation.gradients if wanted[gradient.name.partition("_")[0]])
+    return wanted[gradient.partition("_")[0]]
 
 
 def setting_of(workload: Workload, site: Site, rank: int, tokens: int) -> Setting:
@@ -92,10 +102,7 @@ def _setting(
     ``linears``, ``widths``: of a group, of which ``out_features`` is the sum; ``routed``: how many experts there are,
     and how many a token has; ``read``: the width of what they read, if that goes into an activation.
     """
-    trained = workload.bias == "lora_bias" or (bias and workload.bias != "none")
-    gradients = {*goals(workload, derivation)}
-    if len(derivation.outputs) > 1 and routed is not None and "b" in workload.train:
-        gradients.add("dB")  # another module makes it
+    biased = workload.bias == "lora_bias" or (bias and workload.bias != "none")
     return Setting(
         tokens=tokens,
         in_features=in_features,
@@ -103,8 +110,8 @@ def _setting(
         rank=rank,
         dtype=DTYPES[workload.dtype],
         adapter_dtype=DTYPES[workload.adapter_dtype],
-        bias=bias or trained,
-        gradients=frozenset(name for name in gradients if trained or not name.startswith("db")),
+        bias=bias or biased,
+        gradients=frozenset(name for name in trained(workload, derivation) if biased or not name.startswith("db")),
         device=device_for(workload),
         derivation=derivation,
         sizes={
