@@ -247,6 +247,8 @@ def test_experts_have_lines_beside_linears_and_alone(run, mixture: Path) -> None
         assert model["frozen"]["kept_bytes"] == rows and model["peft"]["kept_bytes"] > rows
         measured = run(*spec, *more).ok().out
         assert "roofline" not in measured, "this machine's profile holds times of experts"
+        dropped = run(*spec, *more, "--dropout", "0.1").ok().out
+        assert dropped.splitlines()[3] == "PEFT     has no dropout on experts: it is priced without"
         lines = run(*spec, *more, "--device", "h200").ok().out.splitlines()
         assert lines[3] == "experts  by the bare roofline, which flatters the frozen ones; tune measures"
         assert lines[5].startswith(f"{counted}, rank 4, 4096 tokens") and max(map(len, lines)) <= 80

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 from runlora_gen.algebra.linear import LINEAR
 from runlora_gen.cost.device import DeviceProfile, load_device
+from runlora_gen.cost.peft import price_peft
 from runlora_gen.cost.price import price, price_frozen, price_operation
 from runlora_gen.cost.roofline import roofline
 from runlora_gen.cost.setting import Setting
@@ -143,3 +144,19 @@ def test_kernels_of_experts_are_candidates_until_torch_s_products_are_measured()
     left = with_kernels - {op for way in rows_for(workload, measured) for op in way.operations}
     # What computes that product, and what computes one of the same dimensions, which takes its ratio.
     assert {str(operation).partition(":")[0] for operation in left} == {"experts_p_db", "experts_gemm_gathered"}
+
+
+@pytest.mark.parametrize(("activation", "passes"), [("silu_gated", (2, 3, 4, 3, 3, 3)), ("relu2", (2, 3))])
+def test_a_frozen_activation_is_priced_by_the_model_s_own_passes(activation: str, passes: tuple[int, ...]) -> None:
+    """In how many passes torch computes ours, which rounds once, says nothing of the frozen step, nor of PEFT's."""
+    case, apart = setting(replace(COMBINED, activation=activation)), setting(COMBINED)
+    least_s = case.bytes_of(case.derivation["X"]) * sum(passes) / case.device.bytes_per_s
+    added_s = price_frozen(case) - price_frozen(apart)
+    assert least_s < added_s < 2 * least_s
+    assert price_peft(case).times.device_s - price_peft(apart).times.device_s == pytest.approx(added_s)
+
+
+def test_peft_is_priced_without_dropout() -> None:
+    """It refuses that on experts."""
+    dropped, plain = (setting(workload=replace(WORKLOAD, dropout=rate)) for rate in (0.1, 0.0))
+    assert price_peft(dropped) == price_peft(plain)

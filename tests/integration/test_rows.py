@@ -389,3 +389,19 @@ def test_a_trial_changes_nothing(package: Any, tokens: Tensor) -> None:
     after = model.state_dict(keep_vars=True)
     assert all(id(after[name]) == mark and torch.equal(after[name], tensor) for name, (mark, tensor) in before.items())
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_variants_are_selected_by_tokens(package: Any, tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they were priced: every token is a row of each expert."""
+    model = with_lora(llama4())
+    package.accelerate(model, strict=True)
+    asked: list[int] = []
+    for module in package.shapes.EXPERTS.values():
+
+        def noted(count: int, dtype: torch.dtype, select: Callable[..., str] = module._select) -> str:
+            asked.append(count)
+            return select(count, dtype)
+
+        monkeypatch.setattr(module, "_select", noted)
+    gradients(model, tokens)
+    assert asked and set(asked) == {tokens.numel()}
