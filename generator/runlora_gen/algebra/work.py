@@ -8,10 +8,11 @@ stays what it is when those change. Operations that do the same work share it, a
     FORM  =  INDICES,INDICES->INDICES                       the operands and the result, each as it is stored
 
 INDICES are T for tokens, I for in_features, O for out_features, R for the rank; of experts E, N for the tokens whose
-rows T are, and F for the features of what goes into an activation; a number follows where an operation has several of one letter. A product sums over the index that its
-result lacks: ``TO,OI->TI`` is dY W, and ``TI,OI->TO`` is X Wᵀ, which reads W transposed. WORD is ``scaled``,
-``added`` (to another tensor), ``accumulated`` (to what the result held) or ``biased``, in this order; of what is no
-product its function (``TO->O sum``); in a kernel also ``inner``: a result that is never written.
+rows T are, and F for the features of what goes into an activation; a number follows where an operation has several of
+one letter. A product sums over the index that its result lacks: ``TO,OI->TI`` is dY W, and ``TI,OI->TO`` is X Wᵀ, which
+reads W transposed. WORD is ``scaled``, ``added`` (to another tensor), ``accumulated`` (to what the result held) or
+``biased``, in this order; of what is no product its function (``TO->O sum``); in a kernel also ``inner``: a result that
+is never written.
 """
 
 from __future__ import annotations

@@ -44,8 +44,8 @@ class Setting:
         dtype: of activations and weight.
         adapter_dtype: of lora_A, lora_B and their gradients.
         bias: whether the linear has a bias.
-        gradients: names of the gradients that training needs, of dX, dA, dB, db; those that another site's function makes
-            as well.
+        gradients: names of the gradients that training needs, of dX, dA, dB, db; also of those that another site's
+            function makes.
         device: the profile that gives the time.
         derivation: of the site that is computed.
         sizes: of indices that this site has beside T, I, O and R, or in their place.
