@@ -348,6 +348,7 @@ CONTENDERS = {
     "ours-bf16": Contender("ours, 16-bit adapters", _ours("bf16", wide=False)),
     "ours-none": Contender("ours none", _ours("none", wide=False, groups="none")),  # no groups
     "ours-graph": Contender("ours for graphs", _ours("graph", launch="graph")),
+    "ours-compile": Contender("ours for torch.compile", _ours("compile", launch="compile")),
     "ours-graph-bf16": Contender("ours for graphs, 16-bit adapters", _ours("graph_bf16", wide=False, launch="graph")),
     "ours-dropout": Contender(
         "ours for graphs, 16-bit adapters, dropout 0.05",

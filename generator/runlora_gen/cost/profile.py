@@ -6,9 +6,9 @@
     compute_capability = "9.0"        # of a GPU of NVIDIA
     memory_gb_per_s = 4275.8
     launch_us = 0.84                  # of the device
-    host_us = 66.2                    # of one operator call
+    host_us = 38.35                   # of one operator call
     multiprocessors = 132             # of a GPU
-    kernel_host_us = 329.05           # of one Triton kernel; absent where none run
+    kernel_host_us = 109.03           # of one Triton kernel; absent where none run
     compiled_host_us = 62             # of one operator call under torch.compile
     compiled_kernel_host_us = 52      # of one Triton kernel there; absent where none run
     measured_on = "h200"              # another profile whose tables stand in, as ratios to that machine's roofline
