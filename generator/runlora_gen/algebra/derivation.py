@@ -149,6 +149,7 @@ class Derivation:
         paper_goals: those gradients.
         form: of its frozen weights.
         evaluated: what the site computes in evaluation, where that is something else.
+        kept: what a backward never makes again, as that saves next to nothing, and doubles the programs.
     """
 
     site: str
@@ -166,6 +167,7 @@ class Derivation:
     paper_backwards: Mapping[tuple[str, ...], str]
     form: Form = "plain"
     evaluated: Derivation | None = None
+    kept: frozenset[Symbol] = frozenset()
 
     def __getitem__(self, name: str) -> Symbol:
         return self.symbols[name]
@@ -274,6 +276,7 @@ def derive(
     paper_backwards: Mapping[tuple[str, ...], str] | None = None,
     form: Form = "plain",
     evaluated: Derivation | None = None,
+    kept: Iterable[str] = (),
 ) -> Derivation:
     """The derivation of a site from its texts; see there for the arguments.
 
@@ -304,6 +307,7 @@ def derive(
         paper_backwards=paper_backwards or {},
         form=form,
         evaluated=evaluated,
+        kept=frozenset(known[name] for name in kept),
     )
 
 

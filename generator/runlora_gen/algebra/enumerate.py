@@ -243,7 +243,8 @@ def iterate_programs(
     serving = rows_that_hold(derivation, table, facts)
     computing = [way for way in serving if not way.saved]
     wanted = tuple(derivation[goal] for goal in goals)
-    for backward in enumerate_phases(derivation, wanted, given_to_backward(derivation, facts), serving):
+    given = given_to_backward(derivation, facts)
+    for backward in enumerate_phases(derivation, wanted, given, _of_backward(derivation, serving)):
         given = derivation.inputs(facts)
         for forward in enumerate_phases(derivation, derivation.outputs, given, computing, keeps=backward.saved):
             yield pair(forward, backward)
@@ -282,7 +283,8 @@ def enumerate_backwards(
     """Every way to compute the wanted gradients, also from what a forward can keep."""
     given = given_to_backward(derivation, facts)
     wanted = tuple(derivation[goal] for goal in goals)
-    return tuple(enumerate_phases(derivation, wanted, given, rows_that_hold(derivation, table, facts)))
+    serving = _of_backward(derivation, rows_that_hold(derivation, table, facts))
+    return tuple(enumerate_phases(derivation, wanted, given, serving))
 
 
 @lru_cache
@@ -301,6 +303,11 @@ def enumerate_forwards(
 def given_to_backward(derivation: Derivation, facts: Facts) -> tuple[Symbol, ...]:
     """What a backward starts from, beside what the forward saved of its intermediates."""
     return (*derivation.inputs(facts, again=True), *derivation.output_gradients)
+
+
+def _of_backward(derivation: Derivation, table: Sequence[Way]) -> list[Way]:
+    """The rows that a backward has: what is always kept it takes."""
+    return [way for way in table if way.saved or derivation.kept.isdisjoint(way.targets)]
 
 
 def rows_that_hold(derivation: Derivation, table: Sequence[Way] | None, facts: Facts) -> list[Way]:

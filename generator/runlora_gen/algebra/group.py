@@ -12,24 +12,23 @@ weights; and products of float8.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
 from ..request.bases import Form
 from .derivation import Argument, Derivation, Row, derive, row
-from .linear import lone_linear
+from .linear import LONE, lone_linear
 from .operations import Fused, Operation, Symbol
-from .sites import DERIVATIONS
 
 #: What all linears have in common.
-_SHARED = ("X", "dX", "dropout")
-#: What each linear has of its own: symbols, arguments, a scaling.
-_OWN = {
-    *(name for lone in DERIVATIONS for name in lone.symbols),
-    *(argument.name for lone in DERIVATIONS for argument in lone.arguments),
+SHARED = ("X", "dX", "dropout")
+#: What linears have: symbols, arguments, a scaling.
+_NAMES = {
+    *(name for lone in LONE for name in lone.symbols),
+    *(argument.name for lone in LONE for argument in lone.arguments),
     "s",
-}.difference(_SHARED)
+}
 #: What a group makes no use of.
 _LEFT_OUT = frozenset({"M", "D", "G", "mX", "Xq", "mdY", "dYq", "Qt"})
 #: What a group is on, by the form of its bases.
@@ -63,38 +62,53 @@ def group(linears: tuple[str, ...], *, dropout: bool = False, base: Form = "plai
 @lru_cache
 def _group(linears: tuple[str, ...], dropout: bool, base: Form) -> Derivation:
     lone = lone_linear(dropout=dropout, base=base)
-    left_out = {lone.symbols[name] for name in _LEFT_OUT & lone.symbols.keys()}
-    symbols = [symbol for symbol in lone.symbols.values() if symbol not in left_out]
-    arguments = dict.fromkeys(_argument(argument, linear) for linear in linears for argument in lone.arguments)
+    arguments = dict.fromkeys(argument_of(argument, linear) for linear in linears for argument in lone.arguments)
     return derive(
         f"group of {', '.join(linears)}{_ON[base]}{' with dropout' if dropout else ''}",
-        symbols=dict.fromkeys(_symbol(symbol, linear) for linear in linears for symbol in symbols),
+        symbols=symbols_of(lone, linears),
         facts=lone.facts,
         arguments=sorted(arguments, key=lambda argument: argument.once),  # after those of all linears
-        outputs=_names(lone.outputs, linears),
-        output_gradients=_names(lone.output_gradients, linears),
+        outputs=_names(lone.outputs, linears, SHARED),
+        output_gradients=_names(lone.output_gradients, linears, SHARED),
         form=base,
-        base=[formula for operation in lone.base for formula in _formulas(_steps(operation), linears)],
-        table=list(_rows(lone, left_out, linears)),
+        base=[formula for operation in lone.base for formula in _formulas(_steps(operation), linears, SHARED)],
+        table=list(rows_of(lone, linears)),
         evaluated=group(linears, base=base) if dropout else None,
     )
 
 
-def _rows(lone: Derivation, left_out: Collection[Symbol], linears: Sequence[str]) -> Iterator[Row]:
+def symbols_of(lone: Derivation, linears: Sequence[str], shared: Sequence[str] = SHARED) -> Iterable[Symbol]:
+    """The symbols of a lone linear's table for each of these, but for what they make no use of together."""
+    symbols = [symbol for name, symbol in lone.symbols.items() if name not in _LEFT_OUT]
+    return dict.fromkeys(_symbol(symbol, linear, shared) for linear in linears for symbol in symbols)
+
+
+def rows_of(lone: Derivation, linears: Sequence[str], shared: Sequence[str] = SHARED) -> Iterator[Row]:
+    """The rows of a lone linear's table, each for all of these linears; with them kernels that compute all in one.
+
+    ``shared``: the symbols that are one of all.
+    """
+    left_out = {lone.symbols[name] for name in _LEFT_OUT & lone.symbols.keys()}
     for way in lone.table:
         if not {*way.targets, *way.reads}.isdisjoint(left_out):
             continue
-        targets = " ".join(_names(way.targets, linears))
+        targets = " ".join(_names(way.targets, linears, shared))
         # A kernel of one linear does not add to what is there.
-        if not any(isinstance(op, Fused) and set(map(str, op.outputs)) & {*_SHARED} for op in way.operations):
+        if not any(isinstance(op, Fused) and set(map(str, op.outputs)) & {*shared} for op in way.operations):
             formulas = list(map(str, way.operations))
-            yield row(targets, way.name, *_formulas(formulas, linears), when=way.when)
-        together = _TOGETHER.get((" ".join(map(str, way.targets)), way.name))
+            yield row(targets, way.name, *_formulas(formulas, linears, shared), when=way.when)
+        together = _TOGETHER.get((" ".join(map(str, way.targets)), way.name)) if shared else None
         # What dropout leaves of X is another matrix for each.
         if together is not None and lone.symbols.get("H") not in way.reads:
             name, kernel = together
             steps = [step for operation in way.operations for step in _steps(operation)]
-            yield row(targets, name, f"{kernel}: {'; '.join(_formulas(steps, linears))}", when=way.when)
+            yield row(targets, name, f"{kernel}: {'; '.join(_formulas(steps, linears, shared))}", when=way.when)
+
+
+def argument_of(argument: Argument, linear: str, shared: Sequence[str] = SHARED) -> Argument:
+    """An argument of a lone linear's function, of one of several."""
+    gradient = None if argument.gradient is None else _of(argument.gradient, linear, shared)
+    return replace(argument, name=_of(argument.name, linear, shared), gradient=gradient)
 
 
 def _steps(operation: Operation) -> list[str]:
@@ -102,34 +116,34 @@ def _steps(operation: Operation) -> list[str]:
     return str(operation).rpartition(": ")[2].split("; ")
 
 
-def _formulas(formulas: Sequence[str], linears: Sequence[str]) -> list[str]:
+def _formulas(formulas: Sequence[str], linears: Sequence[str], shared: Sequence[str]) -> list[str]:
     """Formulas for one linear after another; where any writes a sum, the first of each before the second of any."""
-    sums = [name for name in _SHARED if any(formula.startswith(f"{name} ") for formula in formulas)]
+    sums = [name for name in shared if any(formula.startswith(f"{name} ") for formula in formulas)]
     if not sums:
-        return [_of(formula, linear) for linear in linears for formula in formulas]
+        return [_of(formula, linear, shared) for linear in linears for formula in formulas]
     found: list[str] = []
-    for text in (_of(formula, linear) for formula in formulas for linear in linears):
+    for text in (_of(formula, linear, shared) for formula in formulas for linear in linears):
         out = text.partition(" ")[0]
         begun = out in sums and any(before.startswith(f"{out} ") for before in found)
         found.append(re.sub(r" \+?= ", " += ", text, count=1) if begun else text)
     return found
 
 
-def _names(symbols: Sequence[Symbol], linears: Sequence[str]) -> list[str]:
+def _names(symbols: Sequence[Symbol], linears: Sequence[str], shared: Sequence[str]) -> list[str]:
     """Of symbols, those of all linears one symbol after another; what they share once."""
-    return list(dict.fromkeys(_of(str(symbol), linear) for symbol in symbols for linear in linears))
+    return list(dict.fromkeys(_of(str(symbol), linear, shared) for symbol in symbols for linear in linears))
 
 
-def _symbol(symbol: Symbol, linear: str) -> Symbol:
-    shape = tuple(f"{index}_{linear}" if index in "OR" else index for index in symbol.shape)
-    return replace(symbol, name=_of(symbol.name, linear), shape=shape)
+def _symbol(symbol: Symbol, linear: str, shared: Sequence[str]) -> Symbol:
+    own = "OR" if "X" in shared else "IOR"
+    shape = tuple(f"{index}_{linear}" if index in own else index for index in symbol.shape)
+    return replace(symbol, name=_of(symbol.name, linear, shared), shape=shape)
 
 
-def _argument(argument: Argument, linear: str) -> Argument:
-    gradient = None if argument.gradient is None else _of(argument.gradient, linear)
-    return replace(argument, name=_of(argument.name, linear), gradient=gradient)
+def _of(text: str, linear: str, shared: Sequence[str]) -> str:
+    """A name, or a formula, with the linear in the names of its symbols and of its scaling, but for what is shared."""
 
+    def named(word: re.Match[str]) -> str:
+        return f"{word[0]}_{linear}" if word[0] in _NAMES and word[0] not in shared else word[0]
 
-def _of(text: str, linear: str) -> str:
-    """A name, or a formula, with the linear in the names of its symbols and of its scaling."""
-    return re.sub(r"\b[A-Za-z_]+\b", lambda word: f"{word[0]}_{linear}" if word[0] in _OWN else word[0], text)
+    return re.sub(r"\b[A-Za-z_]+\b", named, text)

@@ -274,6 +274,8 @@ _LONE: Mapping[tuple[Form, bool], Derivation] = {
     ("float8", False): FLOAT8,
     ("float8", True): FLOAT8_DROPPED,
 }
+#: Those of all bases, with dropout and without.
+LONE: tuple[Derivation, ...] = tuple(_LONE.values())
 
 
 def lone_linear(*, dropout: bool = False, base: Form = "plain") -> Derivation:

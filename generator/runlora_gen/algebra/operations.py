@@ -259,12 +259,17 @@ class Convert(_Applied):
         self._check(self.out.shape == (shape[::-1] if self.function == "transpose" else shape))
 
 
+#: What is between the projections of experts and of an MLP, and its gradients.
+ACTIVATES = frozenset({"activate", "activate_backward", "gate_gradient", "up_gradient"})
+
+
 @dataclass(frozen=True)
 class Map(_Applied):
     """A function of elements: ``out = drop(operand, mask)``, which also divides by the rate of what is kept.
 
     Or ``out = weigh(operand, weights)``, each row times its weight; ``out = activate(operand)``, of rows that may hold
-    a gate beside what it is multiplied with; ``out = activate_backward(gradient, operand)``, that one's gradient.
+    a gate beside what it is multiplied with; ``out = activate_backward(gradient, operand)``, that one's gradient. Where
+    the gate is a matrix of its own: ``activate(gate, up)``, ``gate_gradient(gradient, gate, up)``, ``up_gradient(…)``.
     ``adds``: to what its output held.
     """
 
@@ -274,10 +279,10 @@ class Map(_Applied):
 
     def __post_init__(self) -> None:
         first, *others = self.operands
-        if self.function in ("activate", "activate_backward"):
-            like = others[0] if others else first
+        if self.function in ACTIVATES:
             rows = {operand.shape[0] for operand in (self.out, *self.operands)}
-            self._check(len(rows) == 1 and (not others or like.shape == self.out.shape))
+            alike = self.function != "activate_backward" or others[0].shape == self.out.shape
+            self._check(len(rows) == 1 and alike)
             return
         shape = self.out.shape[:1] if self.function == "weigh" else self.out.shape
         self._check(first.shape == self.out.shape and all(operand.shape == shape for operand in others))
@@ -327,8 +332,10 @@ FUNCTIONS: Mapping[str, tuple[type[Reduce | Convert | Map | Draw | Route], tuple
     "transpose": (Convert, (1,)),
     "drop": (Map, (2,)),
     "weigh": (Map, (2,)),
-    "activate": (Map, (1,)),
+    "activate": (Map, (1, 2)),
     "activate_backward": (Map, (2,)),
+    "gate_gradient": (Map, (3,)),
+    "up_gradient": (Map, (3,)),
     "draw": (Draw, (1,)),
     "gather": (Route, (1,)),
     "combine": (Route, (1, 2)),

@@ -4,25 +4,7 @@ from __future__ import annotations
 
 from .derivation import Derivation
 from .experts import OF_EXPERTS
-from .linear import (
-    DROPPED,
-    FLOAT8,
-    FLOAT8_DROPPED,
-    LINEAR,
-    QUANTIZED,
-    QUANTIZED_DROPPED,
-    SCALED,
-    SCALED_DROPPED,
-)
+from .linear import LONE
+from .mlp import MLP
 
-DERIVATIONS: tuple[Derivation, ...] = (
-    LINEAR,
-    DROPPED,
-    QUANTIZED,
-    QUANTIZED_DROPPED,
-    SCALED,
-    SCALED_DROPPED,
-    FLOAT8,
-    FLOAT8_DROPPED,
-    *OF_EXPERTS,
-)
+DERIVATIONS: tuple[Derivation, ...] = (*LONE, *OF_EXPERTS, MLP)

@@ -67,6 +67,14 @@ def passes_of_activation(made: int, *, gated: bool, backward: bool = False) -> P
     return Passes((4 * made,), (3 * made,) * 3) if backward else Passes(strided=(2 * made, 3 * made))
 
 
+def passes_apart(function: str, made: int) -> Passes:
+    """The same where gate and up are matrices of their own, which lie together, of a function of ``Map``.
+
+    The model keeps act(gate), with which up's gradient is one product.
+    """
+    return Passes({"activate": (2 * made, 3 * made), "gate_gradient": (3 * made,) * 2, "up_gradient": (3 * made,)}[function])
+
+
 def price_passes(bytes_moved: Iterable[float], device: DeviceProfile, *, reach: float = 1.0) -> Times:
     """Passes, each given by the bytes that it reads and writes, each one operator call.
 

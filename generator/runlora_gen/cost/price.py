@@ -8,11 +8,11 @@ from functools import lru_cache
 
 from ..algebra.enumerate import Phase, Program
 from ..algebra.liveness import saved_activations, wanted_operations
-from ..algebra.operations import Fused, Map, Operation, Symbol, dimensions
+from ..algebra.operations import ACTIVATES, Convert, Fused, Map, Operation, Symbol, dimensions
 from ..algebra.schedule import workspace
 from ..kernels.sites import parted, seeded
 from .measured import correction
-from .passes import Times, passes_of_activation
+from .passes import Times, passes_apart, passes_of_activation, price_passes
 from .roofline import roofline
 from .rounding import merge_error, rounding_error, update_std
 from .setting import Setting
@@ -83,6 +83,8 @@ def price(program: Program, setting: Setting, host_share: float = DEVICE_BOUND) 
 def price_of_model(operation: Operation, setting: Setting) -> Times:
     """What an operation takes where the model itself runs it: an activation, by its own passes, which are fewer."""
     match operation:
+        case Map(function="activate" | "gate_gradient" | "up_gradient", operands=(_, _, *_)):
+            return passes_apart(operation.function, setting.bytes_of(operation.out)).price(setting.device)
         case Map(function="activate" | "activate_backward"):
             backward = operation.function == "activate_backward"
             wide, made = operation.reads[-1], operation.reads[0] if backward else operation.out
@@ -92,12 +94,28 @@ def price_of_model(operation: Operation, setting: Setting) -> Times:
             return Times.of(price_operation(operation, setting))
 
 
+def spares(setting: Setting) -> tuple[Times, Times]:
+    """What a site of several linears does in place of the model and of autograd, forward and backward.
+
+    What is between linears; and the sum of the gradients of what several read, each of which is read with it, and the
+    sum written.
+    """
+    base = setting.derivation.base
+    sums = [3 * setting.bytes_of(op.outputs[0]) for op in base if op.accumulate] if "dX" in setting.gradients else []
+    between = [op for op in base if isinstance(op, Map) and op.function in ACTIVATES]
+    forward, backward = (
+        sum((price_of_model(op, setting) for op in between if (op.function == "activate") is first), Times())
+        for first in (True, False)
+    )
+    return forward, backward + price_passes(sums, setting.device)
+
+
 def price_frozen(setting: Setting, host_share: float = DEVICE_BOUND) -> float:
     """Seconds of the frozen linear (Y = X Wᵀ + b and dX = dY W): the floor that a LoRA linear is held against.
 
     A quantized one makes its weight in the forward and again in the backward.
     """
-    forward, backward = price_frozen_forward(setting), _base_times(setting, setting.gradients)
+    forward, backward = price_frozen_forward(setting), _base_times(setting, setting.gradients, backward=True)
     return weighted(forward[0] + backward[0], forward[1] + backward[1], host_share)
 
 
@@ -106,11 +124,18 @@ def price_frozen_forward(setting: Setting) -> tuple[float, float]:
     return _base_times(setting, set(map(str, setting.derivation.outputs)))
 
 
-def _base_times(setting: Setting, wanted: Collection[str]) -> tuple[float, float]:
-    """Seconds of device and host of what is wanted of a site without adapters, and of what that is made of."""
-    needed, costs = set(wanted), []
-    for operation in reversed(setting.derivation.base):
+def _base_times(setting: Setting, wanted: Collection[str], *, backward: bool = False) -> tuple[float, float]:
+    """Seconds of device and host of what is wanted of a site without adapters, and of what that is made of.
+
+    ``backward``: what the forward made is there, but for weights that are made of codes.
+    """
+    derivation, needed, costs = setting.derivation, set(wanted), []
+    made = [str(operation.outputs[0]) for operation in derivation.base]
+    there = made[: made.index(str(derivation.outputs[-1])) + 1] if backward else []
+    for operation in reversed(derivation.base):
         if operation.outputs[0].name in needed:
+            if operation.outputs[0].name in there and not isinstance(operation, Convert):
+                continue
             needed.update(map(str, operation.reads))
             costs.append(price_of_model(operation, setting))
     return sum(cost.device_s for cost in costs), sum(cost.host_s for cost in costs)

@@ -25,7 +25,8 @@ from .vector import OperationCost
 #: Launches of what torch does in more than one. Where a weight is made of its codes, bitsandbytes' where the scales are
 #: quantized too: of the scales, of their offset, of the weight; torch's where the codes are numbers: of the product
 #: with the scales, and of its dtype. Between tokens and rows sorted by expert it takes indices, masks and sums. Of an
-#: activation it takes one for each operation, here of a gated SiLU in float32: conversions come on top in 16 bits.
+#: activation it takes one for each operation, here of a gated SiLU in float32: conversions come on top in 16 bits. Where
+#: gate and up are matrices of their own it takes its own functions.
 LAUNCHES = {
     "dequantize": 3,
     "rescale": 2,
@@ -36,6 +37,8 @@ LAUNCHES = {
     "activate": 3,
     "activate_backward": 10,
 }
+#: The same where gate and up are matrices of their own: of a gated SiLU the function and its product with up.
+LAUNCHES_APART = {"activate": 2, "gate_gradient": 2, "up_gradient": 2}
 
 
 def roofline(operation: Operation, setting: Setting) -> OperationCost:
@@ -76,6 +79,9 @@ def roofline(operation: Operation, setting: Setting) -> OperationCost:
             if operation.scaled and operation.out.store == "adapter" and setting.casts:
                 moved += 2 * setting.bytes_of(operation.out)
                 launches += 1
+        case Map() if operation.function in LAUNCHES_APART and len(operation.operands) > 1:
+            launches = LAUNCHES_APART[operation.function]
+            moved += 2 * setting.bytes_of(operation.out) * (launches - 1)  # what lies between both
         case Convert() | Map() | Reduce() | Route() if operation.function in LAUNCHES:
             launches = LAUNCHES[operation.function]
         case Map() if operation.accumulate:

@@ -38,6 +38,14 @@ def numbers_of(operation: Operation) -> frozenset[str]:
     return frozenset((*scalings, *(["dropout"] if drops else []), *(["routing"] if routed else [])))
 
 
+#: What is between, of a gate and an up that are matrices of their own: its functions, without the underscore.
+_APART = {"activate": "gated", "gate_gradient": "gate_gradient", "up_gradient": "up_gradient"}
+
+
+def _is_apart(step: Map) -> bool:
+    return step.function in _APART and (step.function != "activate" or len(step.operands) > 1)
+
+
 def _is_routed(step: Step) -> bool:
     """Whether what a step does depends on which expert rows belong to."""
     if isinstance(step, Contract):
@@ -83,6 +91,8 @@ def _helpers(step: Step) -> frozenset[str]:
             return frozenset({"quantized"})
         case Route() | Map(function="weigh") | Reduce(function="dot"):
             return frozenset({"routed"})
+        case Map() if _is_apart(step):
+            return frozenset({"between"})
         case Map(function="activate" | "activate_backward"):
             return frozenset({"activated"})
         case Reduce() | Convert() | Map():
@@ -136,6 +146,8 @@ def line(operation: Operation, owner: str = "", *, tiles: str | None = None) -> 
             return f"{operation.out} = {_routed(operation)}"
         case Map(function="weigh"):
             return f"{operation.out} = _weighed({_applied_to(operation)}, routing)"
+        case Map() if _is_apart(operation):
+            return f"{operation.out} = _{_APART[operation.function]}({_applied_to(operation)}, ACTIVATION)"
         case Map(function="activate"):
             return f"{operation.out} = _activated({_applied_to(operation)}, ACTIVATION)"
         case Map(function="activate_backward"):
@@ -216,7 +228,9 @@ def _call(operation: Fused, tiles: str) -> str:
     for number, weigh in enumerate(part for part in maps if part.function == "weigh"):
         values |= dict(zip((f"weighed{number}", f"weights{number}"), map(str, weigh.operands), strict=True))
     for made in (part for part in maps if part.function == "activate"):
-        values["activated0"] = str(made.operands[0])
+        values |= {f"activated{number}": str(symbol) for number, symbol in enumerate(made.operands)}
+    for gradient in (part for part in maps if part.function == "gate_gradient"):
+        values |= {f"between{number}": str(symbol) for number, symbol in enumerate(gradient.operands)}
     kinds = {"codes": Convert, "seed": Draw, "dropped": Map, "gathered": Route}
     read = {kind: [p.operands[0] for p in operation.parts if isinstance(p, kind)] for kind in kinds.values()}
     for name, kind_of in kinds.items():

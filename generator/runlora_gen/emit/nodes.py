@@ -22,6 +22,7 @@ from ..request.experts import Experts
 from ..request.groups import Group
 from ..request.layers import Layer
 from ..request.layout import FOLDER, STANDALONE
+from ..request.mlps import Mlp
 from ..request.workload import TORCH_NAMES, Workload
 from ..search.candidates import Site, setting_of, trained
 from ..search.choose import Decision, ForwardDecision
@@ -110,9 +111,10 @@ class SharedNode:
         function: what the module's function is called, or where several share this, that of the lone linears.
         linears: those of a group; none of a lone linear.
         lone: whether any module of those that share this is of a lone linear.
-        groups: whether any is a group's.
+        groups: whether any is of several linears, a group's or an MLP's.
+        of_groups, mlps: whether any is a group's, and whether any is an MLP's.
         experts: whether any is of experts.
-        activations: those that modules of experts compute.
+        activations: those that modules of experts and of MLPs compute.
         handing: whether any is of experts that hand over to such modules.
         folder: whether what they share stands once in their folder, and not in each of them.
         width: columns of a line.
@@ -133,11 +135,18 @@ class SharedNode:
     linears: tuple[str, ...]
     lone: bool
     groups: bool
+    of_groups: bool
+    mlps: bool
     experts: bool
     activations: tuple[Activation, ...]
     handing: bool
     folder: bool
     width: int
+
+    @property
+    def between(self) -> tuple[Activation, ...]:
+        """The activations of MLPs: of those of experts gate and up may be no matrices of their own."""
+        return tuple(each for each in self.activations if each.plain_dgate)
 
     @property
     def quantized(self) -> bool:
@@ -200,6 +209,7 @@ class ModuleNode(SharedNode):
     notes: tuple[str, ...]
     in_features: int
     out_features: int | tuple[int, ...]
+    intermediate_features: int
     projections: tuple[tuple[str, ...], ...]
     bias: bool
     outputs: tuple[str, ...]
@@ -253,7 +263,7 @@ def module_node(
     ``width``: columns of a line.
     """
     site = choice.layer
-    linears = site.linears if isinstance(site, Group) else ()
+    linears = site.linears if isinstance(site, Group | Mlp) else ()
     folder = layout == FOLDER
     owner = site.name if folder else ""
     variants = _variants(choice, all_variants)
@@ -272,7 +282,7 @@ def module_node(
     sizes = setting_of(workload, site, rank, most).sizes
     setting = replace(choice.ranges[-1].decision.setting, tokens=most, sizes=sizes)
     trains, frozen = _trained(setting.derivation, workload)
-    activation = site.activated if isinstance(site, Experts) else None
+    activation = site.activated if isinstance(site, Experts | Mlp) else None
     return ModuleNode(
         site=site,
         name=module_name(site, rank),
@@ -282,12 +292,15 @@ def module_node(
         linears=linears,
         lone=isinstance(site, Layer),
         groups=bool(linears),
+        of_groups=isinstance(site, Group),
+        mlps=isinstance(site, Mlp),
         experts=isinstance(site, Experts),
         activations=() if activation is None else (activation,),
-        handing=activation is not None,
+        handing=isinstance(site, Experts) and activation is not None,
         in_features=site.in_features,
         out_features=site.out_features,
-        projections=site.projections if isinstance(site, Group) else (),
+        intermediate_features=site.intermediate_features if isinstance(site, Mlp) else 0,
+        projections=site.projections if linears else (),
         rank=rank,
         bias=site.bias,
         outputs=tuple(map(str, setting.derivation.outputs)),
@@ -317,7 +330,7 @@ def shared_node(modules: Sequence[ModuleNode]) -> SharedNode:
     values = {field.name: getattr(modules[0], field.name) for field in dataclasses.fields(SharedNode)}
     values["helpers"] = frozenset[str]().union(*(module.helpers for module in modules))
     values["calls"] = tuple(call for module in modules for call in module.calls)
-    for kind in ("lone", "groups", "experts", "handing"):
+    for kind in ("lone", "groups", "of_groups", "mlps", "experts", "handing"):
         values[kind] = any(getattr(module, kind) for module in modules)
     values["activations"] = activations_of(modules)
     return SharedNode(**values)
@@ -381,6 +394,8 @@ def _kind(site: Site) -> str:
             return "group"
         case Experts():
             return "experts"
+        case Mlp():
+            return site.kind
         case _:
             assert_never(site)
 
@@ -396,6 +411,9 @@ def function_name(site: Site) -> str:
 
 
 def _title(site: Site, rank: int) -> str:
+    if isinstance(site, Mlp):
+        sizes = f"{site.in_features} to {site.intermediate_features} to {site.out_features} features, rank {rank}"
+        return f"LoRA of a gated MLP, {sizes}"
     if isinstance(site, Layer):
         return f"LoRA linear, {site.in_features} to {site.out_features} features, rank {rank}"
     if isinstance(site, Experts):
@@ -422,7 +440,10 @@ def _notes(site: Site) -> tuple[str, ...]:
         return tuple(notes)
     else:
         kinds = "; ".join(listed(names) for names in site.projections)
-        notes = [f"Serves {kinds} ({site.count} such groups in the model)."]
+        of = "MLPs" if isinstance(site, Mlp) else "groups"
+        notes = [f"Serves {kinds} ({site.count} such {of} in the model)."]
+        if isinstance(site, Mlp):
+            notes.append(f"Between them is {site.activation}.")
         taken = f"to {function_name(site)} pass weight.t()"
     if site.transposed_weight:
         notes.append(

@@ -14,16 +14,17 @@ from types import MappingProxyType
 
 from ..cost.passes import Times
 from ..cost.peft import price_peft
+from ..cost.price import spares
 from ..cost.setting import DTYPES, Setting
 from ..request.architecture import Architecture, Projection, decoder_types
 from ..request.decoder import Decoder
 from ..request.errors import SpecError
 from ..request.experts import Experts, Stack, experts
-from ..request.groups import Group
+from ..request.mlps import Mlp
 from ..request.layers import layers
 from ..request.workload import Workload
 from ..search.choose import Decision
-from ..search.grouped import decide_groups_of_step, sums_by_autograd
+from ..search.grouped import Together, decide_groups_of_step
 from ..search.ranges import decide_step
 from .gain import Keeps, keeps, kept_bytes
 from .mixture import Mixture, Part
@@ -196,9 +197,9 @@ def _ours(decision: Decision) -> _Linear:
 
 
 def _of_group(decision: Decision) -> _Linear:
-    """All of its linears, without the sums that autograd is spared."""
-    one = _ours(decision)
-    return replace(one, backward=one.backward + sums_by_autograd(decision.setting) * -1)
+    """All of its linears, without what the model and autograd are spared."""
+    one, (there, back) = _ours(decision), spares(decision.setting)
+    return replace(one, forward=one.forward + there * -1, backward=one.backward + back * -1)
 
 
 @dataclass(frozen=True)
@@ -223,7 +224,7 @@ class _Model:
         self,
         adapted: dict[tuple[int, int], _Linear],
         mixture: Part | None,
-        grouped: Mapping[Group, _Linear] = MappingProxyType({}),
+        grouped: Mapping[Together, _Linear] = MappingProxyType({}),
         *,
         frozen: bool = False,
     ) -> Estimate:
@@ -334,7 +335,7 @@ class _Model:
         self,
         adapted: dict[tuple[int, int], _Linear],
         mixture: Part | None,
-        grouped: Mapping[Group, _Linear],
+        grouped: Mapping[Together, _Linear],
         *,
         adapters: int,
     ) -> Memory:
@@ -343,7 +344,10 @@ class _Model:
         of_linears = self._kept(adapted, grouped)
         down = self._kept(adapted, {}, "mlp_hidden") // count
         logits = 0 if batch.body or d.vocab is None else batch.tokens * d.vocab
+        inner = s * batch.tokens * d.intermediate
+        whole = any(isinstance(site, Mlp) for site in grouped)
         layer = self.layer_bytes() + of_linears // count + (0 if mixture is None else mixture.kept)
+        layer -= inner if whole else 0  # of gate nothing is kept but itself
         if batch.checkpointing:
             inputs = (count - 1 if batch.body else count) * s * hidden
             between, within = inputs, inputs + layer
@@ -351,7 +355,6 @@ class _Model:
             between = within = count * layer
         output = s * (hidden + logits)  # the model's, which whoever called it holds
         last = FLOAT * batch.tokens * (d.hidden + 1)
-        inner = s * batch.tokens * d.intermediate
         readers = self._read("mlp_hidden") if adapted else []
         workspace = max((adapted[p.in_features, p.out_features].workspace for p in readers), default=0)
         # Of a quantized base the weight is there while it is read.
@@ -360,6 +363,8 @@ class _Model:
         moments = [(between + last, output + 5 * FLOAT * hidden)]
         if mixture is not None:
             moments += [(within - gone, output + s * hidden + beside) for gone, beside in mixture.moments]
+        elif whole:  # the gradients of down's input, of gate and of up
+            moments.append((within, output + s * hidden + 3 * inner))
         else:
             # The last layer's MLP: dX of the last linear, and the gradients of gate and up before silu's.
             moments += [
@@ -377,7 +382,7 @@ class _Model:
     def _kept(
         self,
         adapted: dict[tuple[int, int], _Linear],
-        grouped: Mapping[Group, _Linear],
+        grouped: Mapping[Together, _Linear],
         name: str | None = None,
     ) -> int:
         """What LoRA keeps in all layers, or that of the linears that read one of a layer's activations."""

@@ -6,17 +6,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ..algebra.liveness import saved_activations
+from ..algebra.operations import Contract
 from ..cost.passes import Times
 from ..cost.peft import price_peft
-from ..cost.price import price_frozen
+from ..cost.price import price_frozen, spares
 from ..cost.setting import Setting
 from ..cost.vector import DEVICE_BOUND, HOST_BOUND, weighted
 from ..request.architecture import Architecture, Projection
 from ..request.experts import Experts
-from ..request.groups import Group, ungrouped
+from ..request.groups import ungrouped
 from ..request.layers import Layer
 from ..search.choose import Decision
-from ..search.grouped import sums_by_autograd
+from ..search.grouped import Together
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,9 @@ def keeps(decision: Decision) -> Keeps:
     setting = decision.setting
     saved = frozenset(saved_activations(decision.chosen.program, setting.gradients))
     inputs = setting.derivation.activations
-    return Keeps(bool(saved & inputs), sum(map(setting.bytes_of, saved - inputs)))
+    # What an MLP makes of gate and up the model keeps anyway.
+    there = {op.out for op in setting.derivation.base if isinstance(op, Contract)}
+    return Keeps(bool(saved & inputs), sum(map(setting.bytes_of, saved - inputs - there)))
 
 
 def gain(
@@ -105,7 +108,7 @@ def gain(
     sites: Sequence[Layer],
     decisions: Sequence[Decision],
     rest: Times,
-    grouped: Sequence[tuple[Group, Decision]] = (),
+    grouped: Sequence[tuple[Together, Decision]] = (),
     stacked: Sequence[tuple[Experts, Decision]] = (),
 ) -> Gain:
     """Sum up a model of linears, of experts, or of both.
@@ -114,8 +117,8 @@ def gain(
         architecture: the model.
         sites: its layer shapes.
         decisions: what was chosen for each of them, in one step.
-        rest: what the model does beside these, as :func:`~.ranges.rest_of_step` has it; of groups we do a part of it,
-            the sums of their inputs' gradients.
+        rest: what the model does beside these, as :func:`~.ranges.rest_of_step` has it; of groups and of MLPs
+            we do a part of it: the sums of their inputs' gradients, what is between gate, up and down.
         grouped: the linears that are computed together.
         stacked: the stacks of experts, with what was chosen for them in the same step.
     """
@@ -125,7 +128,7 @@ def gain(
     left = ungrouped(architecture, [group for group, _ in grouped])
     ours = sum((Times.of(decision.chosen.cost) * left[shape] for shape, decision in chosen.items()), Times())
     for group, decision in grouped:
-        ours += (Times.of(decision.chosen.cost) + sums_by_autograd(decision.setting) * -1) * group.count
+        ours += (Times.of(decision.chosen.cost) + sum(spares(decision.setting), Times()) * -1) * group.count
 
     def total(times: dict[tuple[int, int], Times]) -> Times:
         return sum((times[site.in_features, site.out_features] * site.count for site in sites), Times())
@@ -189,7 +192,7 @@ def kept_bytes(
     row_bytes: int,
     *,
     there: frozenset[str] = frozenset(),
-    grouped: Sequence[tuple[Group, Keeps]] = (),
+    grouped: Sequence[tuple[Together, Keeps]] = (),
 ) -> int:
     """Bytes kept by all linears of a model, an input of several of them once.
 
@@ -204,7 +207,11 @@ def kept_bytes(
     together: dict[tuple[str, int, int], Keeps] = {}
     own = 0
     for group, kept in grouped:
-        members = {(p.name, p.in_features, p.out_features): Keeps(kept.input, 0) for p in projections if group.has(p)}
+        members = {
+            (p.name, p.in_features, p.out_features): Keeps(kept.input and group.reads(p), 0)
+            for p in projections
+            if group.has(p)
+        }
         together |= members
         own += group.count * kept.own_bytes
     for projection in projections:

@@ -19,7 +19,9 @@ class Activation:
         name: as generated code and manifests call it.
         gated: whether U has two columns for each of X, gate and up; else one, gate.
         interleaved: whether these alternate; else the gates' half is the first one.
-        plain: X in torch's own functions: what proofs of generated code compare with.
+        plain: X in torch's own functions: what proofs of generated code compare with, and what runs without kernels where
+            gate and up are matrices of their own.
+        plain_dgate, plain_dup: its gradients likewise, where that may be.
         value: X.
         dgate, dup: the gradients; dup of what is gated alone.
         steps: what they share, by names: an expression may name those before it.
@@ -32,6 +34,8 @@ class Activation:
     dgate: str
     dup: str = ""
     interleaved: bool = False
+    plain_dgate: str = ""
+    plain_dup: str = ""
     steps: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -68,6 +72,7 @@ class _Function:
     """A function of one variable, ``gate``, and its slope."""
 
     plain: str
+    plain_backward: str  # the gradient of gate, of one that {dx} stands for
     value: str
     slope: str
     steps: Mapping[str, str]
@@ -78,12 +83,23 @@ class _Function:
     def gated(self, name: str) -> Activation:
         """Times up."""
         value, dgate, dup = f"{self.value} * up", f"dx * up * ({self.slope})", f"dx * ({self.value})"
-        return Activation(name, True, f"{self.plain} * up", value, dgate, dup, steps=self.steps)
+        return Activation(
+            name,
+            True,
+            f"{self.plain} * up",
+            value,
+            dgate,
+            dup,
+            steps=self.steps,
+            plain_dgate=self.plain_backward.format(dx="dx * up"),
+            plain_dup=f"dx * {self.plain}",
+        )
 
 
-_SILU = _Function("F.silu(gate)", "gate * s", "s + gate * s * (1.0 - s)", {"s": "{fn}.sigmoid(gate)"})
+_SILU = _Function("F.silu(gate)", "torch.ops.aten.silu_backward({dx}, gate)", "gate * s", "s + gate * s * (1.0 - s)", {"s": "{fn}.sigmoid(gate)"})
 _GELU = _Function(
     "F.gelu(gate)",
+    "torch.ops.aten.gelu_backward({dx}, gate)",
     "gate * s",
     "s + gate * density",
     {
@@ -94,6 +110,7 @@ _GELU = _Function(
 # (1 + tanh(z)) / 2 is sigmoid(2z).
 _GELU_TANH = _Function(
     'F.gelu(gate, approximate="tanh")',
+    'torch.ops.aten.gelu_backward({dx}, gate, approximate="tanh")',
     "gate * s",
     "s + gate * s * (1.0 - s) * steep",
     {
@@ -102,7 +119,7 @@ _GELU_TANH = _Function(
     },
 )
 _RELU2 = _Function(
-    "F.relu(gate).square()", "positive * positive", "2.0 * positive", {"positive": "{fn}.where(gate < 0.0, 0.0, gate)"}
+    "F.relu(gate).square()", "{dx} * 2 * F.relu(gate)", "positive * positive", "2.0 * positive", {"positive": "{fn}.where(gate < 0.0, 0.0, gate)"}
 )
 
 #: That of gpt-oss: gates are at most 7, ups within 7 of 0, and what is beyond has no gradient.

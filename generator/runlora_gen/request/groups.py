@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .architecture import Architecture, Projection
+from .mlps import Mlp
 
 #: What the linears of a group are called in its module, and the names that models give them.
 _QKV = (
@@ -72,6 +73,15 @@ class Group:
         widths = self.out_features if len(set(self.out_features)) > 1 else self.out_features[:1]
         return f"{self.kind}_{self.in_features}x{'_'.join(map(str, widths))}"
 
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """(in_features, out_features) of each linear."""
+        return tuple((self.in_features, width) for width in self.out_features)
+
+    def reads(self, projection: Projection) -> bool:
+        """Whether a linear of its reads what it keeps of its input: all do."""
+        return self.has(projection)
+
     def has(self, projection: Projection) -> bool:
         """Whether a projection of the architecture that it is of is one of its linears."""
         return any(
@@ -98,15 +108,15 @@ def groups(architecture: Architecture) -> tuple[Group, ...]:
     return tuple(_group(key, rows) for key, rows in found.items())
 
 
-def ungrouped(architecture: Architecture, grouped: Sequence[Group]) -> Mapping[tuple[int, int], int]:
-    """How many linears of each shape the model has beside those in these groups."""
+def ungrouped(architecture: Architecture, grouped: Sequence[Group | Mlp]) -> Mapping[tuple[int, int], int]:
+    """How many linears of each shape the model has beside those in these groups and MLPs."""
     left: dict[tuple[int, int], int] = {}
     for projection in architecture.projections:
         shape = projection.in_features, projection.out_features
         left[shape] = left.get(shape, 0) + projection.count
     for group in grouped:
-        for width in group.out_features:
-            left[group.in_features, width] -= group.count
+        for shape in group.shapes:
+            left[shape] -= group.count
     return left
 
 

@@ -11,6 +11,7 @@ from ..algebra.enumerate import Phase, Program, enumerate_backwards, enumerate_f
 from ..algebra.experts import experts
 from ..algebra.group import group
 from ..algebra.linear import LINEAR, lone_linear
+from ..algebra.mlp import MLP
 from ..algebra.operations import Fused, Symbol
 from ..cost.device import device_for
 from ..cost.lower import cheaper, lowered, lowered_phase, phase_with_kernels, with_kernels
@@ -22,10 +23,11 @@ from ..kernels.sites import alternatives, serves
 from ..request.experts import Experts
 from ..request.groups import Group
 from ..request.layers import Layer
+from ..request.mlps import Mlp
 from ..request.workload import Workload
 
 #: What a module is generated for.
-Site: TypeAlias = Layer | Group | Experts
+Site: TypeAlias = Layer | Group | Experts | Mlp
 
 
 def goals(workload: Workload, derivation: Derivation = LINEAR) -> tuple[str, ...]:
@@ -61,6 +63,19 @@ def setting_of(workload: Workload, site: Site, rank: int, tokens: int) -> Settin
             tokens,
             linears,
             widths,
+        )
+    if isinstance(site, Mlp):
+        return _setting(
+            workload,
+            MLP,
+            site.in_features,
+            site.out_features,
+            rank,
+            site.bias,
+            tokens,
+            site.linears,
+            (site.intermediate_features, site.intermediate_features, site.out_features),
+            read=site.intermediate_features,
         )
     if isinstance(site, Experts):
         return _setting(
@@ -100,7 +115,8 @@ def _setting(
     """The setting of a site.
 
     ``linears``, ``widths``: of a group, of which ``out_features`` is the sum; ``routed``: how many experts there are,
-    and how many a token has; ``read``: the width of what they read, if that goes into an activation.
+    and how many a token has; ``read``: the width of what they read, if that goes into an activation, or, of the last of
+    several linears, comes out of one.
     """
     biased = workload.bias == "lora_bias" or (bias and workload.bias != "none")
     return Setting(
@@ -117,6 +133,7 @@ def _setting(
         sizes={
             **{f"O_{linear}": width for linear, width in zip(linears, widths, strict=True)},
             **{f"R_{linear}": rank for linear in linears},
+            **({f"I_{linears[-1]}": read} if linears and read else {}),
             **({} if routed is None else {"E": routed[0], "N": tokens, "T": tokens * routed[1], "F": read, "RU": rank}),
         },
         keeps_weights=workload.max_saved_bytes is not None,

@@ -1,0 +1,23 @@
+"""What follows from the gradient of down's input, in one pass over it, gate and up, with X = activate(gate, up).
+
+dA = Pᵀ X of down; the gradients of gate and up, and of these, for each of both linears, P = s dY B and dB = dYᵀ S. X is
+made of tiles, and never written.
+"""
+
+from __future__ import annotations
+
+from ..record import Kernel
+
+KERNEL = Kernel(
+    launches=4,
+    call="{between0}, {between1}, {between2}, {left0T}, {*right1}, {*right2}, {*scaling1}, ({dtypes}), ({needs}), "
+    "ACTIVATION",
+    tiles={"BT": 16, "BI": 128, "CHUNK": 1024, "WARPS": 4, "STAGES": 3},
+    candidates=({"BI": 256, "WARPS": 8}, {"BI": 64, "WARPS": 2}, {"BT": 32}),
+    # A higher rank takes the registers: three sums of BI x BR are held.
+    adapted={"BI": "min(BI, 8192 // BR)", "WARPS": "min(8, WARPS * BR // 16)"},
+    largest_rank=64,
+    helpers=frozenset(
+        {"activation", "between", "mm_as", "multiprocessors", "rank_wide", "scaled_mm", "several", "sum_parts"}
+    ),
+)
