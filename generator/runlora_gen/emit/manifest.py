@@ -86,7 +86,7 @@ def current_modules(
         if set(files) != {path.name for path in folder.iterdir() if path.is_file()} - {MANIFEST}:
             return None
         texts = {name: read_text(folder / name, label=name, limit=MAX_GENERATED_BYTES, kind="file") for name in files}
-        count = sum(len(manifest[kind]) for kind in ("layers", "groups", "experts"))
+        count = sum(len(manifest[kind]) for kind in ("layers", "groups", "mlps", "experts"))
         return count if {name: sha256(text) for name, text in texts.items()} == files else None
     return None
 

@@ -12,6 +12,7 @@ from typing import assert_never
 from ..algebra.derivation import Argument, Derivation
 from ..algebra.enumerate import Phase, Program
 from ..algebra.liveness import dependents
+from ..algebra.mlp import MLP
 from ..algebra.operations import Fused
 from ..cost.setting import Setting
 from ..kernels.registry import KERNELS
@@ -33,6 +34,7 @@ from .derivation_text import forward_text, program_text
 from .kernel_notes import KernelCall, KernelNode, Tiles, kernels_note, listed, tiles_note
 from .statements import (
     Block,
+    Parts,
     absent,
     backward_blocks,
     forward_statements,
@@ -55,7 +57,7 @@ class FunctionNode:
     id: str
     doc: tuple[str, ...]
     forward: tuple[str, ...]
-    parts: tuple[tuple[str, ...], tuple[str, ...]] | None  # what makes what is kept, and what makes the output of it
+    parts: Parts | None  # what makes what is kept, and what makes the output of it
     outputs: tuple[str, ...]  # of the site, and what is kept beside them
     kept: tuple[str, ...]  # what the forward makes for the backward
     inputs: str  # the left side that takes from the inputs what is saved or asked
@@ -494,11 +496,11 @@ def _forwards(
     return made, tuple(parts)
 
 
-def _parts(program: Program, setting: Setting, owner: str) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
-    """The statements of a lone linear's forward in two parts, see there; no group's, and no expert's."""
+def _parts(program: Program, setting: Setting, owner: str) -> Parts | None:
+    """The forward of a lone linear or of an MLP in two parts, see there; no group's, and no expert's."""
     site = program.derivation
     whole = len(site.outputs) > 1 or any(argument.name == "routing" for argument in site.arguments)
-    return None if whole or seeded(program) else parts_of_forward(program.forward, setting, owner)
+    return None if whole or seeded(program) else parts_of_forward(program.forward, setting, owner, hands=site is MLP)
 
 
 def _function(variant: _Variant, workload: Workload, class_name: str, owner: str, width: int) -> FunctionNode:

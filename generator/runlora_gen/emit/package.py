@@ -15,6 +15,7 @@ from ..request.architecture import GENERATOR, LIVE, Architecture
 from ..request.files import read_text
 from ..request.layers import layers
 from ..request.layout import FOLDER, STANDALONE
+from ..request.mlps import Mlp
 from ..request.workload import Workload
 from ..search.grouped import decide_groups
 from ..search.ranges import LayerChoice, decide_experts, decide_model
@@ -33,7 +34,7 @@ from .render import (
 from .report import SCHEMA_VERSION, choice_data
 from .style import Style, style_of
 
-#: The files of a package that put its modules into a model; ``groups`` is one more where there are some.
+#: The files of a package that put its modules into a model; ``groups`` and ``mlps`` are more where there are some.
 OF_MODELS = ("__init__", "adapters", "inject", "peft_layers", "report", "shapes", "warmup", "with_peft")
 #: The same of stacks of experts.
 OF_EXPERTS = ("experts", "experts_with_peft", "inject_experts")
@@ -43,18 +44,19 @@ MANIFEST_SCHEMA = "manifest.schema.json"
 
 @dataclass(frozen=True)
 class Package:
-    """Files of one generated folder by name, and what was chosen for its layers, its groups and its experts."""
+    """Files of one generated folder by name, and what was chosen for its layers, groups, MLPs and experts."""
 
     folder: str
     files: Mapping[str, str]
     layers: tuple[LayerChoice, ...]
     groups: tuple[LayerChoice, ...] = ()
+    mlps: tuple[LayerChoice, ...] = ()
     experts: tuple[LayerChoice, ...] = ()
 
     @property
     def modules(self) -> int:
         """How many there are."""
-        return len(self.layers) + len(self.groups) + len(self.experts)
+        return len(self.layers) + len(self.groups) + len(self.mlps) + len(self.experts)
 
 
 class _Former:
@@ -130,16 +132,19 @@ def build_package(
         digest=package_digest(architecture, rank, workload, all_variants=all_variants, layout=layout),
     )
     decided = decide_model(workload, layers(architecture), rank)
-    together = decide_groups(workload, architecture, rank)
+    several = decide_groups(workload, architecture, rank)
+    together, whole = (
+        tuple(choice for choice in several if isinstance(choice.layer, Mlp) is of_mlps) for of_mlps in (False, True)
+    )
     routed = decide_experts(workload, architecture, rank)
-    nodes, groups, stacks = (
+    nodes, groups, mlps, stacks = (
         [
             module_node(choice, rank, workload, width=style.line_length, all_variants=all_variants, layout=layout)
             for choice in choices
         ]
-        for choices in (decided, together, routed)
+        for choices in (decided, together, whole, routed)
     )
-    every = (*nodes, *groups, *stacks)
+    every = (*nodes, *groups, *mlps, *stacks)
     rendered = {f"{node.name}.py": render_module(node, header) for node in every}
     shared = _shared(every, header) if layout == FOLDER else {}
     chained = any(node.handing for node in stacks)
@@ -148,6 +153,7 @@ def build_package(
         "title": architecture.slug,
         "modules": nodes,
         "groups": groups,
+        "mlps": mlps,
         "experts": stacks,
         "chained": chained,
         "rank": rank,
@@ -159,12 +165,14 @@ def build_package(
         "imported": sorted((node.name for node in every), key=natural),
     }
     rendered |= {f"{name}.py": text for name, text in shared.items()}
-    in_models = (*OF_MODELS, *(["groups"] if groups else []), *(OF_EXPERTS if stacks else ()))
+    in_models = (*OF_MODELS, *(["groups"] if groups or mlps else []), *(["mlps"] if mlps else []), *(OF_EXPERTS if stacks else ()))
     rendered |= {f"{name}.py": render(f"{name}.py.jinja", context) for name in in_models}
     if nodes:
         rendered["test_equivalence.py"] = render_test(
             [node.name for node in nodes],
             groups=groups,
+            mlps=mlps,
+            activations=activations_of(mlps),
             dropout=workload.dropout > 0,
             base=workload.stored,
             shared=shared,
@@ -182,9 +190,9 @@ def build_package(
     files = former.format(rendered)
     files["py.typed"] = ""
     digests = {name: former.digest(source) for name, source in rendered.items()}
-    choices = (decided, together, routed)
+    choices = (decided, together, whole, routed)
     files[MANIFEST] = _manifest(architecture, rank, public, header, style, choices, digests, files)
-    return Package(folder, files, decided, together, routed)
+    return Package(folder, files, decided, together, whole, routed)
 
 
 def _shared(modules: Sequence[ModuleNode], header: Header) -> Mapping[str, str]:
@@ -275,7 +283,7 @@ def _manifest(
         "workload": {**asdict(workload), "tokens": list(workload.tokens), "train": list(workload.train)},
         **{
             kind: [{"module": module_name(choice.layer, rank), "rank": rank, **choice_data(choice)} for choice in some]
-            for kind, some in zip(("layers", "groups", "experts"), decided, strict=True)
+            for kind, some in zip(("layers", "groups", "mlps", "experts"), decided, strict=True)
         },
         "files": {name: sha256(text) for name, text in sorted(files.items())},
         "rendered": dict(sorted(rendered.items())),

@@ -87,7 +87,7 @@ def _environment() -> jinja2.Environment:
 
 
 #: Modules of the generator whose functions packages hold as they are.
-_HELD = {name: Path(__file__).parent.parent / "from_model" / f"{name}.py" for name in ("mixtures", "trial")}
+_HELD = {name: Path(__file__).parent.parent / "from_model" / f"{name}.py" for name in ("mixtures", "trial", "gated")}
 
 
 def _body_of(name: str) -> str:
@@ -119,7 +119,7 @@ def render(template: str, context: Mapping[str, Any]) -> str:
 
 
 def render_module(module: ModuleNode, header: Header | None = None) -> str:
-    """The module of a lone linear, of a group or of experts, not yet formatted."""
+    """The module of a lone linear, of a group, of an MLP or of experts, not yet formatted."""
     template = "stack" if module.is_of_experts else "linear" if module.lone else "group"
     return render(f"{template}.py.jinja", {"header": header or Header("", ""), "module": module})
 
@@ -130,7 +130,7 @@ def natural(name: str) -> list[tuple[int, str]]:
 
 
 class Named(Protocol):
-    """A module of a group, by its name and that of its function: a node has them."""
+    """A module of a group or of an MLP, by its name and that of its function: a node has them."""
 
     @property
     def name(self) -> str:
@@ -145,6 +145,8 @@ def render_test(
     modules: Sequence[str],
     *,
     groups: Sequence[Named] = (),
+    mlps: Sequence[Named] = (),
+    activations: Sequence[Activation] = (),
     dropout: bool,
     base: Base = BASES["plain"],
     shared: Collection[str] = (),
@@ -156,7 +158,8 @@ def render_test(
 
     Args:
         modules: the names of those of lone linears.
-        groups: those of groups.
+        groups, mlps: those of groups, and of MLPs.
+        activations: what is between the linears of these.
         dropout: whether they take one.
         base: how their weights are stored.
         shared: names of the files in which is what these modules share; none if each has all by itself.
@@ -165,10 +168,12 @@ def render_test(
     quantized = base.form != "plain"
     inside = {name: name in shared for name in ("kernels", "products")}
     looked_into = [name for name in inside if inside[name] and not (quantized and name == "products")]
-    imported = [*modules, *(module.name for module in groups), *looked_into]
+    imported = [*modules, *(module.name for module in (*groups, *mlps)), *looked_into]
     context = {
         **_of_tests(modules, imported, header),
         "groups": groups,
+        "mlps": mlps,
+        "activations": activations,
         "dropout": dropout,
         "quantized": quantized,
         "base": base,
@@ -203,6 +208,7 @@ def _of_tests(modules: Sequence[str], imported: Sequence[str], header: Header | 
         "modules": modules,
         "imported": sorted(imported, key=natural),
         "groups": (),
+        "mlps": (),
         "dropout": False,
         "quantized": False,
         "base": BASES["plain"],

@@ -52,10 +52,24 @@ def forward_statements(phase: Phase, setting: Setting, owner: str) -> tuple[str,
     return _statements(phase, _forward_steps(phase, setting), owner)
 
 
-def parts_of_forward(phase: Phase, setting: Setting, owner: str) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
-    """The statements of a forward that make what it keeps, and the others, which read no more of them than that.
+@dataclass(frozen=True)
+class Parts:
+    """A forward in two parts: the statements that make what it keeps, and the others.
 
-    None where the others do, or where nothing is kept, or is there already.
+    Attributes:
+        first, rest: of both.
+        handed: what the others read of the first beside that.
+    """
+
+    first: tuple[str, ...]
+    rest: tuple[str, ...]
+    handed: tuple[str, ...] = ()
+
+
+def parts_of_forward(phase: Phase, setting: Setting, owner: str, *, hands: bool = False) -> Parts | None:
+    """A forward in two parts; None where nothing is kept, or is there already.
+
+    ``hands``: whether the others may read more of what the first makes than is kept; else it is None there, too.
     """
     kept = set(phase.keeps) - set(phase.held)
     needed, first, rest = set(kept), list[Step](), list[Step]()
@@ -71,10 +85,11 @@ def parts_of_forward(phase: Phase, setting: Setting, owner: str) -> tuple[tuple[
             needed.update(step.operation.reads)
             first.insert(0, replace(step, frees=()))
     made = {symbol for step in first for symbol in step.operation.outputs} - kept
-    if not kept or any(not made.isdisjoint(step.operation.reads) for step in rest):
+    read = dict.fromkeys(symbol for step in rest for symbol in step.operation.reads if symbol in made)
+    if not kept or not rest or (read and not hands):
         return None
     rest = [replace(step, frees=tuple(symbol for symbol in step.frees if symbol not in made)) for step in rest]
-    return _statements(phase, first, owner), _statements(phase, rest, owner)
+    return Parts(_statements(phase, first, owner), _statements(phase, rest, owner), tuple(map(str, read)))
 
 
 def _forward_steps(phase: Phase, setting: Setting) -> list[Step]:

@@ -75,10 +75,10 @@ def accelerate(
     shares = list(zip(packages, groups, strict=True))
     left: dict[str, str] = functools.reduce(operator.or_, (p.with_peft.unserved(group) for p, group in shares))
     left |= packages[0].peft_layers.left_with(left, layers)
-    report = functools.reduce(operator.add, (p.with_peft.judged(group, _of(group, left)) for p, group in shares))
+    report = functools.reduce(operator.add, (p.with_peft.judged(group, _of(group, left), model) for p, group in shares))
     packages[0].with_peft.say(report, layers, strict=strict, stacklevel=3)
     for package, group in shares:
-        package.with_peft.swap(group)
+        package.with_peft.swap(group, model)
     return report
 
 

@@ -101,7 +101,11 @@ def checks(modules: Sequence[str], part: str, examples: int) -> Iterator[Check]:
     os.environ["RUNLORA_EXAMPLES"] = str(examples)
     shared = [name for name in SHARED if f"{_PACKAGE}.{name}" in sys.modules]
     loaded = {name: sys.modules[f"{_PACKAGE}.{name}"] for name in modules}
-    groups = [_Group(name, _function_of(module)) for name, module in loaded.items() if hasattr(module, "LINEARS")]
+    several = {
+        name: _Group(name, _function_of(module)) for name, module in loaded.items() if hasattr(module, "LINEARS")
+    }
+    mlps = [group for name, group in several.items() if hasattr(loaded[name], "INTERMEDIATE_FEATURES")]
+    groups = [group for group in several.values() if group not in mlps]
     lone = [name for name, module in loaded.items() if hasattr(module, "lora_linear")]
     stacks = [name for name, module in loaded.items() if hasattr(module, "lora_experts")]
     functions = [loaded[name].lora_linear for name in lone] + [loaded[name].lora_experts for name in stacks]
@@ -109,8 +113,17 @@ def checks(modules: Sequence[str], part: str, examples: int) -> Iterator[Check]:
     coded = [module.Quantized for module in loaded.values() if hasattr(module, "Quantized")]
     base = BASES[sys.modules[coded[0].__module__].BASE if coded else "plain"]
     sources = {}
-    if lone or groups:
-        sources["test_equivalence"] = render_test(lone, groups=groups, dropout=dropout, base=base, shared=shared)
+    if lone or several:
+        between = dict.fromkeys(loaded[mlp.name].ACTIVATION for mlp in mlps)
+        sources["test_equivalence"] = render_test(
+            lone,
+            groups=groups,
+            mlps=mlps,
+            activations=[ACTIVATIONS[name] for name in between],
+            dropout=dropout,
+            base=base,
+            shared=shared,
+        )
     if stacks:
         between = dict.fromkeys(getattr(loaded[name], "ACTIVATION", None) for name in stacks)
         activations = [ACTIVATIONS[name] for name in between if name is not None]

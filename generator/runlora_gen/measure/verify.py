@@ -125,7 +125,7 @@ def _modules_in(folder: Path) -> list[Path]:
         manifest = json.loads(text)
         if manifest["generator"] != GENERATOR:
             raise ValueError
-        sites = [site for kind in ("layers", "groups", "experts") for site in manifest.get(kind, ())]
+        sites = [site for kind in ("layers", "groups", "mlps", "experts") for site in manifest.get(kind, ())]
         names = [str(site["module"]) for site in sites]
     except (KeyError, TypeError, ValueError, RecursionError):
         raise SpecError(f"verify: {shorten(str(folder / MANIFEST))} is no manifest of {GENERATOR}") from None
