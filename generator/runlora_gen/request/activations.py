@@ -19,6 +19,7 @@ class Activation:
         name: as generated code and manifests call it.
         gated: whether U has two columns for each of X, gate and up; else one, gate.
         interleaved: whether these alternate; else the gates' half is the first one.
+        transformers: what configs call the function of gate, as keys of Transformers' ``ACT2FN``.
         plain: X in torch's own functions: what proofs of generated code compare with.
         value: X.
         dgate, dup: the gradients; dup of what is gated alone.
@@ -33,6 +34,12 @@ class Activation:
     dup: str = ""
     interleaved: bool = False
     steps: Mapping[str, str] = field(default_factory=dict)
+    transformers: tuple[str, ...] = ()
+
+    @property
+    def of_mlps(self) -> bool:
+        """Whether gate and up may be what two linears make, as in a gated MLP."""
+        return self.gated and not self.interleaved
 
     @property
     def widths(self) -> int:
@@ -71,17 +78,23 @@ class _Function:
     value: str
     slope: str
     steps: Mapping[str, str]
+    transformers: tuple[str, ...]
 
     def alone(self, name: str) -> Activation:
-        return Activation(name, False, self.plain, self.value, f"dx * ({self.slope})", steps=self.steps)
+        dgate = f"dx * ({self.slope})"
+        return Activation(name, False, self.plain, self.value, dgate, steps=self.steps, transformers=self.transformers)
 
     def gated(self, name: str) -> Activation:
         """Times up."""
         value, dgate, dup = f"{self.value} * up", f"dx * up * ({self.slope})", f"dx * ({self.value})"
-        return Activation(name, True, f"{self.plain} * up", value, dgate, dup, steps=self.steps)
+        return Activation(
+            name, True, f"{self.plain} * up", value, dgate, dup, steps=self.steps, transformers=self.transformers
+        )
 
 
-_SILU = _Function("F.silu(gate)", "gate * s", "s + gate * s * (1.0 - s)", {"s": "{fn}.sigmoid(gate)"})
+_SILU = _Function(
+    "F.silu(gate)", "gate * s", "s + gate * s * (1.0 - s)", {"s": "{fn}.sigmoid(gate)"}, ("silu", "swish")
+)
 _GELU = _Function(
     "F.gelu(gate)",
     "gate * s",
@@ -90,6 +103,7 @@ _GELU = _Function(
         "s": f"0.5 + 0.5 * {{fn}}.erf(gate * {0.5**0.5})",
         "density": "0.3989422804014327 * {fn}.exp(-0.5 * gate * gate)",
     },
+    ("gelu", "gelu_python"),
 )
 # (1 + tanh(z)) / 2 is sigmoid(2z).
 _GELU_TANH = _Function(
@@ -100,9 +114,14 @@ _GELU_TANH = _Function(
         "s": "{fn}.sigmoid(1.5957691216057308 * gate * (1.0 + 0.044715 * gate * gate))",
         "steep": "1.5957691216057308 * (1.0 + 0.134145 * gate * gate)",
     },
+    ("gelu_pytorch_tanh", "gelu_python_tanh", "gelu_new", "gelu_fast", "gelu_accurate"),
 )
 _RELU2 = _Function(
-    "F.relu(gate).square()", "positive * positive", "2.0 * positive", {"positive": "{fn}.where(gate < 0.0, 0.0, gate)"}
+    "F.relu(gate).square()",
+    "positive * positive",
+    "2.0 * positive",
+    {"positive": "{fn}.where(gate < 0.0, 0.0, gate)"},
+    ("relu2",),
 )
 
 #: That of gpt-oss: gates are at most 7, ups within 7 of 0, and what is beyond has no gradient.
@@ -139,3 +158,8 @@ ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(
         )
     }
 )
+
+
+def activation_of_mlps(said: str) -> str | None:
+    """That of gated MLPs whose function Transformers calls so; None if there is no row of it."""
+    return next((name for name, row in ACTIVATIONS.items() if row.of_mlps and said in row.transformers), None)
