@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -48,56 +49,56 @@ class Mlp:
 def mlps(architecture: Architecture) -> tuple[Mlp, ...]:
     """The distinct gated MLPs of an architecture, in the order in which it names them.
 
-    Left alone are those of which some lack a linear, and those that are said to have several activations.
+    Left alone are those of which some lack a linear, those that are said to have several activations, and those with
+    linears that may as well be of MLPs of other sizes.
     """
-    said: dict[tuple[tuple[str, str, str], tuple[int, int, int]], set[str]] = {}
+    said: dict[tuple[_Linear, _Linear, _Linear], set[str]] = {}
     for gated in architecture.gated:
-        for sizes in _sizes(architecture, gated):
-            said.setdefault((gated.projections, sizes), set()).add(gated.activation)
-    found: dict[tuple[int, int, int, str], list[tuple[tuple[str, str, str], Sequence[Projection]]]] = {}
-    for (names, sizes), activations in said.items():
-        members = _members(architecture, names, sizes)
+        for linears in _triples(architecture, gated):
+            said.setdefault(linears, set()).add(gated.activation)
+    times = Counter(linear for linears in said for linear in linears)
+    found: dict[tuple[int, int, int, str], list[Sequence[Sequence[Projection]]]] = {}
+    for linears, activations in said.items():
         activation, *others = activations
-        if members and not others and activation in ACTIVATIONS and ACTIVATIONS[activation].of_mlps:
-            found.setdefault((*sizes, activation), []).append((names, members))
+        known = not others and activation in ACTIVATIONS and ACTIVATIONS[activation].of_mlps
+        members = _members(architecture, linears)
+        if known and members and all(times[linear] == 1 for linear in linears):
+            (_, in_features, between), _, (_, _, out_features) = linears
+            found.setdefault((in_features, between, out_features, activation), []).append(members)
     return tuple(_mlp(key, rows) for key, rows in found.items())
 
 
-def _sizes(architecture: Architecture, gated: Gated) -> Iterator[tuple[int, int, int]]:
-    """Those that linears of these names have that fit."""
-    gate, _, down = gated.projections
-    for first in architecture.projections:
-        for last in architecture.projections:
-            if (first.name, last.name, last.in_features) == (gate, down, first.out_features):
-                sizes = first.in_features, first.out_features, last.out_features
-                if gated.sizes in (None, sizes):
-                    yield sizes
+#: A name, in_features and out_features: a model may have several such linears, which read other things.
+_Linear = tuple[str, int, int]
 
 
-def _members(
-    architecture: Architecture, names: tuple[str, str, str], sizes: tuple[int, int, int]
-) -> Sequence[Projection]:
-    """The linears of such MLPs, those of gates first; empty where they are not as many of each, or read other things.
+def _triples(architecture: Architecture, gated: Gated) -> Iterator[tuple[_Linear, _Linear, _Linear]]:
+    """Gate, up and down, whose sizes fit."""
+    gate, up, down = gated.projections
+    shapes: dict[str, dict[tuple[int, int], None]] = {gate: {}, down: {}}  # in order
+    for p in architecture.projections:
+        shapes.setdefault(p.name, {})[p.in_features, p.out_features] = None
+    for first in shapes[gate]:
+        for between, out_features in shapes[down]:
+            if between == first[1] and gated.sizes in (None, (*first, out_features)):
+                yield (gate, *first), (up, *first), (down, between, out_features)
 
-    A model may have several of one name and shape, which read other things: where MLPs are of several kinds.
-    """
-    width, between, out = sizes
-    shapes = ((width, between), (width, between), (between, out))
-    gates, ups, downs = (
-        [p for p in architecture.projections if (p.name, p.in_features, p.out_features) == (name, *shape)]
-        for name, shape in zip(names, shapes, strict=True)
-    )
+
+def _members(architecture: Architecture, linears: tuple[_Linear, _Linear, _Linear]) -> Sequence[Sequence[Projection]]:
+    """All gates, ups and downs; empty where they are not as many, or a gate and its up read other things."""
+    gates, ups, downs = members = [
+        [p for p in architecture.projections if (p.name, p.in_features, p.out_features) == linear] for linear in linears
+    ]
     read = [sorted((p.input, p.count) for p in some) for some in (gates, ups)]
-    fit = read[0] == read[1] and sum(p.count for p in gates) == sum(p.count for p in downs)
-    return [*gates, *ups, *downs] if fit else []
+    return members if read[0] == read[1] and sum(p.count for p in gates) == sum(p.count for p in downs) else ()
 
 
-def _mlp(key: tuple[int, int, int, str], rows: Sequence[tuple[tuple[str, str, str], Sequence[Projection]]]) -> Mlp:
-    members = [member for _, row in rows for member in row]
+def _mlp(key: tuple[int, int, int, str], rows: Sequence[Sequence[Sequence[Projection]]]) -> Mlp:
+    members = [member for row in rows for some in row for member in some]
     return Mlp(
         *key,
         bias=any(member.bias for member in members),
-        count=sum(member.count for names, row in rows for member in row if member.name == names[0]),
-        projections=tuple(dict.fromkeys(names for names, _ in rows)),
+        count=sum(gate.count for gates, _, _ in rows for gate in gates),
+        projections=tuple(dict.fromkeys((gate[0].name, up[0].name, down[0].name) for gate, up, down in rows)),
         transposed_weight=tuple(dict.fromkeys(m.name for m in members if m.layout == "in_out")),
     )
