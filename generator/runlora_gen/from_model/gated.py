@@ -112,7 +112,7 @@ def _is_stateless(part: Any) -> bool:
         return False
     if any(getattr(part, hooks) for hooks in _HOOKS) or "forward" in vars(part):
         return False
-    if type(part).__call__ is not nn.Module.__call__ or (isinstance(part, nn.modules.dropout._DropoutNd) and part.p):
+    if type(part).__call__ is not nn.Module.__call__:
         return False
     return not any(isinstance(value, (Tensor, nn.Module)) or _holds_more(value) for value in _fields(part).values())
 
