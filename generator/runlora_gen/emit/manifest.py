@@ -48,6 +48,7 @@ def package_digest(
     spec = {
         "projections": [asdict(projection) for projection in architecture.projections],
         "stacks": [asdict(stack) for stack in architecture.stacks],
+        "gated": [asdict(gated) for gated in architecture.gated],
         "rank": rank,
         "workload": asdict(public_part(workload)),
         "device": load_device(workload.device).digest,

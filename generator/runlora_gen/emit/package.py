@@ -278,6 +278,7 @@ def _manifest(
         "arch": architecture.slug,
         "projections": [asdict(projection) for projection in architecture.projections],
         "stacks": [asdict(stack) for stack in architecture.stacks],
+        "gated": [asdict(gated) for gated in architecture.gated],
         "model_type": architecture.model_type,
         "rank": rank,
         "workload": {**asdict(workload), "tokens": list(workload.tokens), "train": list(workload.train)},

@@ -19,11 +19,12 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..request.activations import ACTIVATIONS, Activation
-from ..request.architecture import LIVE, Architecture, Projection, family_projections, slug
+from ..request.architecture import LIVE, Architecture, Gated, Projection, family_projections, slug
 from ..request.bases import BASES, BY_FORWARD
 from ..request.errors import SpecError, shorten
 from ..request.experts import UNASKED, Stack
 from ..request.groups import ATTENTION, OTHERS
+from .gated import MlpTrial, tried_mlp, triple_of
 from .mixtures import is_biased, is_gated, is_given_rows, is_mixture, is_transposed, stacks_of
 from .trial import Trial, tried
 
@@ -130,7 +131,9 @@ def read_model(model: nn.Module, *, name: str | None = None, base: str | None = 
         SpecError: it has no such linear, and no experts with an adapter.
     """
     root = _unwrapped(model)
-    found = tuple(_walk(root))
+    walked = tuple(_walk(root))
+    mlps = {x.path: x for x in walked if isinstance(x, _Mlp)}
+    found = [x for x in walked if not isinstance(x, _Mlp)]
     offered = [x for x in found if isinstance(x, _Stack) and not x.adapters]
     every = [x for x in found if not isinstance(x, _Other) and x not in offered]
     bases = tuple(b for b, _ in Counter([x.base for x in every if x.adapters] or [x.base for x in every]).most_common())
@@ -155,7 +158,7 @@ def read_model(model: nn.Module, *, name: str | None = None, base: str | None = 
         return {"projections": _projections(linears, family) if linears else (), "stacks": _stacks(members)}
 
     def architecture(members: Sequence[_Linear | _Stack]) -> Architecture:
-        held = parts(members)
+        held = parts(members) | {"gated": _gated([x for x in members if isinstance(x, _Linear)], mlps)}
         return Architecture(slug(label), model_type, LIVE, left_out=left_out, offered=_stacks(offered), **held)
 
     groups: dict[AdapterGroup, list[_Linear | _Stack]] = {}
@@ -216,6 +219,15 @@ class _Stack:
 
 
 @dataclass(frozen=True)
+class _Mlp:
+    """One gated MLP, whatever its linears are."""
+
+    path: str
+    projections: tuple[str, str, str]
+    activation: str
+
+
+@dataclass(frozen=True)
 class _Other:
     """A module with weights that is not taken."""
 
@@ -247,8 +259,11 @@ def _known(module: str, name: str) -> Any:
     return found if isinstance(found, type) else None
 
 
-def _walk(root: nn.Module) -> Iterator[_Linear | _Stack | _Other]:
-    """Every linear and stack that is taken and every other module with weights, each once, in the model's order."""
+def _walk(root: nn.Module) -> Iterator[_Linear | _Stack | _Mlp | _Other]:
+    """Every linear and stack that is taken, every gated MLP, and every other module with weights.
+
+    Each once, in the model's order.
+    """
     conv1d = _known("transformers.pytorch_utils", "Conv1D")
     tuner_layer = _known("peft.tuners.tuners_utils", "BaseTunerLayer")
     trained_copy = _known("peft.utils.other", "AuxiliaryTrainingWrapper")
@@ -256,7 +271,9 @@ def _walk(root: nn.Module) -> Iterator[_Linear | _Stack | _Other]:
     embedded = {id(m.weight) for m in root.modules() if isinstance(m, nn.Embedding)}
     seen: set[int] = set()
 
-    def visit(path: str, found: nn.Module, parent: nn.Module | None, head: str) -> Iterator[_Linear | _Stack | _Other]:
+    def visit(
+        path: str, found: nn.Module, parent: nn.Module | None, head: str
+    ) -> Iterator[_Linear | _Stack | _Mlp | _Other]:
         module: Any = found
         tuner = None
         if tuner_layer is not None and isinstance(module, tuner_layer):
@@ -291,6 +308,9 @@ def _walk(root: nn.Module) -> Iterator[_Linear | _Stack | _Other]:
                 yield _stack(f"{path}.{name}".removeprefix("."), module, name, parent, wrappers.get(name))
         elif any(weight.dim() > 1 for weight in weights):
             yield _Other(path, _what(module, weights))
+        names = triple_of(module)
+        if names is not None and (activation := _activation_of_mlp(module)):
+            yield _Mlp(path, names, activation)
         for name, child in module._modules.items():
             if child is not None:
                 yield from visit(f"{path}.{name}" if path else name, child, module, head)
@@ -508,11 +528,37 @@ def _does(activation: Activation, trial: Trial) -> bool:
     """Whether an activation makes of a trial's rows what was made of them."""
     u = trial.rows
     gate, up = (u, u) if not activation.gated else (u[:, 0::2], u[:, 1::2]) if activation.interleaved else u.chunk(2, 1)
-    made: dict[str, torch.Tensor] = {"gate": gate, "up": up, "dx": trial.gradient}
-    exec("\n".join((*activation.forward("torch"), *activation.backward("torch"))), {"torch": torch}, made)
-    parts = [made["dgate"], made["dup"]] if activation.gated else [made["dgate"]]
+    (made,) = _run(activation.forward("torch"), ("x",), gate=gate, up=up)
+    results = ("dgate", "dup")[: activation.widths]
+    parts = _run(activation.backward("torch"), results, gate=gate, up=up, dx=trial.gradient)
     back = torch.stack(parts, 2).flatten(1) if activation.interleaved else torch.cat(parts, 1)
-    return trial.is_same(made["x"], back)
+    return trial.is_same(made, back)
+
+
+def _activation_of_mlp(module: nn.Module) -> str:
+    """What a gated MLP does between its linears, if it has a row and the module does nothing else; else nothing."""
+    trial = tried_mlp(module)
+    if trial is None:
+        return ""
+    return next((name for name, row in ACTIVATIONS.items() if row.of_mlps and _makes(row, trial)), "")
+
+
+def _makes(activation: Activation, trial: MlpTrial) -> bool:
+    """Whether an activation between its linears makes of a trial's rows what was made of them."""
+
+    def activated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return _run(activation.forward("torch"), ("x",), gate=gate, up=up)[0]
+
+    def activate_backward(dx: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> list[torch.Tensor]:
+        return _run(activation.backward("torch"), ("dgate", "dup"), gate=gate, up=up, dx=dx)
+
+    return trial.is_made_by(activated, activate_backward)
+
+
+def _run(lines: Sequence[str], results: Sequence[str], **given: torch.Tensor) -> list[torch.Tensor]:
+    """What assignments of an activation make of these."""
+    exec("\n".join(lines), {"torch": torch}, given)
+    return [given[name] for name in results]
 
 
 def _top_k(parent: nn.Module | None, config: Any) -> int:
@@ -570,6 +616,32 @@ def _stacks(members: Sequence[_Linear | _Stack]) -> tuple[Stack, ...]:
             module = _pattern(member.path.rpartition(".")[0]).rpartition("*")[2].removeprefix(".")
             alike[replace(member.stack, module=module)] += 1
     return tuple(replace(stack, count=count) for stack, count in alike.items())
+
+
+def _gated(linears: Sequence[_Linear], mlps: Mapping[str, _Mlp]) -> tuple[Gated, ...]:
+    """What gated MLPs are made up of these linears alone, in order of their first.
+
+    Of linears with the same names and sizes all must be of MLPs that do the same: an architecture knows no others.
+    """
+    parents: dict[str, dict[str, _Linear]] = {}
+    for linear in linears:
+        parents.setdefault(linear.parent, {})[linear.name] = linear
+    alike: dict[Gated, list[_Linear]] = {}
+    for parent, held in parents.items():
+        mlp = mlps.get(parent)
+        if mlp is not None and all(name in held for name in mlp.projections):
+            gate, up, down = members = [held[name] for name in mlp.projections]
+            sizes = gate.in_features, gate.out_features, down.out_features
+            if (up.in_features, up.out_features, down.in_features) == (*sizes[:2], sizes[1]):
+                alike.setdefault(Gated(mlp.projections, mlp.activation, sizes), []).extend(members)
+    of_name = Counter((linear.name, linear.in_features, linear.out_features) for linear in linears)
+    return tuple(
+        gated
+        for gated, members in alike.items()
+        if all(
+            of_name[member.name, member.in_features, member.out_features] * 3 == len(members) for member in members[:3]
+        )
+    )
 
 
 def _pattern(path: str) -> str:

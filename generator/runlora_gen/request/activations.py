@@ -22,6 +22,7 @@ class Activation:
         plain: X in torch's own functions: what proofs of generated code compare with, and what runs without kernels where
             gate and up are matrices of their own.
         plain_dgate, plain_dup: its gradients likewise, where that may be.
+        transformers: what configs call the function of gate, as keys of Transformers' ``ACT2FN``.
         value: X.
         dgate, dup: the gradients; dup of what is gated alone.
         steps: what they share, by names: an expression may name those before it.
@@ -37,6 +38,12 @@ class Activation:
     plain_dgate: str = ""
     plain_dup: str = ""
     steps: Mapping[str, str] = field(default_factory=dict)
+    transformers: tuple[str, ...] = ()
+
+    @property
+    def of_mlps(self) -> bool:
+        """Whether gate and up may be what two linears make, as in a gated MLP."""
+        return self.gated and not self.interleaved
 
     @property
     def widths(self) -> int:
@@ -76,9 +83,11 @@ class _Function:
     value: str
     slope: str
     steps: Mapping[str, str]
+    transformers: tuple[str, ...]
 
     def alone(self, name: str) -> Activation:
-        return Activation(name, False, self.plain, self.value, f"dx * ({self.slope})", steps=self.steps)
+        dgate = f"dx * ({self.slope})"
+        return Activation(name, False, self.plain, self.value, dgate, steps=self.steps, transformers=self.transformers)
 
     def gated(self, name: str) -> Activation:
         """Times up."""
@@ -93,10 +102,18 @@ class _Function:
             steps=self.steps,
             plain_dgate=self.plain_backward.format(dx="dx * up"),
             plain_dup=f"dx * {self.plain}",
+            transformers=self.transformers,
         )
 
 
-_SILU = _Function("F.silu(gate)", "torch.ops.aten.silu_backward({dx}, gate)", "gate * s", "s + gate * s * (1.0 - s)", {"s": "{fn}.sigmoid(gate)"})
+_SILU = _Function(
+    "F.silu(gate)",
+    "torch.ops.aten.silu_backward({dx}, gate)",
+    "gate * s",
+    "s + gate * s * (1.0 - s)",
+    {"s": "{fn}.sigmoid(gate)"},
+    ("silu", "swish"),
+)
 _GELU = _Function(
     "F.gelu(gate)",
     "torch.ops.aten.gelu_backward({dx}, gate)",
@@ -106,6 +123,7 @@ _GELU = _Function(
         "s": f"0.5 + 0.5 * {{fn}}.erf(gate * {0.5**0.5})",
         "density": "0.3989422804014327 * {fn}.exp(-0.5 * gate * gate)",
     },
+    ("gelu", "gelu_python"),
 )
 # (1 + tanh(z)) / 2 is sigmoid(2z).
 _GELU_TANH = _Function(
@@ -117,9 +135,15 @@ _GELU_TANH = _Function(
         "s": "{fn}.sigmoid(1.5957691216057308 * gate * (1.0 + 0.044715 * gate * gate))",
         "steep": "1.5957691216057308 * (1.0 + 0.134145 * gate * gate)",
     },
+    ("gelu_pytorch_tanh", "gelu_python_tanh", "gelu_new", "gelu_fast", "gelu_accurate"),
 )
 _RELU2 = _Function(
-    "F.relu(gate).square()", "{dx} * 2 * F.relu(gate)", "positive * positive", "2.0 * positive", {"positive": "{fn}.where(gate < 0.0, 0.0, gate)"}
+    "F.relu(gate).square()",
+    "{dx} * 2 * F.relu(gate)",
+    "positive * positive",
+    "2.0 * positive",
+    {"positive": "{fn}.where(gate < 0.0, 0.0, gate)"},
+    ("relu2",),
 )
 
 #: That of gpt-oss: gates are at most 7, ups within 7 of 0, and what is beyond has no gradient.
@@ -156,3 +180,8 @@ ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(
         )
     }
 )
+
+
+def activation_of_mlps(said: str) -> str | None:
+    """That of gated MLPs whose function Transformers calls so; None if there is no row of it."""
+    return next((name for name, row in ACTIVATIONS.items() if row.of_mlps and said in row.transformers), None)

@@ -28,7 +28,7 @@ from typing import Any, NoReturn, Protocol
 
 import tomllib
 
-from .activations import ACTIVATIONS
+from .activations import ACTIVATIONS, activation_of_mlps
 from .cache import cached_config, is_model_name
 from .decoder import Decoder, Router
 from .errors import SpecError, one_line, shorten
@@ -63,6 +63,22 @@ class Projection:
 
 
 @dataclass(frozen=True)
+class Gated:
+    """MLPs that compute ``down(activate(gate(x), up(x)))`` and nothing else.
+
+    Attributes:
+        projections: the names of gate, up and down.
+        activation: a key of :data:`~.activations.ACTIVATIONS`.
+        sizes: I of gate and up, their O, and that of down: all linears of these names and sizes are of such MLPs. None
+            where all of these names are.
+    """
+
+    projections: tuple[str, str, str]
+    activation: str
+    sizes: tuple[int, int, int] | None = None
+
+
+@dataclass(frozen=True)
 class Architecture:
     """A model, as far as LoRA is concerned."""
 
@@ -82,6 +98,8 @@ class Architecture:
     stacks: tuple[Stack, ...] = ()
     #: Those that get one only where they are asked for.
     offered: tuple[Stack, ...] = field(default=(), compare=False)
+    #: Which of the projections are linears of gated MLPs.
+    gated: tuple[Gated, ...] = ()
 
     @property
     def known_stacks(self) -> tuple[Stack, ...]:
@@ -112,7 +130,9 @@ class Architecture:
             return self
         reasons = {name: f"{p.in_features}x{p.out_features}, which no rank is below" for name, p in gates.items()}
         kept = tuple(projection for projection in self.projections if projection.name not in gates)
-        return replace(self, projections=kept, left_out={**self.left_out, **reasons})
+        return replace(
+            self, projections=kept, left_out={**self.left_out, **reasons}, gated=_all_there(self.gated, kept)
+        )
 
     def restricted(self, target_modules: Sequence[str], target_parameters: Sequence[str] = ()) -> Architecture:
         """Return the same architecture with only these projections and stacks, in their own order.
@@ -144,13 +164,21 @@ class Architecture:
             for where, why in self.left_out.items()
             if why != UNASKED or not any(f".{where}".endswith(f".{stack.parameter}") for stack in stacks)
         }
+        kept = tuple(p for p in self.projections if p.name in target_modules)
         return replace(
             self,
-            projections=tuple(p for p in self.projections if p.name in target_modules),
+            projections=kept,
             left_out=left_out,
             stacks=stacks,
             offered=tuple(stack for stack in self.offered if stack not in stacks),
+            gated=_all_there(self.gated, kept),
         )
+
+
+def _all_there(gated: Sequence[Gated], projections: Sequence[Projection]) -> tuple[Gated, ...]:
+    """Those whose linears are among these."""
+    names = {projection.name for projection in projections}
+    return tuple(mlp for mlp in gated if names.issuperset(mlp.projections))
 
 
 def architecture_names() -> tuple[str, ...]:
@@ -252,10 +280,15 @@ def _from_manifest(config: _Config) -> Architecture:
         )
         for row in _rows(config, "stacks")
     )
+    gated = tuple(
+        Gated(row.names("projections"), activation, row.sizes("sizes"))
+        for row in _rows(config, "gated")
+        if (activation := str(row.values.get("activation"))) in ACTIVATIONS  # else of a later version
+    )
     if not projections and not stacks:
         _refuse_rows(config, "projections")
     whole = _Row(config, "manifest", config.values)
-    return Architecture(whole.text("arch"), whole.text("model_type"), LIVE, projections, stacks=stacks)
+    return Architecture(whole.text("arch"), whole.text("model_type"), LIVE, projections, stacks=stacks, gated=gated)
 
 
 @dataclass(frozen=True)
@@ -277,6 +310,22 @@ class _Row:
         if type(value) is not int or not 0 < value <= most:
             self.config.fail(self.place, value, f"expected a whole number from 1 to {most}")
         return value
+
+    def names(self, field: str) -> tuple[str, str, str]:
+        one, two, three = self._three(field)
+        return one.text(field), two.text(field), three.text(field)
+
+    def sizes(self, field: str) -> tuple[int, int, int] | None:
+        if self.values.get(field) is None:
+            return None
+        one, two, three = self._three(field)
+        return one.size(field), two.size(field), three.size(field)
+
+    def _three(self, field: str) -> Sequence[_Row]:
+        value = self.values.get(field)
+        if not isinstance(value, list) or len(value) != 3:
+            self.config.fail(self.place, value, "expected three, of gate, up and down")
+        return [replace(self, values={field: element}) for element in value]
 
     @property
     def layout(self) -> str:
@@ -354,6 +403,17 @@ class _DecoderRule:
 
 
 @dataclass(frozen=True)
+class _GatedRule:
+    """How a family's MLPs are :class:`Gated`."""
+
+    projections: Sequence[str]
+    activation: Sequence[str]  # config fields, of which the first that is set names the function
+    default: str  # what is the function where none is set
+    model_types: Sequence[str] = ()  # all of the family unless given
+    read_as: Mapping[str, str] = field(default_factory=dict)  # what the model takes some functions for
+
+
+@dataclass(frozen=True)
 class _Family:
     """One file of families/; unknown keys in it are a TypeError."""
 
@@ -363,6 +423,7 @@ class _Family:
     flags: Mapping[str, _Flag] = field(default_factory=dict)
     multiples: Sequence[Sequence[str]] = ()  # pairs: the first must be a multiple of the second
     decoder: _DecoderRule | None = None  # where the layers are those of :class:`Decoder`
+    gated: Sequence[_GatedRule] = ()
     #: Whether there is more than these linears, as experts: then models are read as Transformers builds them.
     partial: bool = False
 
@@ -372,6 +433,7 @@ def _load_family(file: Path) -> _Family:
     table["sizes"] = {symbol: _Size(**size) for symbol, size in table["sizes"].items()}
     table["flags"] = {name: _Flag(**flag) for name, flag in table.get("flags", {}).items()}
     table["projections"] = [_ProjectionRule(**rule) for rule in table["projections"]]
+    table["gated"] = [_GatedRule(**rule) for rule in table.get("gated", ())]
     if "decoder" in table:
         router = table["decoder"].pop("router", None)
         table["decoder"] = _DecoderRule(**table["decoder"], router=router and _RouterRule(**router))
@@ -444,7 +506,8 @@ def _build(
         try:
             projections = _projections(_families()[found], config)
             decoder = _decoder(_families()[found], config, found, projections)
-            architecture = Architecture(name, found, source, projections, left_out, decoder=decoder)
+            gated = _gated(_families()[found], config, found, projections)
+            architecture = Architecture(name, found, source, projections, left_out, decoder=decoder, gated=gated)
         except _MissingFieldError:
             read = other() if nested else None
             if read is None:
@@ -456,7 +519,7 @@ def _build(
             _refuse_type(config, found, others)
         architecture = replace(read, decoder=_decoder_around(read, config, found))
     if found != own and isinstance(own, str):
-        _check_own(config, own, architecture, others)
+        architecture = _as_its_own(config, own, architecture, others)
     return replace(architecture, stored=_stored(whole.values))
 
 
@@ -551,15 +614,20 @@ def _check_fields(config: _Config, model_type: str) -> None:
                     config.fail(name, foreign[name], f"a field of {other}, whose layers {model_type} doesn't have")
 
 
-def _check_own(config: _Config, own: str, read: Architecture, others: OtherFamilies | None) -> None:
-    """Refuse what was read as another model type than the config's own, if that is known to have others."""
-    projections, experts = tuple[Projection, ...](), tuple[Stack, ...]()
+def _as_its_own(config: _Config, own: str, read: Architecture, others: OtherFamilies | None) -> Architecture:
+    """What was read as another model type than the config's own, but for MLPs that do something else there.
+
+    Refused is what its own type is known not to have.
+    """
+    projections, experts, gated = tuple[Projection, ...](), tuple[Stack, ...](), read.gated
     if own in _whole_families():
         projections = family_projections(config.values, own)
+        gated = _gated(_families()[own], config, own, projections)
     else:
         with contextlib.suppress(SpecError):  # what can't be read contradicts nothing
             known = _read_by_others(others, [_typed(config, own)], name=own, source="")
-            projections, experts = ((), ()) if known is None else (known.projections, known.offered)
+            if known is not None:
+                projections, experts, gated = known.projections, known.offered, known.gated
     has = {(p.name, p.in_features, p.out_features, p.bias, p.layout): p.count for p in projections}
     for p in read.projections if projections else ():
         if has.get((p.name, p.in_features, p.out_features, p.bias, p.layout)) != p.count:
@@ -571,6 +639,7 @@ def _check_own(config: _Config, own: str, read: Architecture, others: OtherFamil
             )
     if projections and read.offered != experts:
         raise SpecError(f"{config.file}: model_type = {shorten(own)}: its experts are not {read.model_type}'s")
+    return replace(read, gated=tuple(mlp for mlp in read.gated if mlp in gated))
 
 
 def _flag(family: _Family, config: _Config, said: bool | str) -> bool:
@@ -593,6 +662,23 @@ def _projections(family: _Family, config: _Config) -> tuple[Projection, ...]:
         for rule in family.projections
         if not rule.if_different or len({sizes[symbol] for symbol in rule.if_different}) > 1
     )
+
+
+def _gated(family: _Family, config: _Config, model_type: str, linears: Sequence[Projection]) -> tuple[Gated, ...]:
+    """The gated MLPs; none where they have a function that no row of ACTIVATIONS is of."""
+    found = []
+    sizes = {p.name: (p.in_features, p.out_features) for p in linears}
+    for rule in family.gated:
+        gate, up, down = rule.projections
+        label, said = config.find(rule.activation)
+        if not rule.model_types or model_type in rule.model_types:
+            if said is not None and not isinstance(said, str):
+                config.fail(label, said, "expected the name of an activation")
+            function = rule.default if said is None else said
+            activation = activation_of_mlps(rule.read_as.get(function, function))
+            if activation is not None and sizes:
+                found.append(Gated((gate, up, down), activation, (*sizes[gate], sizes[down][1])))
+    return tuple(found)
 
 
 def _decoder(family: _Family, config: _Config, model_type: str, linears: tuple[Projection, ...]) -> Decoder | None:

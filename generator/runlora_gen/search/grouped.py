@@ -110,8 +110,12 @@ def _candidates(workload: Workload, architecture: Architecture) -> tuple[Group, 
 
 def _mlps(workload: Workload, architecture: Architecture) -> tuple[Mlp, ...]:
     """None with dropout, on quantized bases, and where a limit on saved bytes is one of each linear."""
-    left = workload.groups == "none" or workload.dropout > 0 or workload.quantized
-    return () if left or workload.max_saved_bytes is not None else mlps(architecture)
+    if workload.groups == "none" or workload.dropout > 0 or workload.quantized or workload.max_saved_bytes is not None:
+        return ()
+    found = mlps(architecture)
+    # A file is called by the shapes of its module.
+    shapes = [mlp.shapes for mlp in found]
+    return tuple(mlp for mlp in found if shapes.count(mlp.shapes) == 1)
 
 
 def _is_of(group: Together, mlp: Together) -> bool:
