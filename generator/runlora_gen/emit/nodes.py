@@ -302,7 +302,7 @@ def module_node(
         in_features=site.in_features,
         out_features=site.out_features,
         intermediate_features=site.intermediate_features if isinstance(site, Mlp) else 0,
-        projections=site.projections if linears else (),
+        projections=site.projections if isinstance(site, Group | Mlp) else (),
         rank=rank,
         bias=site.bias,
         outputs=tuple(map(str, setting.derivation.outputs)),

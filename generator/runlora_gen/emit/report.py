@@ -16,6 +16,7 @@ from ..forecast.gain import Gain, Side, shared_stem
 from ..request.architecture import Architecture
 from ..request.experts import Experts
 from ..request.groups import Group
+from ..request.mlps import Mlp
 from ..request.workload import Workload
 from ..search.candidates import Site
 from ..search.choose import Decision
@@ -86,7 +87,9 @@ def _range_data(part: Range[Decision]) -> dict[str, Any]:
 
 def site_data(site: Site, rank: int, decision: Decision) -> dict[str, Any]:
     """One layer shape, group or shape of experts with all candidates in one setting."""
-    own: dict[str, Any] = {"linears": site.linears} if isinstance(site, Group) else {}
+    own: dict[str, Any] = {"linears": site.linears} if isinstance(site, Group | Mlp) else {}
+    if isinstance(site, Mlp):
+        own |= {"intermediate_features": site.intermediate_features, "activation": site.activation}
     if isinstance(site, Experts):
         own = {"experts": site.experts, "gathers": site.gathers, "top_k": site.top_k, "activation": site.activation}
     return {
@@ -237,7 +240,7 @@ def gain_table(sites: Sequence[Site], decisions: Sequence[Decision]) -> Renderab
             site.name,
             f"{decision.chosen.program.forward.name}/{decision.chosen.program.backward.name}",
             f"{decision.chosen.cost.time_s / price_frozen(decision.setting, decision.host_share):.2f}",
-            ",".join(site.linears) if isinstance(site, Group) else shared_stem(site.projections),
+            ",".join(site.linears) if isinstance(site, Group | Mlp) else shared_stem(site.projections),
         )
         for site, decision in zip(sites, decisions, strict=True)
     ]
@@ -259,7 +262,7 @@ def explain_table(site: Site, rank: int, decision: Decision, *, show_all: bool) 
 
     setting = decision.setting
     frozen = price_frozen(setting, decision.host_share)
-    if isinstance(site, Group):
+    if isinstance(site, Group | Mlp):
         served = "; ".join(" with ".join(names) for names in site.projections)
     else:
         served = ", ".join(site.projections)
