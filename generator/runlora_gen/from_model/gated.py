@@ -161,7 +161,7 @@ def _tried_on(module: Any, names: tuple[str, str, str], device: Any) -> MlpTrial
     sizes = ((_BETWEEN, _WIDE), (_BETWEEN, _WIDE), (_WIDE, _BETWEEN))
     tiny = [_Tiny(draw(*size).to(device), draw(size[0]).to(device)) for size in sizes]
     weights = [tensor for linear in tiny for tensor in (linear.weight, linear.bias)]
-    small = _copied(module, dict(zip(names, tiny)))  # noqa: B905
+    small = _copied(module, dict(zip(names, tiny, strict=True)))
     others = _parts(small, names)
     before = copy.deepcopy([_lasting(part) for part in others])
     random = _random_state(device)
@@ -203,5 +203,5 @@ def _random_state(device: Any) -> Tensor:
 
 
 def _alike(some: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> bool:
-    pairs = zip(some, others)  # noqa: B905
+    pairs = zip(some, others, strict=True)
     return all(one.shape == other.shape and torch.allclose(one, other, 1e-4, 1e-5) for one, other in pairs)
