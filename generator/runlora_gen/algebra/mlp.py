@@ -64,9 +64,7 @@ MLP = derive(
     symbols=dict.fromkeys((*symbols_of(LINEAR, _PAIR), *symbols_of(LINEAR, _LAST, ()))),
     facts=LINEAR.facts,
     arguments=dict.fromkeys(
-        argument
-        for linear in LINEARS
-        for argument in (argument_of(each, linear) for each in LINEAR.arguments)
+        argument for linear in LINEARS for argument in (argument_of(each, linear) for each in LINEAR.arguments)
     ),
     outputs=("Y_down",),
     output_gradients=("dY_down",),

@@ -72,7 +72,9 @@ def passes_apart(function: str, made: int) -> Passes:
 
     The model keeps act(gate), with which up's gradient is one product.
     """
-    return Passes({"activate": (2 * made, 3 * made), "gate_gradient": (3 * made,) * 2, "up_gradient": (3 * made,)}[function])
+    return Passes(
+        {"activate": (2 * made, 3 * made), "gate_gradient": (3 * made,) * 2, "up_gradient": (3 * made,)}[function]
+    )
 
 
 def price_passes(bytes_moved: Iterable[float], device: DeviceProfile, *, reach: float = 1.0) -> Times:

@@ -165,7 +165,12 @@ def build_package(
         "imported": sorted((node.name for node in every), key=natural),
     }
     rendered |= {f"{name}.py": text for name, text in shared.items()}
-    in_models = (*OF_MODELS, *(["groups"] if groups or mlps else []), *(["mlps"] if mlps else []), *(OF_EXPERTS if stacks else ()))
+    in_models = (
+        *OF_MODELS,
+        *(["groups"] if groups or mlps else []),
+        *(["mlps"] if mlps else []),
+        *(OF_EXPERTS if stacks else ()),
+    )
     rendered |= {f"{name}.py": render(f"{name}.py.jinja", context) for name in in_models}
     if nodes:
         rendered["test_equivalence.py"] = render_test(

@@ -120,8 +120,11 @@ def _mlps(workload: Workload, architecture: Architecture) -> tuple[Mlp, ...]:
 
 def _is_of(group: Together, mlp: Together) -> bool:
     """Whether a group is of gate and up of an MLP."""
-    return isinstance(mlp, Mlp) and isinstance(group, Group) and mlp.shapes[:2] == group.shapes and any(
-        names[:2] in group.projections for names in mlp.projections
+    return (
+        isinstance(mlp, Mlp)
+        and isinstance(group, Group)
+        and mlp.shapes[:2] == group.shapes
+        and any(names[:2] in group.projections for names in mlp.projections)
     )
 
 
