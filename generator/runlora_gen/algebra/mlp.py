@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from .derivation import SAVED, Derivation, Row, derive, row
+from .derivation import SAVED, Row, derive, row
 from .group import SHARED, argument_of, rows_of, symbols_of
 from .linear import LINEAR
 
