@@ -97,7 +97,7 @@ def rows_of(lone: Derivation, linears: Sequence[str], shared: Sequence[str] = SH
         if not any(isinstance(op, Fused) and set(map(str, op.outputs)) & {*shared} for op in way.operations):
             formulas = list(map(str, way.operations))
             yield row(targets, way.name, *_formulas(formulas, linears, shared), when=way.when)
-        together = _TOGETHER.get((" ".join(map(str, way.targets)), way.name)) if shared else None
+        together = _TOGETHER.get((" ".join(map(str, way.targets)), way.name)) if len(linears) > 1 else None
         # What dropout leaves of X is another matrix for each.
         if together is not None and lone.symbols.get("H") not in way.reads:
             name, kernel = together

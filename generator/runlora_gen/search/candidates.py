@@ -67,7 +67,7 @@ def setting_of(workload: Workload, site: Site, rank: int, tokens: int) -> Settin
     if isinstance(site, Mlp):
         return _setting(
             workload,
-            mlp(base=workload.stored.form),
+            mlp(dropout=workload.dropout > 0, base=workload.stored.form),
             site.in_features,
             site.out_features,
             rank,
