@@ -16,7 +16,7 @@ KERNEL = Kernel(
     tiles={"BT": 16, "BI": 128, "CHUNK": 1024, "WARPS": 2, "STAGES": 3},
     candidates=({"WARPS": 4}, {"BT": 32, "BI": 64}),
     # A higher rank takes the registers: three sums of BI x BR are held.
-    adapted={"BI": "min(BI, 8192 // BR)", "WARPS": "min(8, WARPS * BR // 16)"},
+    adapted={"BI": "min(BI, 4096 // BR)", "WARPS": "min(8, WARPS * BR // 16)"},
     largest_rank=64,
     helpers=frozenset(
         {"activation", "between", "mm_as", "multiprocessors", "rank_wide", "scaled_mm", "several", "sum_parts"}
