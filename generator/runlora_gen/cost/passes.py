@@ -57,24 +57,27 @@ class Passes:
         return price_passes(self.straight, device) + price_passes(self.strided, device, reach=STRIDED)
 
 
-def passes_of_activation(made: int, *, gated: bool, backward: bool = False) -> Passes:
+def passes_of_activation(made: int, *, gated: bool, backward: bool = False, fused: bool = False) -> Passes:
     """Those of an activation as a model's own modules compute it: of a gate, act(gate) · up, and of halves of a row.
 
-    ``made``: bytes of what it makes. In the backward the gradients of both halves are put side by side.
+    ``made``: bytes of what it makes. In the backward the gradients of both halves are put side by side. ``fused``: as
+    torch.compile does, in one.
     """
+    if fused:
+        return Passes(straight=((5 if backward else 3) * made if gated else (3 if backward else 2) * made,))
     if not gated:
         return Passes(straight=(3 * made if backward else 2 * made,))
     return Passes((4 * made,), (3 * made,) * 3) if backward else Passes(strided=(2 * made, 3 * made))
 
 
-def passes_apart(function: str, made: int) -> Passes:
+def passes_apart(function: str, made: int, *, fused: bool = False) -> Passes:
     """The same where gate and up are matrices of their own, which lie together, of a function of ``Map``.
 
-    The model keeps act(gate), with which up's gradient is one product.
+    The model keeps act(gate), with which up's gradient is one product. Fused, both gradients are made in one pass.
     """
-    return Passes(
-        {"activate": (2 * made, 3 * made), "gate_gradient": (3 * made,) * 2, "up_gradient": (3 * made,)}[function]
-    )
+    found = {"activate": (3 * made,), "gate_gradient": (5 * made,), "up_gradient": ()}
+    apart = {"activate": (2 * made, 3 * made), "gate_gradient": (3 * made,) * 2, "up_gradient": (3 * made,)}
+    return Passes((found if fused else apart)[function])
 
 
 def price_passes(bytes_moved: Iterable[float], device: DeviceProfile, *, reach: float = 1.0) -> Times:

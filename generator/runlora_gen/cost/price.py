@@ -84,12 +84,17 @@ def price_of_model(operation: Operation, setting: Setting) -> Times:
     """What an operation takes where the model itself runs it: an activation, by its own passes, which are fewer."""
     match operation:
         case Map(function="activate" | "gate_gradient" | "up_gradient", operands=(_, _, *_)):
-            return passes_apart(operation.function, setting.bytes_of(operation.out)).price(setting.device)
+            return passes_apart(operation.function, setting.bytes_of(operation.out), fused=setting.compiled).price(
+                setting.device
+            )
         case Map(function="activate" | "activate_backward"):
             backward = operation.function == "activate_backward"
             wide, made = operation.reads[-1], operation.reads[0] if backward else operation.out
             gated = setting.bytes_of(wide) > setting.bytes_of(made)
-            return passes_of_activation(setting.bytes_of(made), gated=gated, backward=backward).price(setting.device)
+            passes = passes_of_activation(
+                setting.bytes_of(made), gated=gated, backward=backward, fused=setting.compiled
+            )
+            return passes.price(setting.device)
         case _:
             return Times.of(price_operation(operation, setting))
 

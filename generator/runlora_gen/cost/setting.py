@@ -50,6 +50,7 @@ class Setting:
         derivation: of the site that is computed.
         sizes: of indices that this site has beside T, I, O and R, or in their place.
         keeps_weights: whether weights that are made of codes may be kept for the backward.
+        compiled: whether torch.compile runs the step: it fuses the model's own passes.
         float8: of ``forward`` and ``backward`` those whose large product may be of float8.
     """
 
@@ -65,6 +66,7 @@ class Setting:
     derivation: Derivation = field(default=LINEAR, repr=False)
     sizes: Dims = field(default_factory=dict, repr=False)
     keeps_weights: bool = False
+    compiled: bool = False
     float8: frozenset[str] = frozenset()
 
     @cached_property

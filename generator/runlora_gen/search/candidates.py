@@ -137,6 +137,7 @@ def _setting(
             **({} if routed is None else {"E": routed[0], "N": tokens, "T": tokens * routed[1], "F": read, "RU": rank}),
         },
         keeps_weights=workload.max_saved_bytes is not None,
+        compiled=workload.launch == "compile",
         float8=_float8(workload, (in_features, out_features, *widths)),
     )
 
