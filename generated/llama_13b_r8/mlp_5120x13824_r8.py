@@ -444,9 +444,9 @@ class _Variant1(_Function):
     Y_gate, Y_up, X_down (12.25 MiB).
     Temporaries: at most 10.12 MiB.
     Priced at 128 tokens in bf16, the adapter in fp32, by the roofline of NVIDIA H100 80GB SXM with efficiencies
-    measured on NVIDIA H200 141GB SXM: 1.280 times the frozen linear (351.9 µs) on the device.
-    Launched eagerly it takes the host 3.01 times the frozen linear (385.0 µs); a step of the whole model is bound by
-    the host.
+    measured on NVIDIA H200 141GB SXM: 1.280 times the frozen MLP (351.9 µs) on the device.
+    Launched eagerly it takes the host 3.01 times the frozen MLP (385.0 µs); a step of the whole model is bound by the
+    host.
     """
 
     outputs = 1
@@ -824,9 +824,9 @@ class _Variant2(_Function):
     Y_gate, Y_up (257.1 MiB).
     Temporaries: at most 324.2 MiB.
     Priced at 4096 tokens in bf16, the adapter in fp32, by the roofline of NVIDIA H100 80GB SXM with efficiencies
-    measured on NVIDIA H200 141GB SXM: 1.033 times the frozen linear (5,108.0 µs) on the device.
-    Launched eagerly it takes the host 3.78 times the frozen linear (385.0 µs); a step of the whole model is bound by
-    the device.
+    measured on NVIDIA H200 141GB SXM: 1.033 times the frozen MLP (5,108.0 µs) on the device.
+    Launched eagerly it takes the host 3.78 times the frozen MLP (385.0 µs); a step of the whole model is bound by the
+    device.
     The runner-up lost: fused-fused-fused-fused/fused-fused-with_gradients-torch-fused/keep-y is worse in time: 5,291.9
     µs against 5,277.2 µs.
     """

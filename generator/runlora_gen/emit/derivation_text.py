@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from ..algebra.enumerate import Phase
 from ..algebra.liveness import saved_activations, wanted_operations
+from ..algebra.mlp import OF_MLPS
 from ..algebra.operations import Contract, Operation, products
 from ..algebra.schedule import schedule
 from ..cost.measured import by_bare_roofline, is_measured_itself
@@ -115,8 +116,8 @@ def _priced_at(
     """What it was priced for, and what it takes beside what is frozen."""
     frozen_device, frozen_host = (price_frozen(setting, share) for share in (DEVICE_BOUND, HOST_BOUND))
     adapter = f", the adapter in {setting.adapter_dtype.name}," if setting.casts else ""
-    several = "experts" if setting.experts else "linears"
-    linear = several if setting.experts or len(setting.derivation.outputs) > 1 else "linear"
+    linear = "experts" if setting.experts else "linears" if len(setting.derivation.outputs) > 1 else "linear"
+    linear = "MLP" if setting.derivation in OF_MLPS else linear
     yield (
         f"Priced at {setting.tokens} tokens in {setting.dtype.name}{adapter} {_priced_by(setting)}: "
         f"{device_s / frozen_device:.3f} times the frozen {linear} ({show_time(frozen_device)}) on the device."
