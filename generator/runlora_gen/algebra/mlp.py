@@ -125,7 +125,8 @@ def _rows(lone: Derivation, dropout: bool) -> Iterator[Row]:
     yield row(
         "X_down S_down",
         name or _FUSED,
-        f"mlp_activate{mark}: X_down = activate(Y_gate, Y_up); {dropped}S_down = s_down * {adapted} @ A_down.T",
+        f"mlp_activate{mark}: X_down = activate(Y_gate, Y_up); {dropped}"
+        f"S_down = s_down * {adapted} @ A_down.T",
     )
     yield row(
         "dA_down dY_gate dY_up P_gate P_up dB_gate dB_up",
