@@ -25,6 +25,7 @@ from runlora_gen.emit.style import Style
 from runlora_gen.measure.modules import import_file, render_module
 from runlora_gen.request.layers import Layer
 from runlora_gen.request.workload import Workload
+from runlora_gen.search import grouped
 from runlora_gen.search.ranges import decide_model
 from torch import Tensor, nn
 
@@ -130,10 +131,9 @@ def _said(report: Any, tokens: int) -> dict[str, Any]:
     chosen = {}
     for folder in report.folders:
         manifest = json.loads((Path(folder) / "manifest.json").read_text(encoding="utf-8"))
-        for site in (*manifest["layers"], *manifest["experts"]):
+        for site in (*manifest["layers"], *manifest["groups"], *manifest["mlps"], *manifest["experts"]):
             ranges = (part for part in site["ranges"] if part["last_tokens"] is None or tokens <= part["last_tokens"])
-            experts = f"{site['experts']} experts " if "experts" in site else ""
-            chosen[f"{experts}{site['in_features']}x{site['out_features']}"] = next(ranges)["chosen"]
+            chosen[site["module"]] = next(ranges)["chosen"]
     return {"layers": len(report.accelerated), "chosen": chosen}
 
 
@@ -151,6 +151,17 @@ def _apart(name: str, **workload: Any) -> Build:
 
     def patched(model: nn.Module, setup: Setup) -> tuple[nn.Module, dict[str, Any]]:
         with mock.patch.object(Workload, "chains_experts", False):
+            return build(model, setup)
+
+    return patched
+
+
+def _one_by_one(name: str, **workload: Any) -> Build:
+    """The same without MLPs as a whole: gate and up as a group, and the model's own activation."""
+    build = _ours(name, **workload)
+
+    def patched(model: nn.Module, setup: Setup) -> tuple[nn.Module, dict[str, Any]]:
+        with mock.patch.object(grouped, "mlps", lambda architecture: ()):
             return build(model, setup)
 
     return patched
@@ -347,6 +358,8 @@ CONTENDERS = {
     "ours": Contender("ours", _ours("fp32")),
     "ours-bf16": Contender("ours, 16-bit adapters", _ours("bf16", wide=False)),
     "ours-none": Contender("ours none", _ours("none", wide=False, groups="none")),  # no groups
+    "ours-no-mlps": Contender("ours, no MLPs", _one_by_one("no_mlps")),
+    "ours-no-mlps-bf16": Contender("ours, no MLPs, 16-bit adapters", _one_by_one("no_mlps_bf16", wide=False)),
     "ours-graph": Contender("ours for graphs", _ours("graph", launch="graph")),
     "ours-compile": Contender("ours for torch.compile", _ours("compile", launch="compile")),
     "ours-graph-bf16": Contender("ours for graphs, 16-bit adapters", _ours("graph_bf16", wide=False, launch="graph")),

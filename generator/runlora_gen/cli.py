@@ -22,6 +22,7 @@ from .request.errors import SpecError, one_line, reason, shorten
 from .request.experts import experts
 from .request.layers import layers
 from .request.layout import LAYOUTS, STANDALONE
+from .request.mlps import mlps as mlps_of
 from .request.workload import (
     CHOICES,
     DTYPE_NAMES,
@@ -511,6 +512,7 @@ def verify(path: Path, examples: int, require_kernels: bool, exitfirst: bool, qu
     multiple=True,
     help="Measure stacks of E experts, K a token, such as 128x8:2048x1536.",
 )
+@click.option("--mlps", metavar="IxF", multiple=True, help="Measure gated MLPs of I to F features, such as 4096x14336.")
 @click.option("--tokens", metavar="T", multiple=True, help="Token counts to measure at.")
 @click.option("--rank", "-r", metavar="R", multiple=True, help="Ranks to measure at.")
 @click.option("--dtype", metavar=_DTYPES, multiple=True, help="[bf16; on a CPU fp32]; repeat it.")
@@ -522,6 +524,7 @@ def tune(
     arch: str | None,
     shapes: tuple[str, ...],
     experts: tuple[str, ...],
+    mlps: tuple[str, ...],
     tokens: tuple[str, ...],
     rank: tuple[str, ...],
     dtype: tuple[str, ...],
@@ -539,13 +542,15 @@ def tune(
     """  # noqa: D301
     if not output.endswith(".toml"):
         raise SpecError(f"--output: {shorten(output)} is not allowed; give a file that ends in .toml")
-    for option, given in (("--shapes", shapes), ("--experts", experts)):
+    for option, given in (("--shapes", shapes), ("--experts", experts), ("--mlps", mlps)):
         if arch is not None and given:
             raise SpecError(f"{option}: given beside --arch; give one of both")
     wanted, stacks = parse_shapes("--shapes", shapes), parse_stacks("--experts", experts)
+    whole = parse_shapes("--mlps", mlps)
     if arch is not None:
         architecture = load_architecture(arch, others=meta)
         wanted = tuple((layer.in_features, layer.out_features) for layer in layers(architecture))
+        whole = tuple(mlp.shapes[0] for mlp in mlps_of(architecture))
         stacks = tuple(
             dict.fromkeys(
                 (s.experts, s.top_k, s.in_features, s.out_features)
@@ -555,16 +560,17 @@ def tune(
     counts = parse_counts("--tokens", tokens, maximum=MAX_TOKENS, kilo=True) if tokens else ()
     ranks = parse_counts("--rank", rank, maximum=MAX_RANK) if rank else ()
     try:
-        from .measure.tune import GRID, GRID_OF_EXPERTS, points, points_of_experts
+        from .measure.tune import GRID, GRID_OF_EXPERTS, GRID_OF_MLPS, points, points_of_experts, points_of_mlps
         from .measure.tune import tune as measure
     except ModuleNotFoundError as error:
         raise SpecError(f"tune: needs {error.name}: pip install torch") from None
-    usual, usual_of_experts = GRID[device], GRID_OF_EXPERTS[device]
-    if not wanted and not stacks:
-        wanted, stacks = usual[0], usual_of_experts[0]
+    usual, usual_of_experts, usual_of_mlps = GRID[device], GRID_OF_EXPERTS[device], GRID_OF_MLPS[device]
+    if not wanted and not stacks and not whole:
+        wanted, stacks, whole = usual[0], usual_of_experts[0], usual_of_mlps[0]
     sizes = (
         *points(wanted, counts or usual[1], ranks or usual[2]),
         *points_of_experts(stacks, counts or usual_of_experts[1], ranks or usual_of_experts[2]),
+        *points_of_mlps(whole, counts or usual_of_mlps[1], ranks or usual_of_mlps[2]),
     )
     if not sizes:
         raise SpecError(f"--rank: {ranks} are above min(in, out) of every shape")

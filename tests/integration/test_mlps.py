@@ -325,7 +325,7 @@ def test_two_ranks_in_one_model(tmp_path: Path, tokens: Tensor) -> None:
     report = runlora_gen.accelerate(model, tmp_path, strict=True, **MLPS_PAY)
     assert len(report.folders) == 2 and report.mlps == 2 and not report.apart
     assert "2 MLPs as a whole" in str(report)
-    modules = [type(mlp(model, layer)).function.__module__ for layer in range(2)]
+    modules = [type(mlp(model, layer))._runlora_function.__module__ for layer in range(2)]
     assert modules[0].endswith("mlp_64x96_r2") and modules[1].endswith(f"mlp_64x96_r{RANK}")
     same(gradients(model, tokens), wanted)
     assert len(runlora_gen.restore(model)) == 14 and type(mlp(model)) is type(llama().model.layers[0].mlp)

@@ -132,7 +132,8 @@ class Program:
     @cached_property
     def plain_id(self) -> str:
         """The id with torch's products in place of kernels for single ones."""
-        saved = [way.targets for way in self.backward.ways if way.saved]
+        always = self.derivation.kept
+        saved = [way.targets for way in self.backward.ways if way.saved and always.isdisjoint(way.targets)]
         # Of a group all linears keep the same: S_q, S_k and S_v are one word.
         names = [str(targets[0]).partition("_")[0] if len(targets) > 1 else str(targets[0]) for targets in saved]
         kept = "-".join(names).lower() or "nothing"

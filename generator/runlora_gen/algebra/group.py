@@ -31,8 +31,8 @@ _NAMES = {
 }
 #: What a group makes no use of.
 _LEFT_OUT = frozenset({"M", "D", "G", "mX", "Xq", "mdY", "dYq", "Qt"})
-#: What a group is on, by the form of its bases.
-_ON: Mapping[Form, str] = {
+#: What several linears are on, by the form of their bases.
+ON_BASE: Mapping[Form, str] = {
     "plain": "",
     "codes": " on quantized bases",
     "scaled": " on bases of int8",
@@ -64,7 +64,7 @@ def _group(linears: tuple[str, ...], dropout: bool, base: Form) -> Derivation:
     lone = lone_linear(dropout=dropout, base=base)
     arguments = dict.fromkeys(argument_of(argument, linear) for linear in linears for argument in lone.arguments)
     return derive(
-        f"group of {', '.join(linears)}{_ON[base]}{' with dropout' if dropout else ''}",
+        f"group of {', '.join(linears)}{ON_BASE[base]}{' with dropout' if dropout else ''}",
         symbols=symbols_of(lone, linears),
         facts=lone.facts,
         arguments=sorted(arguments, key=lambda argument: argument.once),  # after those of all linears
@@ -97,7 +97,7 @@ def rows_of(lone: Derivation, linears: Sequence[str], shared: Sequence[str] = SH
         if not any(isinstance(op, Fused) and set(map(str, op.outputs)) & {*shared} for op in way.operations):
             formulas = list(map(str, way.operations))
             yield row(targets, way.name, *_formulas(formulas, linears, shared), when=way.when)
-        together = _TOGETHER.get((" ".join(map(str, way.targets)), way.name)) if shared else None
+        together = _TOGETHER.get((" ".join(map(str, way.targets)), way.name)) if len(linears) > 1 else None
         # What dropout leaves of X is another matrix for each.
         if together is not None and lone.symbols.get("H") not in way.reads:
             name, kernel = together
@@ -107,8 +107,8 @@ def rows_of(lone: Derivation, linears: Sequence[str], shared: Sequence[str] = SH
 
 def argument_of(argument: Argument, linear: str, shared: Sequence[str] = SHARED) -> Argument:
     """An argument of a lone linear's function, of one of several."""
-    gradient = None if argument.gradient is None else _of(argument.gradient, linear, shared)
-    return replace(argument, name=_of(argument.name, linear, shared), gradient=gradient)
+    gradient = None if argument.gradient is None else renamed(argument.gradient, linear, shared)
+    return replace(argument, name=renamed(argument.name, linear, shared), gradient=gradient)
 
 
 def _steps(operation: Operation) -> list[str]:
@@ -120,9 +120,9 @@ def _formulas(formulas: Sequence[str], linears: Sequence[str], shared: Sequence[
     """Formulas for one linear after another; where any writes a sum, the first of each before the second of any."""
     sums = [name for name in shared if any(formula.startswith(f"{name} ") for formula in formulas)]
     if not sums:
-        return [_of(formula, linear, shared) for linear in linears for formula in formulas]
+        return [renamed(formula, linear, shared) for linear in linears for formula in formulas]
     found: list[str] = []
-    for text in (_of(formula, linear, shared) for formula in formulas for linear in linears):
+    for text in (renamed(formula, linear, shared) for formula in formulas for linear in linears):
         out = text.partition(" ")[0]
         begun = out in sums and any(before.startswith(f"{out} ") for before in found)
         found.append(re.sub(r" \+?= ", " += ", text, count=1) if begun else text)
@@ -131,16 +131,16 @@ def _formulas(formulas: Sequence[str], linears: Sequence[str], shared: Sequence[
 
 def _names(symbols: Sequence[Symbol], linears: Sequence[str], shared: Sequence[str]) -> list[str]:
     """Of symbols, those of all linears one symbol after another; what they share once."""
-    return list(dict.fromkeys(_of(str(symbol), linear, shared) for symbol in symbols for linear in linears))
+    return list(dict.fromkeys(renamed(str(symbol), linear, shared) for symbol in symbols for linear in linears))
 
 
 def _symbol(symbol: Symbol, linear: str, shared: Sequence[str]) -> Symbol:
     own = "OR" if "X" in shared else "IOR"
     shape = tuple(f"{index}_{linear}" if index in own else index for index in symbol.shape)
-    return replace(symbol, name=_of(symbol.name, linear, shared), shape=shape)
+    return replace(symbol, name=renamed(symbol.name, linear, shared), shape=shape)
 
 
-def _of(text: str, linear: str, shared: Sequence[str]) -> str:
+def renamed(text: str, linear: str, shared: Sequence[str] = SHARED) -> str:
     """A name, or a formula, with the linear in the names of its symbols and of its scaling, but for what is shared."""
 
     def named(word: re.Match[str]) -> str:

@@ -270,6 +270,7 @@ class Map(_Applied):
     Or ``out = weigh(operand, weights)``, each row times its weight; ``out = activate(operand)``, of rows that may hold
     a gate beside what it is multiplied with; ``out = activate_backward(gradient, operand)``, that one's gradient. Where
     the gate is a matrix of its own: ``activate(gate, up)``, ``gate_gradient(gradient, gate, up)``, ``up_gradient(…)``.
+    ``out = plus(operand, other)`` within a kernel.
     ``adds``: to what its output held.
     """
 
@@ -336,6 +337,7 @@ FUNCTIONS: Mapping[str, tuple[type[Reduce | Convert | Map | Draw | Route], tuple
     "activate_backward": (Map, (2,)),
     "gate_gradient": (Map, (3,)),
     "up_gradient": (Map, (3,)),
+    "plus": (Map, (2,)),
     "draw": (Draw, (1,)),
     "gather": (Route, (1,)),
     "combine": (Route, (1, 2)),

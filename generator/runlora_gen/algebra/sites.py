@@ -5,6 +5,6 @@ from __future__ import annotations
 from .derivation import Derivation
 from .experts import OF_EXPERTS
 from .linear import LONE
-from .mlp import MLP
+from .mlp import OF_MLPS
 
-DERIVATIONS: tuple[Derivation, ...] = (*LONE, *OF_EXPERTS, MLP)
+DERIVATIONS: tuple[Derivation, ...] = (*LONE, *OF_EXPERTS, *OF_MLPS)

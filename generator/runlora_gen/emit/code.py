@@ -229,6 +229,8 @@ def _call(operation: Fused, tiles: str) -> str:
         values |= dict(zip((f"weighed{number}", f"weights{number}"), map(str, weigh.operands), strict=True))
     for made in (part for part in maps if part.function == "activate"):
         values |= {f"activated{number}": str(symbol) for number, symbol in enumerate(made.operands)}
+    for added in (part for part in maps if part.function == "plus"):
+        values["added0"] = str(added.operands[0])
     for gradient in (part for part in maps if part.function == "gate_gradient"):
         values |= {f"between{number}": str(symbol) for number, symbol in enumerate(gradient.operands)}
     kinds = {"codes": Convert, "seed": Draw, "dropped": Map, "gathered": Route}

@@ -12,7 +12,7 @@ from typing import assert_never
 from ..algebra.derivation import Argument, Derivation
 from ..algebra.enumerate import Phase, Program
 from ..algebra.liveness import dependents
-from ..algebra.mlp import MLP
+from ..algebra.mlp import OF_MLPS
 from ..algebra.operations import Fused
 from ..cost.setting import Setting
 from ..kernels.registry import KERNELS
@@ -270,7 +270,10 @@ def module_node(
     owner = site.name if folder else ""
     variants = _variants(choice, all_variants)
     alone = len(variants) == 1
-    programs = {f"_LoRA{_kind(site).title()}Function" if alone else _class_name(v.program): v.program for v in variants}
+    programs = {
+        f"_LoRA{_kind(site).title()}Function" if alone else _class_name(v.program, site, number): v.program
+        for number, v in enumerate(variants, start=1)
+    }
     functions = tuple(
         _function(variant, workload, class_name, owner, width)
         for variant, class_name in zip(variants, programs, strict=True)
@@ -455,7 +458,10 @@ def _notes(site: Site) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _class_name(program: Program) -> str:
+def _class_name(program: Program, site: Site, number: int) -> str:
+    """After the program's id; that of an MLP is long, so that it goes by its number in the module."""
+    if isinstance(site, Mlp):
+        return f"_Variant{number}"
     words = program.id.replace("/", "_").replace("-", "_").split("_")
     return "_" + "".join(word.capitalize() for word in words)
 
@@ -500,7 +506,9 @@ def _parts(program: Program, setting: Setting, owner: str) -> Parts | None:
     """The forward of a lone linear or of an MLP in two parts, see there; no group's, and no expert's."""
     site = program.derivation
     whole = len(site.outputs) > 1 or any(argument.name == "routing" for argument in site.arguments)
-    return None if whole or seeded(program) else parts_of_forward(program.forward, setting, owner, hands=site is MLP)
+    return (
+        None if whole or seeded(program) else parts_of_forward(program.forward, setting, owner, hands=site in OF_MLPS)
+    )
 
 
 def _function(variant: _Variant, workload: Workload, class_name: str, owner: str, width: int) -> FunctionNode:

@@ -173,7 +173,7 @@ def render_test(
         **_of_tests(modules, imported, header),
         "groups": groups,
         "mlps": mlps,
-        "activations": activations,
+        "between": activations,
         "dropout": dropout,
         "quantized": quantized,
         "base": base,

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 from ..algebra.enumerate import enumerate_programs
+from ..algebra.mlp import LINEARS
 from ..algebra.operations import Operation
 from ..cost.lower import with_kernels
 from ..cost.price import price
@@ -16,6 +17,7 @@ from ..emit.nodes import module_name, module_node
 from ..emit.render import render_module as text_of
 from ..kernels.sites import alternatives
 from ..request.experts import Experts
+from ..request.mlps import Mlp
 from ..request.workload import Workload
 from ..search.candidates import Site, goals, setting_of
 from ..search.choose import Decision, decide, decide_forward
@@ -55,11 +57,18 @@ def import_file(path: Path, name: str) -> ModuleType:
 
 
 def module_of_experts(workload: Workload, path: Path, gathers: bool, activation: str = "") -> ModuleType:
-    """A module with every operation and, where the workload has them, every kernel of a projection of experts.
+    """A module with every operation and, where the workload has them, every kernel of a projection of experts."""
+    return _module_of(Experts(4, 64, 64, gathers, 2, False, 1, ("experts",), activation=activation), workload, path)
 
-    There are many programs, of which it has as few as hold them all.
-    """
-    site, rank = Experts(4, 64, 64, gathers, 2, False, 1, ("experts",), activation=activation), 8
+
+def module_of_mlp(workload: Workload, path: Path, activation: str) -> ModuleType:
+    """The same of a gated MLP."""
+    return _module_of(Mlp(64, 64, 64, activation, False, 1, (LINEARS,)), workload, path)
+
+
+def _module_of(site: Site, workload: Workload, path: Path) -> ModuleType:
+    """A module with all that a site has: of many programs as few as hold it."""
+    rank = 8
     setting = setting_of(workload, site, rank, 4096)
     single = alternatives(setting.derivation, "cheaper") if workload.kernels else ()
     decision, known = decide(workload, setting), set[Operation]()

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..algebra.mlp import LINEARS
 from ..cost.setting import Setting
 from ..request.activations import ACTIVATIONS
 from ..request.layers import Layer
@@ -24,7 +25,10 @@ TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.flo
 
 @dataclass(frozen=True)
 class Point:
-    """A size: tokens, in_features, out_features and rank; of experts how many there are, and how many a token has."""
+    """A size: tokens, in_features, out_features and rank; of experts how many there are, and how many a token has.
+
+    ``mlp``: of a gated MLP, whose gate and up have these features.
+    """
 
     tokens: int
     in_features: int
@@ -32,6 +36,7 @@ class Point:
     rank: int
     experts: int = 0
     top_k: int = 1
+    mlp: bool = False
 
     @classmethod
     def parse(cls, text: str, rank: int | None = None) -> Point:
@@ -45,7 +50,12 @@ class Point:
         """By the names that symbols use."""
         sizes = {"T": self.tokens * self.top_k, "I": self.in_features, "O": self.out_features, "R": self.rank}
         read = self.in_features * ACTIVATIONS[ACTIVATION].widths
-        return sizes | ({"E": self.experts, "N": self.tokens, "F": read, "RU": self.rank} if self.experts else {})
+        sizes |= {"E": self.experts, "N": self.tokens, "F": read, "RU": self.rank} if self.experts else {}
+        if self.mlp:
+            sizes |= {f"R_{linear}": self.rank for linear in LINEARS}
+            sizes |= {"O_gate": self.out_features, "O_up": self.out_features, "I_down": self.out_features}
+            sizes["O_down"] = self.in_features
+        return sizes
 
     @property
     def layer(self) -> Layer:

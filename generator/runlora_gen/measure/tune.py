@@ -45,7 +45,8 @@ from ..algebra.experts import ACTIVATED, COMBINED, GATHERED
 from ..algebra.linear import FLOAT8, LINEAR, QUANTIZED
 from ..algebra.liveness import wanted_operations
 from ..algebra.lookup import Asked
-from ..algebra.operations import Convert, Fused, Operation, Symbol, dimensions
+from ..algebra.mlp import MLP
+from ..algebra.operations import ACTIVATES, Convert, Fused, Map, Operation, Symbol, dimensions, products
 from ..algebra.work import work
 from ..cost.measured import measured_as
 from ..cost.profile import FLOAT8 as FLOAT8_RATE
@@ -59,7 +60,7 @@ from ..request.workload import Workload
 from ..search.candidates import goals
 from .clock import Key, Run, captured, interleaved, repeated, seconds
 from .machine import machine_name
-from .modules import module_of_everything, module_of_experts
+from .modules import module_of_everything, module_of_experts, module_of_mlp
 from .problem import ACTIVATION, TORCH_DTYPES, Point, Problem, random_codes, random_float8
 
 #: Rounds of a batch, whose median is one figure.
@@ -128,6 +129,13 @@ GRID_OF_EXPERTS: Mapping[str, tuple[tuple[tuple[int, int, int, int], ...], tuple
 }
 
 
+#: The same of gated MLPs: features of their input, and what gate and up make of it.
+GRID_OF_MLPS: Mapping[str, tuple[tuple[tuple[int, int], ...], tuple[int, ...], tuple[int, ...]]] = {
+    "cuda": (((2048, 8192), (4096, 14336), (5120, 13824), (8192, 28672)), (2048, 4096, 16384), (8, 16, 64)),
+    "cpu": (((256, 1024), (1024, 4096)), (256, 1024), (8,)),
+}
+
+
 #: Times of a dtype that are known, by work and size.
 Known = Mapping[str, Mapping[Size, float]]
 
@@ -160,6 +168,11 @@ def points_of_experts(
         for experts, top_k, *shape in stacks
         for point in points([(shape[0], shape[1])], tokens, ranks)
     )
+
+
+def points_of_mlps(shapes: Sequence[tuple[int, int]], tokens: Sequence[int], ranks: Sequence[int]) -> tuple[Point, ...]:
+    """The same of gated MLPs."""
+    return tuple(replace(point, mlp=True) for point in points(shapes, tokens, ranks))
 
 
 def tune(
@@ -218,8 +231,8 @@ def tune(
             _compile_ahead(missing)
         left_out: dict[tuple[str, Operation, Size], str] = {}
         for dtype, point in missing:
-            of_experts = f" {point.experts} experts, {point.top_k} a token" if point.experts else ""
-            label = f"{dtype} {point.tokens}:{point.in_features}x{point.out_features} r{point.rank}{of_experts}"
+            of = f" {point.experts} experts, {point.top_k} a token" if point.experts else " MLP" if point.mlp else ""
+            label = f"{dtype} {point.tokens}:{point.in_features}x{point.out_features} r{point.rank}{of}"
             progress.update(task, description=label)
             try:
                 unsettled = _measure(bench, profile, dtype, point)
@@ -279,6 +292,8 @@ class _Workbench:
         # One for all that do the same work.
         self._operations = tuple({work(op): op for op in reversed(timed)}.values())
         self._of_experts = tuple({work(op): op for op in reversed(self._timed_of_experts())}.values())
+        # What is between the linears of an MLP; these are measured by themselves.
+        self._of_mlps = tuple({work(op): op for op in reversed(self._timed_of_mlps())}.values())
         #: A square linear whose launches take longest. Operators of a CPU wait for their results: there calls count.
         self.launching = Point(1024, 256, 256, 8) if self.on_gpu else Point(8, 8, 8, 8)
         self.launching_dtype = torch.bfloat16 if self.on_gpu else torch.float32
@@ -298,8 +313,16 @@ class _Workbench:
         own = [op for op in every if not isinstance(op, Convert)]
         return [op for op in own if not isinstance(op, Fused) or (self.kernels and measured_as(op) == work(op))]
 
+    def _timed_of_mlps(self) -> list[Operation]:
+        def is_between(operation: Operation) -> bool:
+            return any(isinstance(step, Map) and step.function in ACTIVATES for step in products(operation))
+
+        return [op for op in operations_of(MLP) if is_between(op) and (self.kernels or not isinstance(op, Fused))]
+
     def module_for(self, operation: Operation) -> ModuleType:
         """A module that has an operation."""
+        if operation in self._of_mlps:
+            return self.module_of_mlp
         for site in _OF_EXPERTS:
             if operation in operations_of(site):
                 return self.module_of_experts(site)
@@ -313,9 +336,19 @@ class _Workbench:
             self._modules[name] = module_of_experts(self.workload, folder, gathers, activation)
         return self._modules[name]
 
+    @property
+    def module_of_mlp(self) -> ModuleType:
+        """A module with all operations of a gated MLP."""
+        name = "mlp"
+        if name not in self._modules:
+            self._modules[name] = module_of_mlp(
+                self.workload, Path(self._folder.name) / f"{name}_{os.getpid()}", ACTIVATION
+            )
+        return self._modules[name]
+
     def operations_at(self, point: Point) -> tuple[Operation, ...]:
-        """What is timed at a size: of experts, or of a linear."""
-        return self._of_experts if point.experts else self._operations
+        """What is timed at a size: of experts, of an MLP, or of a linear."""
+        return self._of_experts if point.experts else self._of_mlps if point.mlp else self._operations
 
     def _able(self, operation: Fused) -> bool:
         """Whether this GPU has what a kernel needs."""
@@ -361,7 +394,7 @@ class _Workbench:
     def never_timed(self, known: Known) -> list[str]:
         """Torch's operations without a time, where others of linears, or of experts, have some."""
         missing = []
-        for operations in (self._operations, self._of_experts):
+        for operations in (self._operations, self._of_experts, self._of_mlps):
             single = [operation for operation in operations if not isinstance(operation, Fused)]
             lacking = [str(operation) for operation in single if work(operation) not in known]
             missing += lacking if len(lacking) < len(single) else []
@@ -404,6 +437,8 @@ class _Workbench:
             module._TILES[key] = {**module._TILES[own], **dict(trial.constants)}
         namespace = {**vars(module), "scaling": 0.5, "b": None, "A_dtype": dtype, "B_dtype": dtype}
         namespace |= {"scaling_U": 0.5, "BU_dtype": dtype}
+        namespace |= {f"{name}_dtype": dtype for name in ("A_down", "B_gate", "B_up")}
+        namespace |= {f"scaling_{linear}": 0.5 for linear in ("gate", "up", "down")}
         namespace |= {f"need_{out}": True for out in operation.outputs}
         if _ROUTING in sets[0]:
             symbols = [*symbols, _ROUTING]
@@ -423,6 +458,8 @@ class _Workbench:
         activations = sum(LINEAR[name].numel(point.dims) for name in ("X", "W", "dY")) * dtype.itemsize
         if point.experts:
             activations += (point.experts - 1) * point.in_features * point.out_features * dtype.itemsize
+        if point.mlp:  # gate, up and what is made of them
+            activations = 3 * point.tokens * point.out_features * dtype.itemsize
         cache = torch.cuda.get_device_properties(self.device).L2_cache_size if self.on_gpu else _CPU_CACHE
         count = max(1, min(MOST_SETS, math.ceil(4 * cache / activations)))
 
@@ -551,13 +588,13 @@ def _at(operation: Operation, point: Point) -> Size:
 
 def _compile_ahead(missing: Sequence[tuple[str, Point]]) -> None:
     """Fill Triton's cache on all cores: one after the other, compiling would take longest of all."""
-    tasks = dict.fromkeys((dtype, point.rank, point.experts) for dtype, point in missing)
+    tasks = dict.fromkeys((dtype, point.rank, point.experts, point.mlp) for dtype, point in missing)
     context = multiprocessing.get_context("spawn")
     workers = min(12, os.cpu_count() or 1)
     with concurrent.futures.ProcessPoolExecutor(workers, context, _start_compiler) as executor:
         jobs = [
-            executor.submit(_compile, dtype, rank, experts, share, of)
-            for dtype, rank, experts in tasks
+            executor.submit(_compile, dtype, rank, experts, mlp, share, of)
+            for dtype, rank, experts, mlp in tasks
             for of in [max(1, workers // len(tasks))]
             for share in range(of)
         ]
@@ -573,12 +610,12 @@ def _start_compiler() -> None:
     _compiler = _Workbench(torch.device("cuda"))
 
 
-def _compile(dtype: str, rank: int, experts: int, share: int, of: int) -> None:
+def _compile(dtype: str, rank: int, experts: int, mlp: bool, share: int, of: int) -> None:
     """Run a share of the kernels' trials of one rank, in both ways in which a last wave of tiles may fill up."""
     assert _compiler is not None
-    sizes = ((512, 512),) if experts else ((2048, 2048), (4096, 5120), (512, 512))
+    sizes = ((512, 512),) if experts or mlp else ((2048, 2048), (4096, 5120), (512, 512))
     for tokens, features in sizes:
-        point = Point(tokens, features, features, rank, experts, min(2, experts) or 1)
+        point = Point(tokens, features, features, rank, experts, min(2, experts) or 1, mlp)
         trials = [t for t in _compiler.trials(dtype, point, {}) if isinstance(t.operation, Fused)]
         for trial in trials[share::of]:
             with contextlib.suppress(Exception):  # what fails here fails again, and loudly, when it is measured

@@ -11,7 +11,7 @@ from ..algebra.enumerate import Phase, Program, enumerate_backwards, enumerate_f
 from ..algebra.experts import experts
 from ..algebra.group import group
 from ..algebra.linear import LINEAR, lone_linear
-from ..algebra.mlp import MLP
+from ..algebra.mlp import mlp
 from ..algebra.operations import Fused, Symbol
 from ..cost.device import device_for
 from ..cost.lower import cheaper, lowered, lowered_phase, phase_with_kernels, with_kernels
@@ -67,7 +67,7 @@ def setting_of(workload: Workload, site: Site, rank: int, tokens: int) -> Settin
     if isinstance(site, Mlp):
         return _setting(
             workload,
-            MLP,
+            mlp(dropout=workload.dropout > 0, base=workload.stored.form),
             site.in_features,
             site.out_features,
             rank,

@@ -109,8 +109,8 @@ def _candidates(workload: Workload, architecture: Architecture) -> tuple[Group, 
 
 
 def _mlps(workload: Workload, architecture: Architecture) -> tuple[Mlp, ...]:
-    """None with dropout, on quantized bases, and where a limit on saved bytes is one of each linear."""
-    if workload.groups == "none" or workload.dropout > 0 or workload.quantized or workload.max_saved_bytes is not None:
+    """None where a limit on saved bytes is one of each linear."""
+    if workload.groups == "none" or workload.max_saved_bytes is not None:
         return ()
     found = mlps(architecture)
     # A file is called by the shapes of its module.
