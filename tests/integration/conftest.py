@@ -20,7 +20,7 @@ from torch import Tensor
 for name in ("transformers", "peft"):
     pytest.importorskip(name, reason="needs transformers and peft (the test extra)")
 
-from .models import RANK, VOCABULARY, llama  # noqa: E402 - needs both
+from .models import MLPS_PAY, RANK, VOCABULARY, llama  # noqa: E402 - needs both
 
 #: What takes more than some seconds runs where it is asked for.
 takes_long = pytest.mark.skipif(not os.environ.get("RUNLORA_LONG"), reason="takes long: set RUNLORA_LONG=1")
@@ -61,6 +61,15 @@ def with_groups(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
         patch.setattr(grouped, "decide_groups_of_step", lambda *_: pays)
         out = tmp_path_factory.mktemp("packages")
         (folder,) = runlora_gen.generate(llama(), rank=RANK, tokens=64, kernels=False, layout=layout, output=out)
+    return imported(folder)
+
+
+@pytest.fixture(scope="session")
+def with_mlps(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The same with a module for the model's MLPs, as where they pay."""
+    layout = getattr(request, "param", STANDALONE)
+    out = tmp_path_factory.mktemp("packages")
+    (folder,) = runlora_gen.generate(llama(), rank=RANK, layout=layout, output=out, **MLPS_PAY)
     return imported(folder)
 
 

@@ -5,7 +5,8 @@ The tests call ``check`` in processes that they fork. By hand, also where neithe
     torchrun --nproc-per-node 2 tests/integration/distributed_worker.py --backend nccl --package OUT/llama_r4 --json F
 
 where OUT holds ``runlora_gen.generate(models.llama(), rank=models.RANK, output=OUT)``. With ``--checks experts`` it is
-``models.qwen3_moe()``, and with ``target_parameters=models.STACKS``.
+``models.qwen3_moe()``, and with ``target_parameters=models.STACKS``; with ``--checks mlps`` the first, made with
+``**models.MLPS_PAY``, too.
 """
 
 from __future__ import annotations
@@ -268,6 +269,44 @@ def groups(setting: Setting) -> Finding:
     return found
 
 
+def mlps(setting: Setting) -> Finding:
+    """Of a package that has one for MLPs as a whole: gradients, and how often they were run, by DDP and by FSDP2."""
+    wanted, found, run = setting.wanted(), Finding(), 0
+    whole_ones = setting.package.mlps
+    compute = whole_ones.compute
+
+    def counted(*given: Any) -> Any:
+        nonlocal run
+        run += 1
+        return compute(*given)
+
+    def shards_of(kind: str, part: str = "") -> Any:
+        """Of each block; first of its MLP, or of one of its linears, by itself."""
+        model = next(each for name, each in setting.ours() if name == kind)
+        for block in blocks_of(model) if part else ():
+            fully_shard(block.get_submodule(part), mesh=setting.mesh)
+        return sharded(model, setting.mesh)
+
+    whole_ones.compute = counted
+    part = setting.tokens.chunk(dist.get_world_size())[dist.get_rank()]
+    for kind, model in setting.ours():
+        run = 0
+        parallel = nn.parallel.DistributedDataParallel(model)
+        near({plain(n): g for n, g in gradients(parallel, part).items()}, wanted)
+        found[f"{kind}, DDP"] = run
+        for case, shards in {
+            "FSDP2": shards_of(kind),
+            "FSDP2 of each MLP": shards_of(kind, "mlp"),
+            "FSDP2 of each down_proj": shards_of(kind, "mlp.down_proj"),
+            "FSDP2 checkpointed": sharded(checkpointed(model.train(), use_reentrant=False), setting.mesh),
+        }.items():
+            run = 0
+            near({plain(n): whole(g) for n, g in gradients(shards, setting.tokens).items()}, wanted)
+            found[f"{kind}, {case}"] = run
+    whole_ones.compute = compute
+    return found
+
+
 def peft_on_experts(setting: Setting) -> Any:
     model = qwen3_moe().to(setting.device)
     return with_lora(model, target_modules=[], target_parameters=STACKS).to(setting.device)
@@ -444,8 +483,8 @@ def tensor_parallel_injected(setting: Setting) -> Finding:
     return found
 
 
-#: Of a package for mixtures of experts.
-OF_EXPERTS = ("experts", "experts_in_wrappers")
+#: Of a package for mixtures of experts, and of one that has a module for MLPs.
+OF_EXPERTS, OF_MLPS = ("experts", "experts_in_wrappers"), ("mlps",)
 CHECKS = {
     check.__name__: check
     for check in (
@@ -454,6 +493,7 @@ CHECKS = {
         fsdp,
         fsdp_alone,
         groups,
+        mlps,
         experts,
         experts_in_wrappers,
         fsdp_mixed_precision,
@@ -482,7 +522,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--package", type=Path, required=True, help="a generated package for models.llama()")
     parser.add_argument("--backend", choices=("gloo", "nccl"), default="gloo")
-    parser.add_argument("--checks", choices=("linears", "experts"), default="linears", help="what the package is for")
+    parser.add_argument(
+        "--checks", choices=("linears", "experts", "mlps"), default="linears", help="what the package is for"
+    )
     parser.add_argument("--json", type=Path, help="where to write what was measured")
     options = parser.parse_args()
     rank = int(os.environ["LOCAL_RANK"])
@@ -493,7 +535,8 @@ def main() -> None:
     dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
     shared: list[str | None] = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(shared)
-    names = [name for name in CHECKS if (name in OF_EXPERTS) == (options.checks == "experts")]
+    others = [name for name in CHECKS if name not in (*OF_EXPERTS, *OF_MLPS)]
+    names = {"linears": others, "experts": list(OF_EXPERTS), "mlps": list(OF_MLPS)}[options.checks]
     found = check(options.package.resolve(), names, device, Path(str(shared[0])))
     if dist.get_rank() == 0:
         versions = {name: importlib.import_module(name).__version__ for name in ("torch", "transformers", "peft")}

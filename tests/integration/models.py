@@ -15,6 +15,8 @@ import transformers
 from torch import Tensor, nn
 
 RANK = 4
+#: A workload for which an MLP of these sizes is computed as a whole: of many small launches, one is most of the price.
+MLPS_PAY: dict[str, Any] = {"device": "a100", "launch": "graph", "dtype": "bf16"}
 #: Rows and columns that have one scale where float8 has blocks.
 BLOCK = (16, 32)
 VOCABULARY = 50

@@ -49,7 +49,7 @@ def found_by(world: int, package: Any, names: list[str], folder: Path) -> Any:
 
 
 def test_two_processes_compute_what_one_does(package: Any, tmp_path: Path) -> None:
-    others = [name for name in worker.CHECKS if name not in worker.OF_EXPERTS]
+    others = [name for name in worker.CHECKS if name not in (*worker.OF_EXPERTS, *worker.OF_MLPS)]
     names = [name for name in others if not name.endswith(("_distributed", "_alone"))]
     found = found_by(2, package, names, tmp_path)
     assert list(found) == names and all(found.values())
@@ -64,6 +64,18 @@ def test_groups_in_two_processes(with_groups: Any, tmp_path: Path) -> None:
         assert found["groups"][f"{kind}, DDP"] == 4
         assert found["groups"][f"{kind}, FSDP2 checkpointed"] == 8
         assert found["groups"][f"{kind}, FSDP2 of each linear"] == 2
+
+
+def test_mlps_in_two_processes(with_mlps: Any, tmp_path: Path) -> None:
+    """A linear whose parameters are whole in its own forward alone is called, and its MLP is not one."""
+    names = ["fsdp", "mlps", "fsdp_mixed_precision", "tensor_parallel_peft", "tensor_parallel_injected"]
+    found = found_by(2, with_mlps, names, tmp_path)
+    assert list(found) == names
+    for kind in ("PEFT", "injected"):
+        for case in ("DDP", "FSDP2", "FSDP2 of each MLP"):
+            assert found["mlps"][f"{kind}, {case}"] == 2, case
+        assert found["mlps"][f"{kind}, FSDP2 checkpointed"] == 4
+        assert found["mlps"][f"{kind}, FSDP2 of each down_proj"] == 0
 
 
 def test_experts_in_two_processes(tmp_path: Path) -> None:

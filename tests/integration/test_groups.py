@@ -162,7 +162,7 @@ def test_layers_that_another_package_takes(
     wanted = gradients(model, tokens)
     calls()
     (folder,) = runlora_gen.generate(llama(), rank=RANK, tokens=64, kernels=False, groups="none", output=tmp_path)
-    imported(folder).with_peft.swap({"k": attention(model).k_proj, "up": attention(model, 1).k_proj})
+    imported(folder).with_peft.swap({"k": attention(model).k_proj, "up": attention(model, 1).k_proj}, model)
     same(gradients(model, tokens), wanted)
     assert calls() == 2
 
