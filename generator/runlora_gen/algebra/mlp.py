@@ -131,7 +131,8 @@ def _rows(lone: Derivation, dropout: bool) -> Iterator[Row]:
     yield row(
         "dA_down dY_gate dY_up P_gate P_up dB_gate dB_up",
         f"with_gradients{'_seeded' if dropout else ''}",
-        f"mlp_activate_backward{mark}: X_down := activate(Y_gate, Y_up); {dropped}dA_down = P_down.T @ {adapted}; {summed}"
+        f"mlp_activate_backward{mark}: X_down := activate(Y_gate, Y_up); {dropped}"
+        + f"dA_down = P_down.T @ {adapted}; {summed}"
         + "; ".join(gradients)
         + "; P_gate = s_gate * dY_gate @ B_gate; P_up = s_up * dY_up @ B_up; "
         "dB_gate = dY_gate.T @ S_gate; dB_up = dY_up.T @ S_up",
