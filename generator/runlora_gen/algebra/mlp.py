@@ -8,8 +8,8 @@ X_down is made where S_down is, and need not be kept: it is made again of Y_gate
 gradients of these are. In the same pass over dX_down, Y_gate and Y_up follow dA_down = P_downᵀ X_down, dY_gate and dY_up,
 and of these P and dB of gate and up. Y_gate and Y_up themselves are kept, or made again of X.
 
-Orders of a sum that cost the same, and what one linear keeps and another makes again of the casts of adapters, are left
-out: there would be too many programs.
+Orders of a sum that cost the same, and casts of adapters that are made again, are left out: there would be too many
+programs.
 """
 
 from __future__ import annotations
@@ -26,16 +26,12 @@ _PAIR, _LAST = LINEARS[:2], LINEARS[2:]
 #: Ways of sums that only begin with another contribution, and kernels of one linear where there is one of both.
 _LEFT_OUT = frozenset({("Y_down", "lowrank_first"), ("dX_down", "lowrank_first"), ("dX", "lowrank_first")})
 _LEFT_OUT |= {("Y_gate Y_up", "lowrank_first"), ("Y_gate Y_up", "fused")}
-#: What all linears keep, or make again, together.
-_TOGETHER = ("A", "B")
 
 
 def _rows() -> Iterator[Row]:
-    yield from (way for way in rows_of(LINEAR, LINEARS) if way.target.partition("_")[0] in _TOGETHER)
+    # Casts, too, are those of gate and up, and of down: without dX a backward reads A of down alone.
     for linears, shared in ((_PAIR, SHARED), (_LAST, ())):
-        for way in rows_of(LINEAR, linears, shared):
-            if way.target.partition("_")[0] not in _TOGETHER and (way.target, way.name) not in _LEFT_OUT:
-                yield way
+        yield from (way for way in rows_of(LINEAR, linears, shared) if (way.target, way.name) not in _LEFT_OUT)
     yield row("Y_gate Y_up", SAVED)
     yield row("X_down", "activate", "X_down = activate(Y_gate, Y_up)")
     yield row("X_down", SAVED)
