@@ -102,7 +102,8 @@ def test_gated_mlps_have_a_list_of_their_own(run, tmp_path: Path) -> None:
             assert not validator(name).is_valid(changed), key
         del changed["mlps"][0]["activation"]
         assert not validator(name).is_valid(changed)
-    shown = run(*spec, "-o", tmp_path, "--check", "--verbose").ok()
+    shown = run(*spec, "-o", tmp_path, "--check", "--verbose")
+    assert shown.code == 0
     assert f"mlp_5120x13824: {made['ranges'][-1]['chosen']}" in shown.err
 
 

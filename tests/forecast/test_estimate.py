@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from runlora_gen.cost.price import spares
 from runlora_gen.forecast.estimate import Batch, Estimate, estimate
 from runlora_gen.measure.memory import peak_bytes, saved_bytes
 from runlora_gen.request.architecture import Architecture, load_architecture
 from runlora_gen.request.errors import SpecError
 from runlora_gen.request.layers import layers
 from runlora_gen.request.workload import Workload
-from runlora_gen.search.grouped import decide_groups_of_step, sums_by_autograd
+from runlora_gen.search.grouped import decide_groups_of_step
 from runlora_gen.search.ranges import decide_step
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -220,7 +221,7 @@ def test_groups_are_in_the_step() -> None:
         group.count
         * (
             sum(lone[group.in_features, width] for width in group.out_features)
-            + sums_by_autograd(decision.setting).device_s
+            + sum(times.device_s for times in spares(decision.setting))
             - decision.chosen.cost.device_s
         )
         for group, decision in chosen
