@@ -224,10 +224,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_package_proves_its_mlps(place: Path, layout: str) -> None:
-    """The torch path and, in the interpreter, the kernels."""
+    """The torch path and, in the interpreter, the kernels; its linears and groups as without any MLP."""
     environment = quickened({**os.environ, "RUNLORA_EXAMPLES": "4"})
     # The kernels in one of the layouts: their text is the same, and the interpreter slow.
-    which = "mlps and not kernels" if layout == FOLDER else "mlps"
+    which = "(mlps or plain_lora) and not kernels" if layout == FOLDER else "mlps"
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "-k", which]
     tests = place / f"in_{layout}" / PACKAGE / "test_equivalence.py"
     done = subprocess.run([*command, tests], env=environment, cwd=place, capture_output=True, text=True, check=False)
@@ -246,9 +246,14 @@ def test_their_types_are_right(place: Path, layout: str) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_verify_proves_them(place: Path, layout: str) -> None:
     """Beside the linears and the groups of a folder."""
-    proof.load({MODULE: place / f"in_{layout}" / PACKAGE / f"{MODULE}.py"})
-    titles = {check.title.rpartition(": ")[2] for check in proof.checks([MODULE], proof.TORCH, 1)}
+    names = ("linear_128x128_r4", MODULE)
+    proof.load({name: place / f"in_{layout}" / PACKAGE / f"{name}.py" for name in names})
+    checks = list(proof.checks(names, proof.TORCH, 1))
+    titles = {check.title.rpartition(": ")[2] for check in checks if check.module == MODULE}
     assert {"mlps equal plain lora in float64", "mlps keep what is needed alone"} <= titles
+    for check in checks:  # of both in one text
+        if check.title.endswith(("equals plain lora in float64", "rounds no worse than plain lora")):
+            assert "error" not in proof.outcome(check), check.title
     assert [check.title for check in proof.checks([MODULE], proof.KERNELS, 1)] == [
         "kernels of mlps round no worse than plain lora"
     ]
