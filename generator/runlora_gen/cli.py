@@ -20,8 +20,10 @@ from .generation import MAX_RANK, Request, built, read_request, up_to_date
 from .request.architecture import architecture_names, load_architecture
 from .request.errors import SpecError, one_line, reason, shorten
 from .request.experts import experts
+from .request.groups import Group
 from .request.layers import layers
 from .request.layout import LAYOUTS, STANDALONE
+from .request.mlps import Mlp
 from .request.mlps import mlps as mlps_of
 from .request.workload import (
     CHOICES,
@@ -251,7 +253,7 @@ def main(context: click.Context, /, **options: Any) -> None:
     )
     if verbose:
         for package in packages:
-            for choice in (*package.layers, *package.groups):
+            for choice in (*package.layers, *package.groups, *package.mlps):
                 for part in choice.ranges:
                     upto = "" if part.last_tokens is None else f" up to {part.last_tokens} tokens"
                     name = part.decision.chosen.program.id
@@ -343,7 +345,10 @@ def explain(variants: bool, show_all: bool, as_json: bool, **options: Any) -> No
             "launch": workload.launch,
             "model": gain_data(found),
             "layers": [site_data(layer, rank, decision) for layer, decision in decided.items()],
-            "groups": [site_data(group, rank, decision) for group, decision in grouped],
+            **{
+                kind: [site_data(site, rank, decision) for site, decision in grouped if isinstance(site, of)]
+                for kind, of in (("groups", Group), ("mlps", Mlp))
+            },
             "experts": [site_data(stack, rank, decision) for stack, decision in stacked],
         }
         click.echo(json.dumps(data, indent=1))

@@ -14,6 +14,7 @@ from runlora_gen.algebra.experts import (
     GATHERED_DROPPED,
 )
 from runlora_gen.algebra.linear import DROPPED, FLOAT8, LINEAR, QUANTIZED
+from runlora_gen.algebra.mlp import MLP
 from runlora_gen.algebra.operations import Map, Operation, Symbol, parse
 from runlora_gen.algebra.work import work
 from runlora_gen.kernels.sites import OPERATIONS, WORKS
@@ -207,15 +208,42 @@ OF_EXPERTS = {
         ),
     },
 }
+#: What an MLP has beside a linear: gate and up are of one group, and what is between reads both.
+OF_MLPS = {
+    "x_ats: S_gate = s_gate * X @ A_gate.T; S_up = s_up * X @ A_up.T": "x_ats: TI,R1I->TR1 scaled; TI,R2I->TR2 scaled",
+    "fused_gemms: Y_gate = S_gate @ B_gate.T + b_gate; Y_gate += X @ W_gate.T; Y_up = S_up @ B_up.T + b_up; "
+    "Y_up += X @ W_up.T": (
+        "fused_gemms: TR1,O1R1->TO1 biased; TI,O1I->TO1 accumulated; TR2,O2R2->TO2 biased; TI,O2I->TO2 accumulated"
+    ),
+    "fused_gemm_sum: dX = P_gate @ A_gate; dX += P_up @ A_up; dX += dY_gate @ W_gate; dX += dY_up @ W_up": (
+        "fused_gemm_sum: TR1,R1I->TI; TR2,R2I->TI accumulated; TO1,O1I->TI accumulated; TO2,O2I->TI accumulated"
+    ),
+    "pt_xs: dA_gate = P_gate.T @ X; dA_up = P_up.T @ X": "pt_xs: TR1,TI->R1I; TR2,TI->R2I",
+    "X_down = activate(Y_gate, Y_up)": "TO1,TO2->TI activate",
+    "mlp_activate: X_down = activate(Y_gate, Y_up); S_down = s_down * X_down @ A_down.T": (
+        "mlp_activate: TO1,TO2->TI activate; TI,RI->TR scaled"
+    ),
+    "dY_gate = gate_gradient(dX_down, Y_gate, Y_up)": "TI,TO1,TO2->TO1 gate_gradient",
+    "dY_up = up_gradient(dX_down, Y_gate, Y_up)": "TI,TO1,TO2->TO2 up_gradient",
+    "mlp_activate_backward: X_down := activate(Y_gate, Y_up); dA_down = P_down.T @ X_down; "
+    "dY_gate = gate_gradient(dX_down, Y_gate, Y_up); dY_up = up_gradient(dX_down, Y_gate, Y_up); "
+    "P_gate = s_gate * dY_gate @ B_gate; P_up = s_up * dY_up @ B_up; dB_gate = dY_gate.T @ S_gate; "
+    "dB_up = dY_up.T @ S_up": (
+        "mlp_activate_backward: TO1,TO2->TI activate inner; TR1,TI->R1I; TI,TO1,TO2->TO1 gate_gradient; "
+        "TI,TO1,TO2->TO2 up_gradient; TO1,O1R2->TR2 scaled; TO2,O2R3->TR3 scaled; TO1,TR2->O1R2; TO2,TR3->O2R3"
+    ),
+}
+#: By site, what its symbols are called there.
+OF_SITES = {**OF_EXPERTS, MLP: OF_MLPS}
 #: What has no size, and so no time.
 NO_SIZE = {"seed = draw(dropout)": "-> draw"}
 
 
 def test_the_keys_that_profiles_hold() -> None:
     assert {formula: work(parse(formula, SYMBOLS)) for formula in (*KEYS, *NO_SIZE)} == {**KEYS, **NO_SIZE}
-    for site, keys in OF_EXPERTS.items():
+    for site, keys in OF_SITES.items():
         assert {formula: work(site.parse(formula)) for formula in keys} == keys
-    sized = {*KEYS.values(), *(key for keys in OF_EXPERTS.values() for key in keys.values())}
+    sized = {*KEYS.values(), *(key for keys in OF_SITES.values() for key in keys.values())}
     assert set(map(work, OPERATIONS)) == {*sized, *NO_SIZE.values()} and WORKS.keys() == sized
     assert all(work(operation) == key for key, operation in WORKS.items())
 
@@ -223,11 +251,12 @@ def test_the_keys_that_profiles_hold() -> None:
 def same(first: Operation, second: Operation) -> bool:
     """Whether they compute the same of matrices that are alike: M and D are alike W, H is alike X, dH alike dX.
 
-    So are rows of experts, whatever a site calls them; but no stack is alike a matrix.
+    So are rows of experts, whatever a site calls them, and the linears of an MLP; but no stack is alike a matrix.
     """
 
     def plain(operation: Operation) -> tuple[str, int]:
-        text = re.sub(r"\b[MD]\b(?! \+?=)", "W", str(operation))
+        text = re.sub(r"_(gate|up|down)\b", "", str(operation))
+        text = re.sub(r"\b[MD]\b(?! \+?=)", "W", text)
         text = re.sub(r"\b(d?)H\b", r"\1X", text)
         text = re.sub(r"\b(d?[XY]|[PS])[rug]\b", r"\1", text)
         if isinstance(operation, Map):  # of elements: X and dX are alike, S and P

@@ -76,6 +76,37 @@ def test_both_follow_their_schemas(both) -> None:
     assert package.MANIFEST_SCHEMA == "manifest.schema.json"
 
 
+def test_gated_mlps_have_a_list_of_their_own(run, tmp_path: Path) -> None:
+    """In both, with what is between; of the linears of one there is no group."""
+    spec = ("--arch", "llama-13b", "--rank", "8", "--launch", "graph", "--device", "a100")
+    run(*spec, "-o", tmp_path).ok()
+    folder = tmp_path / "llama_13b_r8"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    explained = json.loads(run("explain", *spec, "--json").ok().out)
+    validator("manifest").validate(manifest)
+    validator("explain").validate(explained)
+    (made,), (said,) = manifest["mlps"], explained["mlps"]
+    assert made["module"] == "mlp_5120x13824_r8" == f"{said['name']}_r8" and (folder / f"{made['module']}.py").is_file()
+    for one in (made, said):
+        assert one["activation"] == "silu_gated" and "linears" not in made and said["linears"] == ["gate", "up", "down"]
+        assert (one["in_features"], one["intermediate_features"], one["out_features"]) == (5120, 13824, 5120)
+        assert one["count"] == 40 and one["projections"] == [["gate_proj", "up_proj", "down_proj"]]
+    assert said["chosen"] == made["ranges"][-1]["chosen"]
+    assert [group["linears"] for group in manifest["groups"]] == [["q", "k", "v"]]
+    assert [group["linears"] for group in explained["groups"]] == [["q", "k", "v"]]
+    assert "mlps.py" in manifest["files"] and manifest["gated"]
+    for document, name in ((manifest, "manifest"), (explained, "explain")):
+        for key, value in (("activation", "none"), ("intermediate_features", 0), ("projections", [["gate", "up"]])):
+            changed = copy.deepcopy(document)
+            changed["mlps"][0][key] = value
+            assert not validator(name).is_valid(changed), key
+        del changed["mlps"][0]["activation"]
+        assert not validator(name).is_valid(changed)
+    shown = run(*spec, "-o", tmp_path, "--check", "--verbose")
+    assert shown.code == 0
+    assert f"mlp_5120x13824: {made['ranges'][-1]['chosen']}" in shown.err
+
+
 def test_the_layout_is_in_the_command_alone(run, tmp_path: Path) -> None:
     found = []
     for layout in ("standalone", "folder"):
@@ -251,7 +282,7 @@ def test_what_no_manifest_may_hold(merged: dict[str, Any], path: tuple, value: o
 def test_the_issue_s_fields_are_there(both) -> None:
     _, _, explained = both
     top = ["schema_version", "arch", "rank", "tokens", "dtype", "adapter_dtype", "base", "device"]
-    top += ["launch", "model", "layers", "groups", "experts"]
+    top += ["launch", "model", "layers", "groups", "mlps", "experts"]
     assert list(explained) == top
     for layer in explained["layers"]:
         wanted = ["name", "in_features", "out_features", "rank", "count", "projections", "chosen", "variants"]

@@ -28,6 +28,7 @@ from runlora_gen.request.errors import SpecError
 from runlora_gen.request.experts import Experts
 from runlora_gen.request.groups import Group
 from runlora_gen.request.layers import Layer
+from runlora_gen.request.mlps import Mlp
 from runlora_gen.request.workload import Workload
 from runlora_gen.search.candidates import setting_for, setting_of
 from runlora_gen.search.ranges import decide_model
@@ -170,6 +171,7 @@ def test_functions_are_formatted_as_in_the_whole() -> None:
     settings += [
         setting_of(each, stack, 4, 4096) for stack in stacks for each in (workload, replace(workload, dropout=0.1))
     ]
+    settings.append(setting_of(workload, Mlp(128, 128, 128, "silu_gated", False, 1, ()), 4, 4096))
     calls = tuple(KernelCall(op, of) for of in settings for op in operations_of(of.derivation) if isinstance(op, Fused))
     node = replace(node, calls=calls, helpers=node.helpers | helpers, activations=tuple(ACTIVATIONS.values()))
     assert [kernel.name for kernel in node.kernels] == list(KERNELS)

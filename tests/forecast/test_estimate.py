@@ -10,14 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from runlora_gen.cost.price import spares
 from runlora_gen.forecast.estimate import Batch, Estimate, estimate
+from runlora_gen.forecast.gain import gain, keeps
 from runlora_gen.measure.memory import peak_bytes, saved_bytes
 from runlora_gen.request.architecture import Architecture, load_architecture
 from runlora_gen.request.errors import SpecError
 from runlora_gen.request.layers import layers
 from runlora_gen.request.workload import Workload
-from runlora_gen.search.grouped import decide_groups_of_step, sums_by_autograd
-from runlora_gen.search.ranges import decide_step
+from runlora_gen.search.grouped import decide_groups_of_step
+from runlora_gen.search.ranges import decide_step, rest_of_step
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).parents[2]
@@ -220,7 +222,7 @@ def test_groups_are_in_the_step() -> None:
         group.count
         * (
             sum(lone[group.in_features, width] for width in group.out_features)
-            + sums_by_autograd(decision.setting).device_s
+            + sum(times.device_s for times in spares(decision.setting))
             - decision.chosen.cost.device_s
         )
         for group, decision in chosen
@@ -229,6 +231,68 @@ def test_groups_are_in_the_step() -> None:
     assert apart["ours"].times.device_s - together["ours"].times.device_s == pytest.approx(spared)
     assert together["peft"] == apart["peft"] and together["frozen"] == apart["frozen"]
     assert together["ours"].memory.forward == apart["ours"].memory.forward
+
+
+#: Where those are chosen: the kernels of what is between are priced by the roofline.
+OF_MLPS = Workload(tokens=(4096,), device="a100", launch="graph")
+
+
+def test_mlps_are_in_the_step() -> None:
+    """In place of their group and down, and without what the model does between them, and what it keeps of it."""
+    architecture, batch = load_architecture("llama-13b"), Batch(2, 2048)
+    without = replace(architecture, gated=())  # nobody says what is between
+    together, apart = (estimate(one, 16, OF_MLPS, batch) for one in (architecture, without))
+    chosen, others = (
+        {site.name: (site, decision) for site, decision in decide_groups_of_step(OF_MLPS, one, 16, 4096)}
+        for one in (architecture, without)
+    )
+    (mlp, whole), (_, pair) = chosen["mlp_5120x13824"], others["gate_up_5120x13824"]
+    assert chosen.keys() ^ others.keys() == {"mlp_5120x13824", "gate_up_5120x13824"}
+    lone = layers(architecture)
+    (down,) = (
+        decision
+        for site, decision in zip(lone, decide_step(OF_MLPS, lone, 16, 4096), strict=True)
+        if (site.in_features, site.out_features) == (13824, 5120)
+    )
+    spared = (
+        pair.chosen.cost.device_s
+        - sum(times.device_s for times in spares(pair.setting))
+        + down.chosen.cost.device_s
+        + sum(times.device_s for times in spares(whole.setting))
+        - whole.chosen.cost.device_s
+    )
+    assert apart["ours"].times.device_s - together["ours"].times.device_s == pytest.approx(mlp.count * spared)
+    assert spared > 0 and together["peft"] == apart["peft"] and together["frozen"] == apart["frozen"]
+    # Neither silu(gate) nor what it is multiplied to, which down read.
+    inner = 4096 * 13824 * 2
+    assert keeps(down).input and keeps(pair).input and keeps(whole).input
+    own = keeps(pair).own_bytes + keeps(down).own_bytes - keeps(whole).own_bytes
+    assert apart["ours"].memory.forward - together["ours"].memory.forward == mlp.count * (2 * inner + own)
+
+
+def test_what_an_mlp_gains() -> None:
+    """Times and bytes of all linears, where those of MLPs are computed together."""
+    architecture = load_architecture("llama-13b")
+    lone = layers(architecture)
+    decisions = decide_step(OF_MLPS, lone, 8, 4096)
+    grouped = decide_groups_of_step(OF_MLPS, architecture, 8, 4096)
+    found = gain(architecture, lone, decisions, rest_of_step(OF_MLPS, lone, 8, 4096), grouped)
+    by_shape = {(site.in_features, site.out_features): d for site, d in zip(lone, decisions, strict=True)}
+    alone = by_shape[5120, 5120]
+    (_, qkv), (_, mlp) = grouped
+    device_s = alone.chosen.cost.device_s + sum(
+        decision.chosen.cost.device_s - sum(times.device_s for times in spares(decision.setting))
+        for decision in (qkv, mlp)
+    )
+    assert found.ours.times.device_s == pytest.approx(40 * device_s)
+    own = sum(keeps(decision).own_bytes for decision in (alone, qkv, mlp))
+    # What q, k and v read, what o reads, what gate and up read: of what down reads nothing is kept.
+    assert found.ours.kept_bytes == 40 * (own + 3 * 4096 * 5120 * 2)
+    kept = {str(symbol) for symbol in mlp.chosen.program.kept}
+    assert {"Y_gate", "Y_up"} <= kept and "X_down" not in kept, "the model keeps what gate and up make anyway"
+    assert keeps(mlp).own_bytes == sum(
+        mlp.setting.bytes_of(mlp.setting.derivation[name]) for name in kept - {"Y_gate", "Y_up"}
+    )
 
 
 def test_under_cuda_graphs_the_host_does_not_count() -> None:

@@ -1,4 +1,4 @@
-"""Kernels of experts by themselves, beside what torch computes of rows: without a site and its functions."""
+"""Kernels of experts, and of what is between the linears of an MLP, by themselves, beside what torch computes of rows: without a site and its functions."""
 
 from __future__ import annotations
 
@@ -63,6 +63,7 @@ def kernels_alone(
         kernels_note=(),
         helpers=frozenset[str]().union(*(KERNELS[name].helpers for name in names)),
         activations=[ACTIVATIONS[name] for name in activations],
+        between=[ACTIVATIONS[name] for name in activations if ACTIVATIONS[name].of_mlps],
         tiles=[(key, tuple(constants.items())) for key, constants in tables.items()],
         small_tiles=(),
         tiles_note=(),

@@ -99,6 +99,7 @@ def launch_all(kernels: Any, dtype: torch.dtype) -> None:
         kernels._launch_x_at_dropped(X, A, 0.5, seed, 0.1, "S seeded")
         kernels._launch_dx_da(S, A, X, dY, W, seed, 0.1, dtype, "dA, dX seeded")
     launch_experts(kernels, dtype)
+    launch_mlps(kernels, dtype)
     for ranks in RANKS_OF_GROUPS:
         As, Ss, half = [draw(rank, FEATURES) for rank in ranks], [draw(TOKENS, rank) for rank in ranks], [0.5] * 3
         kernels._launch_x_ats(X, As, half, "S_q, S_k, S_v")
@@ -142,6 +143,20 @@ def launch_experts(kernels: Any, dtype: torch.dtype) -> None:
         given, dtypes, key = (dX, g, U, dX[:TOKENS], None, S, B, S, 0.5), (dtype, dtype), "rows dA, dU, dg, PU, dBU"
         kernels._launch_experts_activate_backward(*given, *dtypes, *rest, key)
         kernels._launch_experts_activate_backward_dropped(*given, *mask, *dtypes, *rest, f"{key} seeded")
+
+
+def launch_mlps(kernels: Any, dtype: torch.dtype) -> None:
+    """The same of what is between the linears of an MLP: ranks of down, of gate and of up."""
+    gate = torch.zeros(TOKENS, FEATURES, dtype=dtype)
+    for rank in RANKS:
+        A = torch.zeros(rank, FEATURES, dtype=dtype)
+        kernels._launch_mlp_activate(gate, gate, A, 0.5, ACTIVATION, "X_down, S_down")
+    for down, *others in RANKS_OF_GROUPS:
+        P, *Ss = (torch.zeros(TOKENS, rank, dtype=dtype) for rank in (down, *others))
+        Bs = [torch.zeros(FEATURES, rank, dtype=dtype) for rank in others]
+        key = "dA_down, dY_gate, dY_up, P_gate, P_up, dB_gate, dB_up"
+        given = (gate, gate, gate, P, Bs, Ss, (0.5, 0.5))
+        kernels._launch_mlp_activate_backward(*given, (dtype,) * 3, ACTIVATION, key)
 
 
 def records(

@@ -43,7 +43,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     place = tmp_path_factory.mktemp("groups")
     with pytest.MonkeyPatch.context() as patch:
         # Whatever their price is.
-        patch.setattr(grouped, "_one_by_one", lambda group, by_shape, setting: Times(1.0, 1.0))
+        patch.setattr(grouped, "_apart", lambda group, by_shape: Times(1.0, 1.0))
+        patch.setattr(grouped, "_mlps", lambda workload, architecture: ())
         for layout in LAYOUTS:
             out = place / f"in_{layout}"
             made = build_package(load_architecture("llama-9m"), 4, WORKLOAD, out=out, layout=layout)

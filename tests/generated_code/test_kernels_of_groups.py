@@ -17,6 +17,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from runlora_gen.algebra.derivation import Derivation
 from runlora_gen.algebra.group import group
+from runlora_gen.algebra.mlp import LINEARS as MLP_LINEARS
 from runlora_gen.algebra.operations import Fused
 from runlora_gen.cost.device import load_device
 from runlora_gen.cost.setting import DTYPES, Setting
@@ -63,7 +64,8 @@ def alone(folder: Path, operations_of: Mapping[Derivation, Sequence[Fused]], *, 
     """These kernels, with the table's tiles, as a folder has them for its modules."""
     half = DTYPES["fp16"]
     further = {**dict.fromkeys(("O_q", "O_k", "O_v"), 64), **dict.fromkeys(("R_q", "R_k", "R_v"), 8)}
-    further |= {"E": 8, "N": 2048, "F": 128, "RU": 8}
+    further |= {"E": 8, "N": 2048, "F": 128, "RU": 8, "I_down": 64}
+    further |= {f"{index}_{linear}": size for linear in MLP_LINEARS for index, size in (("O", 64), ("R", 8))}
     calls = tuple(
         # Experts make symbols of the same names.
         KernelCall(
@@ -93,6 +95,8 @@ def alone(folder: Path, operations_of: Mapping[Derivation, Sequence[Fused]], *, 
         linears=LINEARS,
         lone=True,
         groups=True,
+        of_groups=True,
+        mlps=False,
         experts="routing" in files,
         activations=tuple(ACTIVATIONS.values()) if "routing" in files else (),
         handing=False,

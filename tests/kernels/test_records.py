@@ -74,12 +74,17 @@ def test_every_template_renders(name: str) -> None:
         at = arguments.index("routing")
         assert taken[at : at + len(ROUTING)] == [*ROUTING]
         taken[at : at + len(ROUTING)] = ["routing"]
+    if "dtypes" in arguments:  # an operator takes each by itself
+        at, count = arguments.index("dtypes"), sum(argument.endswith("dtype") for argument in taken)
+        assert all(argument.endswith("dtype") for argument in taken[at : at + count])
+        taken[at : at + count] = ["dtypes"]
     assert taken == [*arguments[:-1], "*", "tiles"] and arguments[-1] == "tiles"
     # A kernel of several linears may be called with a dtype for each, and give all the same. One that is told what is
     # needed gets nothing to read for the rest.
     wrapper = functions[f"_{name}"].args
     called = [argument.arg for argument in wrapper.args]
-    given = ["dtype" if argument == "dtypes" else argument for argument in called if argument != "needs"]
+    alike = "dtypes" if "dtypes" in arguments else "dtype"
+    given = [alike if argument == "dtypes" else argument for argument in called if argument != "needs"]
     given += [argument.arg for argument in wrapper.kwonlyargs if argument.arg != "tiles"]
     if name in TAKEN:
         assert sorted(part for arg in given for part in TAKEN[name].get(arg, (arg,))) == sorted(arguments[:-1])
@@ -179,10 +184,12 @@ def test_what_a_launch_makes_of_constants(name: str, tokens: int, rank: int, row
         assert at["BT"] == max(16, rows * 16 // block_rank(rank))
     elif name.removesuffix("_dropped") == "experts_activate":  # where a tile of A has many rows, it has fewer columns
         assert 16 <= at["BI"] <= rows and at["BI"] * block_rank(rank) <= max(rows * 64, 16 * block_rank(rank))
-    elif (
-        name.removesuffix("_dropped") == "experts_activate_backward"
-    ):  # as many elements of the sums at any rank, if there are that many columns
-        assert at["BI"] == min(rows, 4096 // block_rank(rank)) and at["WARPS"] <= 8
+    elif name == "mlp_activate":  # likewise
+        assert 16 <= at["BI"] <= rows and at["BI"] * block_rank(rank) <= max(rows * 64, 16 * block_rank(rank))
+    elif name.removesuffix("_dropped") in ("experts_activate_backward", "mlp_activate_backward"):
+        # As many elements of the sums at any rank, if there are that many columns.
+        held = 8192 if name.startswith("mlp") else 4096
+        assert at["BI"] == min(rows, held // block_rank(rank)) and at["WARPS"] <= 8
     else:
         assert 64 <= at["BT"] <= 512
 

@@ -20,6 +20,7 @@ from runlora_gen.algebra.experts import (
 )
 from runlora_gen.algebra.group import group as group_of
 from runlora_gen.algebra.linear import DROPPED, FLOAT8, FLOAT8_DROPPED, LINEAR, QUANTIZED, SCALED, SCALED_DROPPED
+from runlora_gen.algebra.mlp import MLP
 from runlora_gen.algebra.operations import Draw, Fused, dimensions
 from runlora_gen.algebra.sites import DERIVATIONS
 from runlora_gen.algebra.work import work
@@ -51,6 +52,12 @@ ROUTED = {
     for operation in operations_of(site)
     if isinstance(operation, Fused)
 }
+#: What an MLP has beside its linears' and a group's.
+BETWEEN = {
+    operation.kernel: operation
+    for operation in operations_of(MLP)
+    if isinstance(operation, Fused) and "activate" in str(operation)
+}
 
 
 def test_every_folder_is_a_kernel_with_all_its_files() -> None:
@@ -64,17 +71,19 @@ def test_every_folder_is_a_kernel_with_all_its_files() -> None:
 
 def test_every_kernel_is_of_a_site() -> None:
     alone = FUSED.keys() | DECODING.keys() | operations(("q", "k")).keys() | DROPPING.keys()
-    assert alone | ROUTED.keys() == KERNELS.keys() and alone.isdisjoint(ROUTED)
+    assert alone | ROUTED.keys() | BETWEEN.keys() == KERNELS.keys()
+    assert alone.isdisjoint(ROUTED) and BETWEEN.keys().isdisjoint({*alone, *ROUTED})
+    assert BETWEEN.keys() == {"mlp_activate", "mlp_activate_backward"}
     assert OF_TABLES.keys() - FUSED.keys() == {"dequantize", "dequantize_merged"}
     assert OF_NUMBERS.keys() - FUSED.keys() == {"rescale", "rescale_merged"}
     assert OF_FLOAT8.keys() - FUSED.keys() - OF_NUMBERS.keys() == {n for n, kernel in KERNELS.items() if kernel.float8}
     assert OF_NUMBERS.keys() <= OF_FLOAT8.keys(), "what does not multiply float8 makes the weight"
     for name, kernel in KERNELS.items():
-        if name not in FUSED and name not in DECODING and name not in ROUTED:
+        if not any(name in some for some in (FUSED, DECODING, ROUTED, BETWEEN)):
             assert kernel.priced_as in FUSED and not kernel.replaces, "of several linears, or of what is left of X"
             continue
         rows = (*LINEAR.operations, *QUANTIZED.operations, *SCALED.operations, *FLOAT8.operations)
-        rows += tuple(operation for site in OF_EXPERTS for operation in site.operations)
+        rows += tuple(operation for site in (*OF_EXPERTS, MLP) for operation in site.operations)
         in_rows = any(isinstance(op, Fused) and op.kernel == name for op in rows)
         assert in_rows != bool(kernel.replaces), "of several products, in a row, or in the place of a single one"
 
@@ -190,6 +199,29 @@ def test_calls_of_experts() -> None:
         "BU = cast(lora_BU)": "BU = lora_BU.to(dY.dtype)",
     }.items():
         assert line(ACTIVATED.parse(formula)) == expected
+
+
+def test_calls_of_mlps() -> None:
+    """Those of a group of gate and up, those of down, and what is between: the gradient comes first, then gate and up."""
+    assert calls_of(MLP) - calls_of(group_of(("gate", "up"))) == {
+        "X_down, S_down = _mlp_activate(Y_gate, Y_up, A_down, scaling_down, ACTIVATION, "
+        'tiles="X_down, S_down")',
+        "dA_down, dY_gate, dY_up, P_gate, P_up, dB_gate, dB_up = _mlp_activate_backward(dX_down, Y_gate, Y_up, P_down, "
+        "(B_gate, B_up), (S_gate, S_up), (scaling_gate, scaling_up), (A_down_dtype, B_gate_dtype, B_up_dtype), "
+        "(need_dA_down, need_dY_gate, need_dY_up, need_P_gate, need_P_up, need_dB_gate, need_dB_up), ACTIVATION, "
+        'tiles="dA_down, dY_gate, dY_up, P_gate, P_up, dB_gate, dB_up")',
+        'Y_down = _fused_gemm(X_down, W_down, S_down, B_down, b_down, tiles="Y_down")',
+        'dX_down = _fused_gemm(dY_down, W_down.t(), P_down, A_down.t(), None, tiles="dX_down")',
+        'P_down, dB_down = _p_db(dY_down, B_down, S_down, scaling_down, B_down_dtype, tiles="P_down, dB_down")',
+        'S_down = _x_at(X_down, A_down, scaling_down, tiles="S_down")',
+        'dA_down = _pt_x(P_down, X_down, A_down_dtype, tiles="dA_down")',
+    }
+    for formula, expected in {
+        "X_down = activate(Y_gate, Y_up)": "X_down = _gated(Y_gate, Y_up, ACTIVATION)",
+        "dY_gate = gate_gradient(dX_down, Y_gate, Y_up)": "dY_gate = _gate_gradient(dX_down, Y_gate, Y_up, ACTIVATION)",
+        "dY_up = up_gradient(dX_down, Y_gate, Y_up)": "dY_up = _up_gradient(dX_down, Y_gate, Y_up, ACTIVATION)",
+    }.items():
+        assert line(MLP.parse(formula)) == expected
 
 
 def test_calls_of_experts_that_drop() -> None:

@@ -17,7 +17,7 @@ from functools import partial
 from typing import TypeAlias
 
 from .derivation import NO_FACTS, Derivation, Facts, Way
-from .enumerate import given_to_backward, rows_that_hold
+from .enumerate import given_to_backward, rows_of_backward, rows_that_hold
 from .operations import Symbol
 
 #: A symbol, or a ticket to read one, in the forward or in the backward.
@@ -46,9 +46,9 @@ def count_programs(
         return sum(1 << numbers.setdefault(node, len(numbers)) for node in dict.fromkeys(nodes))
 
     options = []
-    for backward, way in itertools.product((False, True), serving):
-        if way.saved and not backward:
-            continue
+    computing = [way for way in serving if not way.saved]
+    phases = ((False, computing), (True, rows_of_backward(derivation, serving)))
+    for backward, way in ((backward, way) for backward, ways in phases for way in ways):
         makes = bits((backward, target) for target in way.targets)
         if way.saved:
             options.append(_Option(makes, bits((False, target) for target in way.targets)))

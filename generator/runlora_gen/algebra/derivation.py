@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TypeAlias
 
 from ..request.bases import Form
-from .operations import Convert, Fused, Operation, Symbol, parse
+from .operations import Convert, Fused, Operation, Symbol, biases, parse
 
 #: The name of the ways that take what the forward saved, in place of computing it.
 SAVED = "saved"
@@ -244,15 +244,22 @@ class Derivation:
 
     @cached_property
     def possible_inputs(self) -> tuple[Symbol, ...]:
-        """What a forward may start from, whatever holds."""
-        return tuple(symbol for _, symbol in self._given)
+        """What a backward may read of what a forward is given, whatever holds: biases, too, of what it makes again."""
+        added = {bias for operation in self.operations for bias in biases(operation)}
+        return tuple(symbol for _, symbol in self._arguments_in(self._read | added))
 
     @cached_property
     def _given(self) -> tuple[tuple[Argument, Symbol], ...]:
         """Arguments with the symbols that products read of them; a bias is optional, and none."""
-        read = {symbol for operation in self.operations for symbol in operation.reads}
+        return self._arguments_in(self._read)
+
+    @cached_property
+    def _read(self) -> frozenset[Symbol]:
+        return frozenset(symbol for operation in self.operations for symbol in operation.reads)
+
+    def _arguments_in(self, symbols: frozenset[Symbol]) -> tuple[tuple[Argument, Symbol], ...]:
         pairs = ((argument, self.symbols.get(argument.name)) for argument in self.arguments)
-        return tuple((argument, symbol) for argument, symbol in pairs if symbol is not None and symbol in read)
+        return tuple((argument, symbol) for argument, symbol in pairs if symbol is not None and symbol in symbols)
 
     def rows(self, serves: Callable[[Fused], bool]) -> tuple[Way, ...]:
         """The rows that are candidates, by whether the kernels serve that compute several products."""

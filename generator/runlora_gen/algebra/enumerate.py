@@ -245,7 +245,7 @@ def iterate_programs(
     computing = [way for way in serving if not way.saved]
     wanted = tuple(derivation[goal] for goal in goals)
     given = given_to_backward(derivation, facts)
-    for backward in enumerate_phases(derivation, wanted, given, _of_backward(derivation, serving)):
+    for backward in enumerate_phases(derivation, wanted, given, rows_of_backward(derivation, serving)):
         given = derivation.inputs(facts)
         for forward in enumerate_phases(derivation, derivation.outputs, given, computing, keeps=backward.saved):
             yield pair(forward, backward)
@@ -284,7 +284,7 @@ def enumerate_backwards(
     """Every way to compute the wanted gradients, also from what a forward can keep."""
     given = given_to_backward(derivation, facts)
     wanted = tuple(derivation[goal] for goal in goals)
-    serving = _of_backward(derivation, rows_that_hold(derivation, table, facts))
+    serving = rows_of_backward(derivation, rows_that_hold(derivation, table, facts))
     return tuple(enumerate_phases(derivation, wanted, given, serving))
 
 
@@ -306,7 +306,7 @@ def given_to_backward(derivation: Derivation, facts: Facts) -> tuple[Symbol, ...
     return (*derivation.inputs(facts, again=True), *derivation.output_gradients)
 
 
-def _of_backward(derivation: Derivation, table: Sequence[Way]) -> list[Way]:
+def rows_of_backward(derivation: Derivation, table: Sequence[Way]) -> list[Way]:
     """The rows that a backward has: what is always kept it takes."""
     return [way for way in table if way.saved or derivation.kept.isdisjoint(way.targets)]
 

@@ -41,8 +41,8 @@ _LEFT_OUT_DROPPED = frozenset(
         *((target, "seeded") for target in ("S_gate S_up", "S_down", "dX_down dA_down")),
     }
 )
-#: What all linears come to in the same way.
-_ALIKE = frozenset({"A", "B", "W", "K", "seed"})
+#: What all linears come to in the same way; not to adapters that are cast: without dX a backward reads A of down alone.
+_ALIKE = frozenset({"W", "K", "seed"})
 #: Ways by what they take, as names of programs have many of them: torch's products, or a kernel.
 _TORCH, _FUSED = "torch", "fused"
 _BRIEFLY = dict.fromkeys(("base_first", "lowrank_first", "x_at", "pt_x", "dyt_s", "dy_b", "p_a", "drop"), _TORCH)
@@ -125,8 +125,7 @@ def _rows(lone: Derivation, dropout: bool) -> Iterator[Row]:
     yield row(
         "X_down S_down",
         name or _FUSED,
-        f"mlp_activate{mark}: X_down = activate(Y_gate, Y_up); {dropped}"
-        f"S_down = s_down * {adapted} @ A_down.T",
+        f"mlp_activate{mark}: X_down = activate(Y_gate, Y_up); {dropped}" f"S_down = s_down * {adapted} @ A_down.T",
     )
     yield row(
         "dA_down dY_gate dY_up P_gate P_up dB_gate dB_up",

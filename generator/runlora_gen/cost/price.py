@@ -135,8 +135,9 @@ def _base_times(setting: Setting, wanted: Collection[str], *, backward: bool = F
     ``backward``: what the forward made is there, but for weights that are made of codes.
     """
     derivation, needed, costs = setting.derivation, set(wanted), []
-    made = [str(operation.outputs[0]) for operation in derivation.base]
-    there = made[: made.index(str(derivation.outputs[-1])) + 1] if backward else []
+    made, outputs = [str(operation.outputs[0]) for operation in derivation.base], set(map(str, derivation.outputs))
+    # What is handed over to another site is of adapters, and not among these.
+    there = made[: max(at for at, name in enumerate(made, start=1) if name in outputs)] if backward else []
     for operation in reversed(derivation.base):
         if operation.outputs[0].name in needed:
             if operation.outputs[0].name in there and not isinstance(operation, Convert):

@@ -1,0 +1,302 @@
+"""The kernels of what is between the linears of an MLP against float64, by themselves.
+
+As those of experts: without a GPU in Triton's interpreter, with small tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import example, given
+from hypothesis import strategies as st
+from runlora_gen.request.activations import ACTIVATIONS
+from torch import Tensor
+
+from .alone import kernels_alone
+from .test_kernels import Launches, Spy, check, draw, poison, property_test
+
+pytest.importorskip("triton", minversion="3.4")
+
+__all__ = ["poison"]
+
+GPU = torch.cuda.is_available()
+HALF = torch.bfloat16 if GPU else torch.float16
+DTYPES = [torch.float32, HALF]
+NAMES = ("mlp_activate", "mlp_activate_backward")
+BETWEEN = [name for name, activation in ACTIVATIONS.items() if activation.of_mlps]
+#: Small chunks, so that there are several; few columns a program, so that there are parts to add up.
+TILES = {
+    "forward": {"BT": 16, "BI": 32, "WARPS": 4, "STAGES": 2},
+    "backward": {"BT": 16, "BI": 32, "CHUNK": 32, "WARPS": 4, "STAGES": 2},
+}
+#: Of all ranks that there are: one, odd, of a tile, above one.
+ranks = st.sampled_from([1, 3, 5, 16, 40])
+sizes = st.integers(1, 100)
+layouts = st.sampled_from(["contiguous", "aligned", "padded"])
+RESULTS = ("dA", "dgate", "dup", "P gate", "P up", "dB gate", "dB up")
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    return kernels_alone(tmp_path_factory.mktemp("alone") / "mlps_alone.py", NAMES, BETWEEN, tiles=TILES)
+
+
+@pytest.fixture
+def launches(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Launches:
+    noted = Launches()
+    monkeypatch.setattr(kernels, "_PLANS", {})
+    for name, value in list(vars(kernels).items()):
+        if name.endswith("_kernel"):
+            monkeypatch.setattr(kernels, name, Spy(name[1:].removesuffix("_kernel"), value, noted))
+    return noted
+
+
+@pytest.fixture
+def resize(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    def set_to(count: int) -> None:
+        monkeypatch.setattr(kernels, "_multiprocessors", lambda device: count)
+        kernels._PLANS.clear()
+
+    return set_to
+
+
+def plain(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """What torch's own functions make, as models have them."""
+    match activation:
+        case "silu_gated":
+            return F.silu(gate) * up
+        case "gelu_gated":
+            return F.gelu(gate) * up
+        case "gelu_tanh_gated":
+            return F.gelu(gate, approximate="tanh") * up
+    raise AssertionError(activation)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Operands of both kernels; ``R``: of down, of gate and of up."""
+
+    T: int = 70
+    I: int = 45  # noqa: E741
+    R: tuple[int, int, int] = (5, 3, 16)
+    activation: str = "silu_gated"
+    layout: str = "padded"
+    seed: int = 0
+
+    def operands(self, dtype: torch.dtype) -> dict[str, Any]:
+        def of(place: int, rows: int, columns: int) -> Tensor:
+            return draw(self.seed + place, rows, columns, dtype, self.layout)
+
+        down, *others = self.R
+        return {
+            "gradient": of(0, self.T, self.I),
+            "gate": of(1, self.T, self.I),
+            "up": of(2, self.T, self.I),
+            "P": of(3, self.T, down),
+            "B": [of(4 + at, self.I, rank) for at, rank in enumerate(others)],
+            "S": [of(6 + at, self.T, rank) for at, rank in enumerate(others)],
+            "A": of(8, down, self.I),
+        }
+
+
+SCALINGS = (0.75, -2.0)
+
+
+def backward(kernels: ModuleType, problem: Problem, of: dict[str, Any], **options: Any) -> tuple[Any, ...]:
+    """All results, or those that are needed, of the wrapper that is emitted."""
+    result = options.get("result", of["gate"].dtype)
+    needs = options.get("needs", (True,) * 7)
+    names = ("gradient", "gate", "up", "P", "B", "S")
+    given = (*(of[name] for name in names), SCALINGS, (result,) * 3, needs, problem.activation)
+    found: tuple[Any, ...] = kernels._mlp_activate_backward(*given, tiles="backward")
+    return found
+
+
+def expected(problem: Problem, of: dict[str, Any], *, rounded: torch.dtype | None = None) -> list[Tensor]:
+    """In the operands' dtype; ``rounded``: what is made on the way is, as where it is written."""
+
+    def kept(value: Tensor) -> Tensor:
+        return value if rounded is None else value.to(rounded).to(value.dtype)
+
+    gate, up = (of[name].detach().requires_grad_() for name in ("gate", "up"))
+    X = plain(gate, up, problem.activation)
+    dgate, dup = map(kept, torch.autograd.grad(X, (gate, up), of["gradient"]))
+    both = (dgate, dup)
+    down = [scale * dy @ b for scale, dy, b in zip(SCALINGS, both, of["B"], strict=True)]
+    return [of["P"].t() @ kept(X.detach()), *both, *down, *(dy.t() @ s for dy, s in zip(both, of["S"], strict=True))]
+
+
+def doubles(of: dict[str, Any]) -> dict[str, Any]:
+    return {name: [t.double() for t in value] if isinstance(value, list) else value.double() for name, value in of.items()}
+
+
+def magnitudes(problem: Problem, of: dict[str, Any]) -> list[Tensor]:
+    """Of the sums: products of absolute values."""
+    wide = doubles(of)
+    dA, dgate, dup, *_ = expected(problem, wide)
+    X = plain(wide["gate"], wide["up"], problem.activation).abs()
+    both = (dgate.abs(), dup.abs())
+    down = [abs(scale) * dy @ b.abs() for scale, dy, b in zip(SCALINGS, both, wide["B"], strict=True)]
+    return [wide["P"].abs().t() @ X, *both, *down, *(dy.t() @ s.abs() for dy, s in zip(both, wide["S"], strict=True))]
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mlp_activate(
+    kernels: ModuleType, launches: Launches, resize: Callable[[int], None], dtype: torch.dtype
+) -> None:
+    @property_test
+    @example(T=33, I=300, R=40, machine=132, activation="silu_gated", layout="padded", seed=0)
+    @example(T=70, I=45, R=3, machine=1, activation="gelu_gated", layout="contiguous", seed=0)
+    @example(T=17, I=65, R=16, machine=4, activation="gelu_tanh_gated", layout="aligned", seed=0)
+    @given(
+        T=sizes,
+        I=st.integers(1, 200),
+        R=ranks,
+        machine=st.sampled_from([1, 4, 132]),
+        activation=st.sampled_from(BETWEEN),
+        layout=layouts,
+        seed=st.integers(0, 100),
+    )
+    def run(T: int, I: int, R: int, machine: int, activation: str, layout: str, seed: int) -> None:  # noqa: E741
+        resize(machine)
+        problem = Problem(T, I, (R, 1, 1), activation, layout, seed)
+        of = problem.operands(dtype)
+        given = (of["gate"], of["up"], of["A"], 0.75, activation)
+        X, S = kernels._mlp_activate(*given, tiles="forward")
+        again = kernels._mlp_activate(*given, tiles="forward")
+        assert torch.equal(X, again[0]) and torch.equal(S, again[1]) and X.is_contiguous()
+        wide = doubles(of)
+        made = plain(wide["gate"], wide["up"], activation)
+        check(X, plain(of["gate"], of["up"], activation), made, made.abs())
+        # What is multiplied is what is written.
+        x, a = X.double(), wide["A"]
+        check(S, 0.75 * X @ of["A"].t(), 0.75 * x @ a.t(), 0.75 * x.abs() @ a.abs().t())
+
+    run()
+    assert launches.paths("mlp_activate", "WHOLE") == {(True,), (False,)}
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mlp_activate_backward(
+    kernels: ModuleType, launches: Launches, resize: Callable[[int], None], dtype: torch.dtype
+) -> None:
+    """Of ranks of their own, of rows in several chunks, of columns in several programs; in both dtypes of adapters."""
+
+    @property_test
+    @example(T=70, I=45, R=(5, 3, 16), activation="silu_gated", layout="padded", wide=True, seed=0)
+    @example(T=97, I=33, R=(40, 16, 3), activation="gelu_gated", layout="aligned", wide=False, seed=0)
+    @example(T=20, I=17, R=(3, 40, 5), activation="gelu_tanh_gated", layout="contiguous", wide=True, seed=0)
+    @example(T=33, I=100, R=(16, 5, 40), activation="silu_gated", layout="padded", wide=False, seed=1)
+    @given(
+        T=sizes,
+        I=sizes,
+        R=st.tuples(ranks, ranks, ranks),
+        activation=st.sampled_from(BETWEEN),
+        layout=layouts,
+        wide=st.booleans(),
+        seed=st.integers(0, 100),
+    )
+    def run(
+        T: int,
+        I: int,  # noqa: E741
+        R: tuple[int, int, int],
+        activation: str,
+        layout: str,
+        wide: bool,
+        seed: int,
+    ) -> None:
+        resize(132)
+        problem = Problem(T, I, R, activation, layout, seed)
+        of = problem.operands(dtype)
+        result = torch.float32 if wide else dtype
+        found = backward(kernels, problem, of, result=result)
+        again = backward(kernels, problem, of, result=result)
+        exact, magnitude = expected(problem, doubles(of)), magnitudes(problem, of)
+        # What torch makes of the same, rounded where it writes.
+        halves = {name: [t.float() for t in v] if isinstance(v, list) else v.float() for name, v in of.items()}
+        usual = expected(problem, halves, rounded=dtype)
+        for name, ours, same, torchs, right, most in zip(RESULTS, found, again, usual, exact, magnitude, strict=True):
+            own = result if name.startswith(("dA", "dB")) else dtype
+            assert torch.equal(ours, same), name
+            if ours.dtype == torch.float32 and dtype == HALF:
+                # Sums of what was rounded once: by its ulp, not by that of float32.
+                error = (ours.double() - right).abs().max()
+                assert ours.dtype == own and error <= 4 * torch.finfo(dtype).eps * most.max(), name
+            else:
+                check(ours, torchs.to(own), right, most)
+
+    run()
+    # Several programs and one; several chunks and one.
+    assert launches.paths("mlp_activate_backward", "P_WHOLE") == {(True,), (False,)}
+    assert {constants["CHUNK"] for name, constants in launches if name == "mlp_activate_backward"} == {32}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_the_backward_makes_is_of_what_it_writes(kernels: ModuleType, dtype: torch.dtype) -> None:
+    """P and dB of the gradients as they are rounded, dA of X as the forward wrote it."""
+    problem = Problem(40, 30, (5, 3, 16))
+    of = problem.operands(dtype)
+    dA, dgate, dup, *rest = backward(kernels, problem, of, result=torch.float32)
+    X, _ = kernels._mlp_activate(of["gate"], of["up"], of["A"], 1.0, problem.activation, tiles="forward")
+    expected_of = [of["P"].float().t() @ X.float()]
+    expected_of += [s * dy.float() @ b.float() for s, dy, b in zip(SCALINGS, (dgate, dup), of["B"], strict=True)]
+    expected_of += [dy.float().t() @ s.float() for dy, s in zip((dgate, dup), of["S"], strict=True)]
+    for made, right in zip((dA, *rest), expected_of, strict=True):
+        rounding = 1e-5 if made.dtype == torch.float32 else torch.finfo(dtype).eps
+        torch.testing.assert_close(made.float(), right, rtol=rounding, atol=1e-4)
+
+
+@pytest.mark.parametrize("place", range(7), ids=RESULTS)
+def test_what_is_wanted_alone_is_torch_s(kernels: ModuleType, launches: Launches, place: int) -> None:
+    """Whoever wants less kept less: nothing but that is computed, and what is missing is not looked at."""
+    problem = Problem()
+    of = problem.operands(torch.float32)
+    # What each of the results is made of.
+    reads = [{"P", "gate", "up"}, {"gradient", "gate", "up"}, {"gradient", "gate", "up"}]
+    needed = (*reads, *({"gradient", "gate", "up", "B"},) * 2, *({"gradient", "gate", "up", "S"},) * 2)[place]
+    lacking = {name: (value if name in needed else [None, None] if name in ("B", "S") else None) for name, value in of.items()}
+    needs = tuple(at == place for at in range(7))
+    found = backward(kernels, problem, lacking, needs=needs)
+    assert [made is not None for made in found[3:]] == list(needs[3:]) and (found[0] is not None) == needs[0]
+    right = expected(problem, doubles(of))[place]
+    torch.testing.assert_close(found[place].double(), right, rtol=1e-5, atol=1e-4)
+    assert launches.names == []
+
+
+@pytest.mark.parametrize("highest", [0, 1, 2])
+def test_above_the_largest_rank_torch_runs(kernels: ModuleType, launches: Launches, highest: int) -> None:
+    """Whichever of the three it is."""
+    R = tuple(65 if at == highest else 4 for at in range(3))
+    problem = Problem(R=(R[0], R[1], R[2]))
+    of = problem.operands(torch.float32)
+    found = backward(kernels, problem, of)
+    for made, right in zip(found, expected(problem, doubles(of)), strict=True):
+        torch.testing.assert_close(made.double(), right, rtol=1e-5, atol=1e-4)
+    assert launches.names == []
+    low = Problem(R=(64, 4, 4))
+    backward(kernels, low, low.operands(torch.float32))
+    assert "mlp_activate_backward" in launches.names
+
+
+@pytest.mark.parametrize(("rank", "runs"), [(128, True), (129, False)])
+def test_the_largest_rank_of_the_forward(kernels: ModuleType, launches: Launches, rank: int, runs: bool) -> None:
+    of = Problem(R=(rank, 1, 1)).operands(torch.float32)
+    X, S = kernels._mlp_activate(of["gate"], of["up"], of["A"], 0.5, "silu_gated", tiles="forward")
+    torch.testing.assert_close(S, 0.5 * X @ of["A"].t())
+    assert ("mlp_activate" in launches.names) is runs
+
+
+def test_an_activation_that_is_not_there_is_refused(kernels: ModuleType) -> None:
+    """By torch, where no kernel runs: a module holds its own alone."""
+    of = Problem().operands(torch.float64)
+    for call in (kernels._gated, lambda *given: kernels._gate_gradient(of["gradient"], *given)):
+        with pytest.raises(ValueError, match="no activation 'tanh' here"):
+            call(of["gate"], of["up"], "tanh")
