@@ -1,12 +1,12 @@
 """THE TABLE of a gated MLP: gate and up of one X, what is between, and down, in one autograd function.
 
-Y = X_down W_downᵀ + S_down B_downᵀ with X_down = activate(Y_gate, Y_up), that of gate and up being a group's. It follows
-from the tables of the group and of the lone linear: each symbol and row of these is there, down's with an X and a dX of
-its own. What is between then reads and writes nothing that the linears beside it do not as well:
+Y = X_down W_downᵀ + S_down B_downᵀ with X_down = activate(Y_gate, Y_up), that of gate and up being a group's. It
+follows from the tables of the group and of the lone linear: each symbol and row of these is there, down's with an X and
+a dX of its own. What is between then reads and writes nothing that the linears beside it do not as well:
 
 X_down is made where S_down is, and need not be kept: it is made again of Y_gate and Y_up, in registers, where the
-gradients of these are. In the same pass over dX_down, Y_gate and Y_up follow dA_down = P_downᵀ X_down, dY_gate and dY_up,
-and of these P and dB of gate and up. Y_gate and Y_up themselves are kept, or made again of X.
+gradients of these are. In the same pass over dX_down, Y_gate and Y_up follow dA_down = P_downᵀ X_down, dY_gate and
+dY_up, and of these P and dB of gate and up. Y_gate and Y_up themselves are kept, or made again of X.
 
 Orders of a sum that cost the same, and casts of adapters that are made again, are left out: there would be too many
 programs.
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from .derivation import SAVED, Derivation, Row, derive, row
+from .derivation import SAVED, Row, derive, row
 from .group import SHARED, argument_of, rows_of, symbols_of
 from .linear import LINEAR
 

@@ -25,8 +25,8 @@ from .vector import OperationCost
 #: Launches of what torch does in more than one. Where a weight is made of its codes, bitsandbytes' where the scales are
 #: quantized too: of the scales, of their offset, of the weight; torch's where the codes are numbers: of the product
 #: with the scales, and of its dtype. Between tokens and rows sorted by expert it takes indices, masks and sums. Of an
-#: activation it takes one for each operation, here of a gated SiLU in float32: conversions come on top in 16 bits. Where
-#: gate and up are matrices of their own it takes its own functions.
+#: activation it takes one for each operation, here of a gated SiLU in float32: conversions come on top in 16 bits.
+#: Where gate and up are matrices of their own it takes its own functions.
 LAUNCHES = {
     "dequantize": 3,
     "rescale": 2,

@@ -20,8 +20,8 @@ from ..request.architecture import Architecture, Projection, decoder_types
 from ..request.decoder import Decoder
 from ..request.errors import SpecError
 from ..request.experts import Experts, Stack, experts
-from ..request.mlps import Mlp
 from ..request.layers import layers
+from ..request.mlps import Mlp
 from ..request.workload import Workload
 from ..search.choose import Decision
 from ..search.grouped import Together, decide_groups_of_step

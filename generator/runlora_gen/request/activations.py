@@ -19,8 +19,8 @@ class Activation:
         name: as generated code and manifests call it.
         gated: whether U has two columns for each of X, gate and up; else one, gate.
         interleaved: whether these alternate; else the gates' half is the first one.
-        plain: X in torch's own functions: what proofs of generated code compare with, and what runs without kernels where
-            gate and up are matrices of their own.
+        plain: X in torch's own functions: what proofs of generated code compare with, and what runs without kernels
+            where gate and up are matrices of their own.
         plain_dgate, plain_dup: its gradients likewise, where that may be.
         transformers: what configs call the function of gate, as keys of Transformers' ``ACT2FN``.
         value: X.

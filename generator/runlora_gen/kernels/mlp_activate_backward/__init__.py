@@ -12,8 +12,8 @@ KERNEL = Kernel(
     launches=4,
     call="{between0}, {between1}, {between2}, {left0T}, {*right1}, {*right2}, {*scaling1}, ({dtypes}), ({needs}), "
     "ACTIVATION",
-    # On an H200 at 4096 tokens of 13824 features 265 µs, the others 310 to 500; at 16384 of 14336 and rank 16 within 5 %
-    # of the best of them (a trial).
+    # On an H200 at 4096 tokens of 13824 features 265 µs, the others 310 to 500; at 16384 of 14336 and rank 16 within
+    # 5 % of the best of them (a trial).
     tiles={"BT": 16, "BI": 128, "CHUNK": 1024, "WARPS": 2, "STAGES": 3},
     candidates=({"WARPS": 4}, {"BT": 32, "BI": 64}),
     # A higher rank takes the registers: three sums of BI x BR are held.
