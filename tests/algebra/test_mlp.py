@@ -175,10 +175,10 @@ def test_formulas_parse_back() -> None:
     [
         # Y of gate and up is kept or made again, and X_down is.
         (TORCH, 2 * 2),
-        # Of a forward S and Y of gate and up have two ways, S and Y of down too: 16. Where Y_gate and Y_up are made again
-        # they have two ways, kept one: 3. P and dB of down are one pass or not, dX of down has 2 ways, that of X, and dA
-        # of gate and up: 16. With that, all in one pass, or P and dB of gate and up likewise 2, X_down kept or made
-        # again: 5.
+        # Of a forward S and Y of gate and up have two ways, S and Y of down too: 16. Where Y_gate and Y_up are made
+        # again they have two ways, kept one: 3. P and dB of down are one pass or not, dX of down has 2 ways, that of X,
+        # and dA of gate and up: 16. With that all in one pass, or P and dB of gate and up likewise 2, X_down kept or
+        # made again: 5.
         (MLP.table, 16 * 3 * 16 * 5),
         (MLP.rows(partial(serves, dtype="bf16", rank=64)), 1152),
         # Above 64 neither what is in one pass over X or dY, nor all in one.
@@ -261,7 +261,8 @@ def test_what_is_in_one_pass() -> None:
     kernels = {op.kernel: str(op) for op in MLP.operations if isinstance(op, Fused) and op.kernel.startswith("mlp")}
     assert kernels == {
         "mlp_activate": "mlp_activate: X_down = activate(Y_gate, Y_up); S_down = s_down * X_down @ A_down.T",
-        "mlp_activate_backward": "mlp_activate_backward: X_down := activate(Y_gate, Y_up); dA_down = P_down.T @ X_down; "
+        "mlp_activate_backward": "mlp_activate_backward: X_down := activate(Y_gate, Y_up); "
+        "dA_down = P_down.T @ X_down; "
         "dY_gate = gate_gradient(dX_down, Y_gate, Y_up); dY_up = up_gradient(dX_down, Y_gate, Y_up); "
         "P_gate = s_gate * dY_gate @ B_gate; P_up = s_up * dY_up @ B_up; "
         "dB_gate = dY_gate.T @ S_gate; dB_up = dY_up.T @ S_up",

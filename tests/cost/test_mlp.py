@@ -46,7 +46,9 @@ def test_frozen_it_is_three_linears_and_what_is_between(input_grad: bool) -> Non
     def linear(*formulas: str) -> float:
         return sum(price_operation(MLP.parse(formula), setting).device_s for formula in formulas)
 
-    forward = linear("Y_gate = X @ W_gate.T + b_gate", "Y_up = X @ W_up.T + b_up", "Y_down = X_down @ W_down.T + b_down")
+    forward = linear(
+        "Y_gate = X @ W_gate.T + b_gate", "Y_up = X @ W_up.T + b_up", "Y_down = X_down @ W_down.T + b_down"
+    )
     forward += FORWARD * WIDE / device.bytes_per_s + 2 * device.launch_s
     assert price_frozen_forward(setting)[0] == pytest.approx(forward)
     # Without adapters nobody wants the gradients between, but for that of the input.
@@ -59,7 +61,7 @@ def test_frozen_it_is_three_linears_and_what_is_between(input_grad: bool) -> Non
 
 @pytest.mark.parametrize("device", ["a100", "cpu"])
 def test_what_the_model_does_between(device: str) -> None:
-    """act(gate), which it keeps, and the product with up; of the gradients dx · up, its own through act, dx · act(gate)."""
+    """act(gate), which it keeps, and its product with up; of gradients dx · up, that through act, dx · act(gate)."""
     setting = at(device)
     expected = {
         "X_down = activate(Y_gate, Y_up)": [2 * WIDE, 3 * WIDE],
@@ -117,7 +119,9 @@ def test_phases_add_up_and_what_is_saved_is_what_the_backward_reads() -> None:
         cost = price(program, setting)
         assert cost.saved_bytes == X + sum(kept[str(symbol)] for symbol in program.kept)
         assert set(saved_activations(program, setting.gradients)) == {MLP["X"], *program.kept}
-        products = [step for op in program.operations for step in getattr(op, "parts", (op,)) if isinstance(step, Contract)]
+        products = [
+            step for op in program.operations for step in getattr(op, "parts", (op,)) if isinstance(step, Contract)
+        ]
         assert cost.flops >= sum(2 * T * I * INNER for step in products if str(step.out) in ("Y_gate", "Y_up")) / 2
         assert cost.update_error == 0
 

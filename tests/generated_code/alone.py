@@ -1,4 +1,7 @@
-"""Kernels of experts, and of what is between the linears of an MLP, by themselves, beside what torch computes of rows: without a site and its functions."""
+"""Kernels of experts and of what is between an MLP's linears, by themselves: without a site and its functions.
+
+Beside them stands what torch computes of rows.
+"""
 
 from __future__ import annotations
 

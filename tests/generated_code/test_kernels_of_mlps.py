@@ -133,13 +133,15 @@ def expected(problem: Problem, of: dict[str, Any], *, rounded: torch.dtype | Non
 
 
 def doubles(of: dict[str, Any]) -> dict[str, Any]:
-    return {name: [t.double() for t in value] if isinstance(value, list) else value.double() for name, value in of.items()}
+    return {
+        name: [t.double() for t in value] if isinstance(value, list) else value.double() for name, value in of.items()
+    }
 
 
 def magnitudes(problem: Problem, of: dict[str, Any]) -> list[Tensor]:
     """Of the sums: products of absolute values."""
     wide = doubles(of)
-    dA, dgate, dup, *_ = expected(problem, wide)
+    _, dgate, dup, *_ = expected(problem, wide)
     X = plain(wide["gate"], wide["up"], problem.activation).abs()
     both = (dgate.abs(), dup.abs())
     down = [abs(scale) * dy @ b.abs() for scale, dy, b in zip(SCALINGS, both, wide["B"], strict=True)]
@@ -262,7 +264,9 @@ def test_what_is_wanted_alone_is_torch_s(kernels: ModuleType, launches: Launches
     # What each of the results is made of.
     reads = [{"P", "gate", "up"}, {"gradient", "gate", "up"}, {"gradient", "gate", "up"}]
     needed = (*reads, *({"gradient", "gate", "up", "B"},) * 2, *({"gradient", "gate", "up", "S"},) * 2)[place]
-    lacking = {name: (value if name in needed else [None, None] if name in ("B", "S") else None) for name, value in of.items()}
+    lacking = {
+        name: (value if name in needed else [None, None] if name in ("B", "S") else None) for name, value in of.items()
+    }
     needs = tuple(at == place for at in range(7))
     found = backward(kernels, problem, lacking, needs=needs)
     assert [made is not None for made in found[3:]] == list(needs[3:]) and (found[0] is not None) == needs[0]

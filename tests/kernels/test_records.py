@@ -182,9 +182,8 @@ def test_what_a_launch_makes_of_constants(name: str, tokens: int, rank: int, row
         assert at[constant] == eval(text, dict(scope))
     if name.startswith("experts_p_db"):  # as many elements of P at any rank, as far as tiles can be so low
         assert at["BT"] == max(16, rows * 16 // block_rank(rank))
-    elif name.removesuffix("_dropped") == "experts_activate":  # where a tile of A has many rows, it has fewer columns
-        assert 16 <= at["BI"] <= rows and at["BI"] * block_rank(rank) <= max(rows * 64, 16 * block_rank(rank))
-    elif name == "mlp_activate":  # likewise
+    elif name.removesuffix("_dropped") in ("experts_activate", "mlp_activate"):
+        # Where a tile of A has many rows, it has fewer columns.
         assert 16 <= at["BI"] <= rows and at["BI"] * block_rank(rank) <= max(rows * 64, 16 * block_rank(rank))
     elif name.removesuffix("_dropped") in ("experts_activate_backward", "mlp_activate_backward"):
         # As many elements of the sums at any rank, if there are that many columns.

@@ -202,10 +202,9 @@ def test_calls_of_experts() -> None:
 
 
 def test_calls_of_mlps() -> None:
-    """Those of a group of gate and up, those of down, and what is between: the gradient comes first, then gate and up."""
+    """Those of a group of gate and up, of down, and what is between, to which the gradient is given first."""
     assert calls_of(MLP) - calls_of(group_of(("gate", "up"))) == {
-        "X_down, S_down = _mlp_activate(Y_gate, Y_up, A_down, scaling_down, ACTIVATION, "
-        'tiles="X_down, S_down")',
+        "X_down, S_down = _mlp_activate(Y_gate, Y_up, A_down, scaling_down, ACTIVATION, " 'tiles="X_down, S_down")',
         "dA_down, dY_gate, dY_up, P_gate, P_up, dB_gate, dB_up = _mlp_activate_backward(dX_down, Y_gate, Y_up, P_down, "
         "(B_gate, B_up), (S_gate, S_up), (scaling_gate, scaling_up), (A_down_dtype, B_gate_dtype, B_up_dtype), "
         "(need_dA_down, need_dY_gate, need_dY_up, need_P_gate, need_P_up, need_dB_gate, need_dB_up), ACTIVATION, "
