@@ -19,7 +19,7 @@ from runlora_gen.algebra.linear import (
     SCALED_DROPPED,
     lone_linear,
 )
-from runlora_gen.algebra.mlp import MLP
+from runlora_gen.algebra.mlp import OF_MLPS
 from runlora_gen.algebra.operations import BITS, Convert, Fused, Operation
 from runlora_gen.algebra.sites import DERIVATIONS
 from runlora_gen.request.bases import BASES, Form
@@ -139,7 +139,7 @@ def test_sites_by_what_is_asked_for() -> None:
     assert lone_linear(base="codes") is QUANTIZED and lone_linear(dropout=True, base="codes") is QUANTIZED_DROPPED
     assert lone_linear(base="scaled") is SCALED and lone_linear(dropout=True, base="scaled") is SCALED_DROPPED
     assert lone_linear(base="float8") is FLOAT8 and lone_linear(dropout=True, base="float8") is FLOAT8_DROPPED
-    assert {LINEAR, DROPPED, *SITES, *OF_EXPERTS, MLP} == set(DERIVATIONS)
+    assert {LINEAR, DROPPED, *SITES, *OF_EXPERTS, *OF_MLPS} == set(DERIVATIONS)
     assert len({site.site for site in DERIVATIONS}) == len(DERIVATIONS)
 
 

@@ -14,7 +14,7 @@ from runlora_gen.algebra.experts import (
     GATHERED_DROPPED,
 )
 from runlora_gen.algebra.linear import DROPPED, FLOAT8, LINEAR, QUANTIZED
-from runlora_gen.algebra.mlp import MLP
+from runlora_gen.algebra.mlp import MLP, mlp
 from runlora_gen.algebra.operations import Map, Operation, Symbol, parse
 from runlora_gen.algebra.work import work
 from runlora_gen.kernels.sites import OPERATIONS, WORKS
@@ -233,8 +233,41 @@ OF_MLPS = {
         "TI,TO1,TO2->TO2 up_gradient; TO1,O1R2->TR2 scaled; TO2,O2R3->TR3 scaled; TO1,TR2->O1R2; TO2,TR3->O2R3"
     ),
 }
+#: And with dropout, where dV is dX_down without what the adapter adds to it.
+OF_DROPPED_MLPS = {
+    "x_ats_dropped: K_gate := draw(seed_gate); H_gate := drop(X, K_gate); S_gate = s_gate * H_gate @ A_gate.T; "
+    "K_up := draw(seed_up); H_up := drop(X, K_up); S_up = s_up * H_up @ A_up.T": (
+        "x_ats_dropped: ->TI draw inner; TI,TI->TI drop inner; TI,R1I->TR1 scaled; ->TI draw inner; "
+        "TI,TI->TI drop inner; TI,R2I->TR2 scaled"
+    ),
+    "dV_down = dY_down @ W_down": "TO,OI->TI",
+    "dX = drop(dH_gate, K_gate)": "TI,TI->TI drop",
+    "dX += drop(dH_up, K_up)": "TI,TI->TI drop accumulated",
+    "dx_das: K_gate := draw(seed_gate); K_up := draw(seed_up); H_gate := drop(X, K_gate); H_up := drop(X, K_up); "
+    "dA_gate = P_gate.T @ H_gate; dA_up = P_up.T @ H_up; dH_gate := P_gate @ A_gate; dH_up := P_up @ A_up; "
+    "dX = drop(dH_gate, K_gate); dX += drop(dH_up, K_up); dX += dY_gate @ W_gate; dX += dY_up @ W_up": (
+        "dx_das: ->TI draw inner; ->TI draw inner; TI,TI->TI drop inner; TI,TI->TI drop inner; TR1,TI->R1I; "
+        "TR2,TI->R2I; TR1,R1I->TI inner; TR2,R2I->TI inner; TI,TI->TI drop; TI,TI->TI drop accumulated; "
+        "TO1,O1I->TI accumulated; TO2,O2I->TI accumulated"
+    ),
+    "mlp_activate_dropped: X_down = activate(Y_gate, Y_up); K_down := draw(seed_down); "
+    "H_down := drop(X_down, K_down); S_down = s_down * H_down @ A_down.T": (
+        "mlp_activate_dropped: TO1,TO2->TI activate; ->TI draw inner; TI,TI->TI drop inner; TI,RI->TR scaled"
+    ),
+    "mlp_activate_backward_dropped: X_down := activate(Y_gate, Y_up); K_down := draw(seed_down); "
+    "H_down := drop(X_down, K_down); dA_down = P_down.T @ H_down; dH_down := P_down @ A_down; "
+    "dZ_down := drop(dH_down, K_down); dX_down := plus(dV_down, dZ_down); "
+    "dY_gate = gate_gradient(dX_down, Y_gate, Y_up); dY_up = up_gradient(dX_down, Y_gate, Y_up); "
+    "P_gate = s_gate * dY_gate @ B_gate; P_up = s_up * dY_up @ B_up; dB_gate = dY_gate.T @ S_gate; "
+    "dB_up = dY_up.T @ S_up": (
+        "mlp_activate_backward_dropped: TO1,TO2->TI activate inner; ->TI draw inner; TI,TI->TI drop inner; "
+        "TR1,TI->R1I; TR1,R1I->TI inner; TI,TI->TI drop inner; TI,TI->TI plus inner; "
+        "TI,TO1,TO2->TO1 gate_gradient; TI,TO1,TO2->TO2 up_gradient; TO1,O1R2->TR2 scaled; TO2,O2R3->TR3 scaled; "
+        "TO1,TR2->O1R2; TO2,TR3->O2R3"
+    ),
+}
 #: By site, what its symbols are called there.
-OF_SITES = {**OF_EXPERTS, MLP: OF_MLPS}
+OF_SITES = {**OF_EXPERTS, MLP: OF_MLPS, mlp(dropout=True): OF_DROPPED_MLPS}
 #: What has no size, and so no time.
 NO_SIZE = {"seed = draw(dropout)": "-> draw"}
 
@@ -249,7 +282,7 @@ def test_the_keys_that_profiles_hold() -> None:
 
 
 def same(first: Operation, second: Operation) -> bool:
-    """Whether they compute the same of matrices that are alike: M and D are alike W, H is alike X, dH alike dX.
+    """Whether they compute the same of matrices that are alike: M and D are alike W, H is alike X, dH and dV alike dX.
 
     So are rows of experts, whatever a site calls them, and the linears of an MLP; but no stack is alike a matrix.
     """
@@ -257,7 +290,7 @@ def same(first: Operation, second: Operation) -> bool:
     def plain(operation: Operation) -> tuple[str, int]:
         text = re.sub(r"_(gate|up|down)\b", "", str(operation))
         text = re.sub(r"\b[MD]\b(?! \+?=)", "W", text)
-        text = re.sub(r"\b(d?)H\b", r"\1X", text)
+        text = re.sub(r"\b(d?)[HV]\b", r"\1X", text)
         text = re.sub(r"\b(d?[XY]|[PS])[rug]\b", r"\1", text)
         if isinstance(operation, Map):  # of elements: X and dX are alike, S and P
             text = text.replace("dX", "X").replace("P", "S")

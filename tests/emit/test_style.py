@@ -171,7 +171,8 @@ def test_functions_are_formatted_as_in_the_whole() -> None:
     settings += [
         setting_of(each, stack, 4, 4096) for stack in stacks for each in (workload, replace(workload, dropout=0.1))
     ]
-    settings.append(setting_of(workload, Mlp(128, 128, 128, "silu_gated", False, 1, ()), 4, 4096))
+    mlp = Mlp(128, 128, 128, "silu_gated", False, 1, ())
+    settings += [setting_of(replace(workload, dropout=rate), mlp, 4, 4096) for rate in (0.0, 0.1)]
     calls = tuple(KernelCall(op, of) for of in settings for op in operations_of(of.derivation) if isinstance(op, Fused))
     node = replace(node, calls=calls, helpers=node.helpers | helpers, activations=tuple(ACTIVATIONS.values()))
     assert [kernel.name for kernel in node.kernels] == list(KERNELS)

@@ -187,8 +187,7 @@ def test_what_a_launch_makes_of_constants(name: str, tokens: int, rank: int, row
         assert 16 <= at["BI"] <= rows and at["BI"] * block_rank(rank) <= max(rows * 64, 16 * block_rank(rank))
     elif name.removesuffix("_dropped") in ("experts_activate_backward", "mlp_activate_backward"):
         # As many elements of the sums at any rank, if there are that many columns.
-        held = 8192 if name.startswith("mlp") else 4096
-        assert at["BI"] == min(rows, held // block_rank(rank)) and at["WARPS"] <= 8
+        assert at["BI"] == min(rows, 4096 // block_rank(rank)) and at["WARPS"] <= 8
     else:
         assert 64 <= at["BT"] <= 512
 

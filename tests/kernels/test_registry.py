@@ -20,7 +20,7 @@ from runlora_gen.algebra.experts import (
 )
 from runlora_gen.algebra.group import group as group_of
 from runlora_gen.algebra.linear import DROPPED, FLOAT8, FLOAT8_DROPPED, LINEAR, QUANTIZED, SCALED, SCALED_DROPPED
-from runlora_gen.algebra.mlp import MLP
+from runlora_gen.algebra.mlp import MLP, mlp
 from runlora_gen.algebra.operations import Draw, Fused, dimensions
 from runlora_gen.algebra.sites import DERIVATIONS
 from runlora_gen.algebra.work import work
@@ -55,7 +55,8 @@ ROUTED = {
 #: What an MLP has beside its linears' and a group's.
 BETWEEN = {
     operation.kernel: operation
-    for operation in operations_of(MLP)
+    for site in (MLP, mlp(dropout=True))
+    for operation in operations_of(site)
     if isinstance(operation, Fused) and "activate" in str(operation)
 }
 
@@ -73,7 +74,8 @@ def test_every_kernel_is_of_a_site() -> None:
     alone = FUSED.keys() | DECODING.keys() | operations(("q", "k")).keys() | DROPPING.keys()
     assert alone | ROUTED.keys() | BETWEEN.keys() == KERNELS.keys()
     assert alone.isdisjoint(ROUTED) and BETWEEN.keys().isdisjoint({*alone, *ROUTED})
-    assert BETWEEN.keys() == {"mlp_activate", "mlp_activate_backward"}
+    names = {"mlp_activate", "mlp_activate_backward"}
+    assert BETWEEN.keys() == {*names, *(f"{name}_dropped" for name in names)}
     assert OF_TABLES.keys() - FUSED.keys() == {"dequantize", "dequantize_merged"}
     assert OF_NUMBERS.keys() - FUSED.keys() == {"rescale", "rescale_merged"}
     assert OF_FLOAT8.keys() - FUSED.keys() - OF_NUMBERS.keys() == {n for n, kernel in KERNELS.items() if kernel.float8}
