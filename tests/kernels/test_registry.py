@@ -20,7 +20,7 @@ from runlora_gen.algebra.experts import (
 )
 from runlora_gen.algebra.group import group as group_of
 from runlora_gen.algebra.linear import DROPPED, FLOAT8, FLOAT8_DROPPED, LINEAR, QUANTIZED, SCALED, SCALED_DROPPED
-from runlora_gen.algebra.mlp import MLP, mlp
+from runlora_gen.algebra.mlp import MLP, OF_MLPS, mlp
 from runlora_gen.algebra.operations import Draw, Fused, dimensions
 from runlora_gen.algebra.sites import DERIVATIONS
 from runlora_gen.algebra.work import work
@@ -85,7 +85,7 @@ def test_every_kernel_is_of_a_site() -> None:
             assert kernel.priced_as in FUSED and not kernel.replaces, "of several linears, or of what is left of X"
             continue
         rows = (*LINEAR.operations, *QUANTIZED.operations, *SCALED.operations, *FLOAT8.operations)
-        rows += tuple(operation for site in (*OF_EXPERTS, MLP) for operation in site.operations)
+        rows += tuple(operation for site in (*OF_EXPERTS, *OF_MLPS) for operation in site.operations)
         in_rows = any(isinstance(op, Fused) and op.kernel == name for op in rows)
         assert in_rows != bool(kernel.replaces), "of several products, in a row, or in the place of a single one"
 

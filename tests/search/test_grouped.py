@@ -49,7 +49,7 @@ def test_none_where_nobody_wants_them() -> None:
 
 def test_groups_with_dropout_draw_a_mask_for_each_linear() -> None:
     choices, others = (decide_groups(replace(WORKLOAD, dropout=rate), ARCHITECTURE, 8) for rate in (0.1, 0.0))
-    assert [choice.layer for choice in others] == [QKV, GATE_UP] and [choice.layer for choice in choices] == [QKV, MLP]
+    assert [choice.layer for choice in choices] == [choice.layer for choice in others] == [QKV, MLP]
     for choice in choices:
         for part in choice.ranges:
             drawn = [op for op in part.decision.chosen.program.forward.operations if isinstance(op, Draw)]
@@ -95,6 +95,15 @@ def test_an_mlp_is_chosen_in_place_of_its_group() -> None:
     chosen = dict(decide_groups_of_step(ON_A100, ARCHITECTURE, 8, 4096))
     assert list(chosen) == [QKV, MLP]
     assert [choice.layer for choice in decide_groups(ON_A100, ARCHITECTURE, 8)] == [QKV, MLP]
+
+
+@pytest.mark.parametrize("changes", [{"dropout": 0.1}, {"base": "nf4"}, {"base": "int8"}, {"base": "fp8-block"}])
+def test_an_mlp_is_chosen_with_dropout_and_of_any_base(changes: dict[str, Any]) -> None:
+    """Where the device has what multiplies such weights."""
+    for device in ("a100", "h200"):
+        if device != "a100" or not changes.get("base", "").startswith("fp8"):
+            workload = replace(ON_A100, device=device, **changes)
+            assert MLP in dict(decide_groups_of_step(workload, ARCHITECTURE, 8, 4096)), device
 
 
 @pytest.mark.parametrize(

@@ -68,18 +68,27 @@ def parted(operation: _Some) -> tuple[_Some, tuple[Step, ...]]:
 
 
 def undropped(operation: Fused) -> Fused:
-    """What a kernel that drops computes beside that: its other steps, of all that a mask would leave some of."""
-    drops = [part for part in operation.parts if isinstance(part, Map) and part.function == "drop"]
+    """What a kernel that drops computes beside that: its other steps, of all that a mask would leave some of.
+
+    What is dropped for a sum alone is left out with it: without dropout the large product takes it along.
+    """
+    drops = {part.out: part for part in operation.parts if isinstance(part, Map) and part.function == "drop"}
+    sums = [part for part in operation.parts if isinstance(part, Map) and part.function == "plus"]
+    added = {drops[part.operands[1]].operands[0] for part in sums}
     # What is dropped to is what it is dropped of; where it is written, the other way round.
-    names = dict((p.out, p.operands[0]) if p.out in operation.inner else (p.operands[0], p.out) for p in drops)
+    names = dict((p.out, p.operands[0]) if p.out in operation.inner else (p.operands[0], p.out) for p in drops.values())
+    names |= {part.out: part.operands[0] for part in sums}
 
     def renamed(part: Step) -> Step:
+        if isinstance(part, Map):
+            return replace(part, operands=tuple(names.get(operand, operand) for operand in part.operands))
         if not isinstance(part, Contract):
             return part
         left, right = (replace(side, symbol=names.get(side.symbol, side.symbol)) for side in (part.left, part.right))
         return replace(part, out=names.get(part.out, part.out), left=left, right=right)
 
-    parts = tuple(renamed(part) for part in operation.parts if part not in drops and not isinstance(part, Draw))
+    left_out = (*drops.values(), *sums, *(part for part in operation.parts if added.intersection(part.outputs)))
+    parts = tuple(renamed(part) for part in operation.parts if part not in left_out and not isinstance(part, Draw))
     return replace(operation, parts=parts, inner=tuple(s for s in operation.inner if any(s == p.out for p in parts)))
 
 
