@@ -147,16 +147,19 @@ def launch_experts(kernels: Any, dtype: torch.dtype) -> None:
 
 def launch_mlps(kernels: Any, dtype: torch.dtype) -> None:
     """The same of what is between the linears of an MLP: ranks of down, of gate and of up."""
-    gate = torch.zeros(TOKENS, FEATURES, dtype=dtype)
+    gate, mask = torch.zeros(TOKENS, FEATURES, dtype=dtype), (torch.zeros(1, dtype=torch.int64), 0.1)
     for rank in RANKS:
         A = torch.zeros(rank, FEATURES, dtype=dtype)
         kernels._launch_mlp_activate(gate, gate, A, 0.5, ACTIVATION, "X_down, S_down")
+        kernels._launch_mlp_activate_dropped(gate, gate, A, 0.5, *mask, ACTIVATION, "X_down, S_down seeded")
     for down, *others in RANKS_OF_GROUPS:
         P, *Ss = (torch.zeros(TOKENS, rank, dtype=dtype) for rank in (down, *others))
         Bs = [torch.zeros(FEATURES, rank, dtype=dtype) for rank in others]
         key = "dA_down, dY_gate, dY_up, P_gate, P_up, dB_gate, dB_up"
-        given = (gate, gate, gate, P, Bs, Ss, (0.5, 0.5))
-        kernels._launch_mlp_activate_backward(*given, (dtype,) * 3, ACTIVATION, key)
+        read, dtypes = (gate, gate, gate, P), ((dtype,) * 3, ACTIVATION)
+        kernels._launch_mlp_activate_backward(*read, Bs, Ss, (0.5, 0.5), *dtypes, key)
+        A = torch.zeros(down, FEATURES, dtype=dtype)
+        kernels._launch_mlp_activate_backward_dropped(*read, A, Bs, Ss, (0.5, 0.5), *mask, *dtypes, f"{key} seeded")
 
 
 def records(

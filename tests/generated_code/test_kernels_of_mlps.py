@@ -28,7 +28,9 @@ __all__ = ["poison"]
 GPU = torch.cuda.is_available()
 HALF = torch.bfloat16 if GPU else torch.float16
 DTYPES = [torch.float32, HALF]
-NAMES = ("mlp_activate", "mlp_activate_backward")
+NAMES = ("mlp_activate", "mlp_activate_backward", "mlp_activate_dropped", "mlp_activate_backward_dropped")
+#: How much dropout takes, with a seed for whose bits in both halves there is a mask.
+RATE, SEED = 0.3, torch.tensor([2**40 + 12345])
 BETWEEN = [name for name, activation in ACTIVATIONS.items() if activation.of_mlps]
 #: Small chunks, so that there are several; few columns a program, so that there are parts to add up.
 TILES = {
@@ -239,6 +241,87 @@ def test_mlp_activate_backward(
     # Several programs and one; several chunks and one.
     assert launches.paths("mlp_activate_backward", "P_WHOLE") == {(True,), (False,)}
     assert {constants["CHUNK"] for name, constants in launches if name == "mlp_activate_backward"} == {32}
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_drops_between(
+    kernels: ModuleType, launches: Launches, resize: Callable[[int], None], dtype: torch.dtype
+) -> None:
+    """S and dA are of what a mask leaves of X, and the same mask is over what P A adds to the gradient of X."""
+    seed = SEED.to("cuda" if GPU else "cpu")
+
+    @property_test
+    @example(T=70, I=45, R=(5, 3, 16), machine=132, layout="padded", number=0)
+    @example(T=33, I=100, R=(40, 16, 3), machine=1, layout="aligned", number=1)
+    @example(T=17, I=65, R=(3, 40, 5), machine=4, layout="contiguous", number=2)
+    @given(
+        T=sizes,
+        I=sizes,
+        R=st.tuples(ranks, ranks, ranks),
+        machine=st.sampled_from([1, 4, 132]),
+        layout=layouts,
+        number=st.integers(0, 100),
+    )
+    def run(T: int, I: int, R: tuple[int, int, int], machine: int, layout: str, number: int) -> None:  # noqa: E741
+        resize(machine)
+        problem = Problem(T, I, R, layout=layout, seed=number)
+        of, drawn = problem.operands(dtype), seed + number
+        kept = kernels._kept(drawn, of["gate"], RATE).double() / (1 - RATE)
+
+        forward = (of["gate"], of["up"], of["A"], 0.75, drawn, RATE, problem.activation)
+        X, S = kernels._mlp_activate_dropped(*forward, tiles="forward")
+        assert torch.equal(X, kernels._mlp_activate(*forward[:4], problem.activation, tiles="forward")[0])
+        H, A = kept * X.double(), of["A"].double()
+        check(S, 0.75 * H.to(dtype) @ of["A"].t(), 0.75 * H @ A.t(), 0.75 * H.abs() @ A.abs().t())
+
+        def found() -> list[Tensor]:
+            given = (of["gradient"], of["gate"], of["up"], of["P"], of["A"], of["B"], of["S"], SCALINGS, drawn, RATE)
+            more = ((dtype,) * 3, (True,) * 7, problem.activation)
+            return list(kernels._mlp_activate_backward_dropped(*given, *more, tiles="backward"))
+
+        made, again = found(), found()
+        added = kept * (of["P"].double() @ A)
+
+        def right(wide: dict[str, Any], added: Tensor) -> list[Tensor]:
+            _, *others = expected(problem, {**wide, "gradient": wide["gradient"] + added})
+            return [wide["P"].t() @ (kept.to(added.dtype) * X.to(added.dtype)), *others]
+
+        exact, usual = right(doubles(of), added), right(of, added.to(dtype))
+        magnitude = magnitudes(problem, {**of, "gradient": of["gradient"].double().abs() + added.abs()})
+        magnitude[0] = of["P"].double().abs().t() @ H.abs()
+        for name, ours, same, torchs, value, most in zip(RESULTS, made, again, usual, exact, magnitude, strict=True):
+            assert torch.equal(ours, same), name
+            check(ours, torchs, value, most)
+
+    run()
+    assert set(launches.names) >= {"mlp_activate_dropped", "mlp_activate_backward_dropped"}
+    assert launches.paths("mlp_activate_dropped", "WHOLE") == {(True,), (False,)}
+
+
+@pytest.mark.parametrize("place", range(7), ids=RESULTS)
+def test_what_is_wanted_alone_drops_by_torch(kernels: ModuleType, launches: Launches, place: int) -> None:
+    """The same mask, drawn as a whole."""
+    problem = Problem()
+    of = problem.operands(torch.float32)
+    given = (
+        of["gradient"],
+        of["gate"],
+        of["up"],
+        of["P"],
+        of["A"],
+        of["B"],
+        of["S"],
+        SCALINGS,
+        SEED.to(of["P"].device),
+    )
+    more = ((torch.float32,) * 3, problem.activation)
+    whole = kernels._mlp_activate_backward_dropped(*given, RATE, more[0], (True,) * 7, more[1], tiles="backward")
+    launches.clear()
+    needs = tuple(at == place for at in range(7))
+    found = kernels._mlp_activate_backward_dropped(*given, RATE, more[0], needs, more[1], tiles="backward")
+    torch.testing.assert_close(found[place], whole[place], rtol=1e-5, atol=1e-4)
+    assert launches.names == []
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

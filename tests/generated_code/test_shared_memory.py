@@ -19,7 +19,7 @@ from runlora_gen.algebra.experts import (
 )
 from runlora_gen.algebra.group import group
 from runlora_gen.algebra.linear import DROPPED, LINEAR
-from runlora_gen.algebra.mlp import MLP
+from runlora_gen.algebra.mlp import MLP, mlp
 from runlora_gen.algebra.operations import Fused
 from runlora_gen.kernels.sites import operations_of
 
@@ -35,7 +35,9 @@ CASES = [(90, "float32", "dx_das")]
 #: Of what the interpreter does not refuse: names that change their type.
 CASES += [(90, "bfloat16", f"experts_{name}_dropped") for name in ("x_at", "pt_x", "activate_backward")]
 #: What holds more sums than others, on the GPUs that have the least.
-CASES += [(86, "bfloat16", "mlp_activate_backward"), (86, "float32", "mlp_activate_backward")]
+CASES += [
+    (86, dtype, f"mlp_activate_backward{drops}") for drops in ("", "_dropped") for dtype in ("bfloat16", "float32")
+]
 if os.environ.get("RUNLORA_LONG"):
     CASES += [(architecture, dtype, "") for architecture in ROOM for dtype in ("float32", "bfloat16")]
 
@@ -43,7 +45,7 @@ if os.environ.get("RUNLORA_LONG"):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sites = (LINEAR, group(LINEARS), DROPPED, group(LINEARS, dropout=True), GATHERED, COMBINED, ACTIVATED)
-    sites = (MLP, *sites, GATHERED_DROPPED, COMBINED_DROPPED, ACTIVATED_DROPPED)
+    sites = (MLP, mlp(dropout=True), *sites, GATHERED_DROPPED, COMBINED_DROPPED, ACTIVATED_DROPPED)
     found = {site: [op for op in operations_of(site) if isinstance(op, Fused)] for site in sites}
     place = tmp_path_factory.mktemp("shared_memory")
     alone(place, found, dropout=True)
