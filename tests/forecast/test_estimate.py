@@ -205,8 +205,8 @@ def test_ours_is_what_the_choice_says() -> None:
 
 
 def test_groups_are_in_the_step() -> None:
-    """In place of their linears, and without the sums that autograd is spared."""
-    architecture, workload = load_architecture("llama-13b"), Workload(tokens=(4096,))
+    """In place of their linears, and without the sums that autograd is spared; of a model without MLPs as a whole."""
+    architecture, workload = replace(load_architecture("llama-13b"), gated=()), Workload(tokens=(4096,))
     together, apart = (
         estimate(architecture, 16, replace(workload, groups=groups), Batch(2, 2048)) for groups in ("auto", "none")
     )

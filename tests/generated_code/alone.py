@@ -70,6 +70,7 @@ def kernels_alone(
         tiles=[(key, tuple(constants.items())) for key, constants in tables.items()],
         small_tiles=(),
         tiles_note=(),
+        mlps=False,
         folder=False,
     )
     path.write_text(_environment().from_string(_MODULE).render(module=module), encoding="utf-8")

@@ -23,6 +23,7 @@ from runlora_gen.algebra.enumerate import Phase, Program, enumerate_programs, pa
 from runlora_gen.algebra.experts import OF_EXPERTS
 from runlora_gen.algebra.linear import DROPPED, LINEAR
 from runlora_gen.algebra.liveness import saved_activations, saved_symbols
+from runlora_gen.algebra.mlp import OF_MLPS
 from runlora_gen.algebra.operations import Convert, Fused, Operation
 from runlora_gen.cost.device import load_device
 from runlora_gen.cost.measured import setting_at
@@ -243,12 +244,12 @@ def test_a_gpu_counts_the_launches_and_the_bytes_that_are_priced() -> None:
     def printed(operation: Operation) -> str:
         return f"{operation.kernel}: {operation.formula}" if isinstance(operation, Fused) else operation.formula
 
-    of_experts = {op for site in OF_EXPERTS for op in operations_of(site)} - {*operations_of(DROPPED)}
+    others = {op for site in (*OF_EXPERTS, *OF_MLPS) for op in operations_of(site)} - {*operations_of(DROPPED)}
     operations = {
         printed(operation): operation
         for operation in WORKS.values()
         if not isinstance(operation, Convert)
-        and operation not in of_experts
+        and operation not in others
         and not (isinstance(operation, Fused) and KERNELS[operation.kernel].float8)
     }
     not_counted = {
