@@ -27,9 +27,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import black
 import pytest
+from hypothesis import HealthCheck, settings
 from runlora_gen import cli as command_line
 from runlora_gen.emit import package
 from runlora_gen.measure import interpreter
+
+# Before its first draw Hypothesis reads all loaded sources for constants: 2.4 s in a full run, for which it would blame
+# the test that happens to draw first.
+settings.register_profile("not_blamed", suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("not_blamed")
 
 #: One small shape, so that a run takes a tenth of a second.
 SMALL = ("--arch", "llama-9m", "--target-modules", "q_proj", "--rank", "4")
