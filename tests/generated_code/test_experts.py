@@ -25,7 +25,7 @@ from runlora_gen.search.candidates import setting_of
 from runlora_gen.search.choose import decide
 from runlora_gen.search.ranges import decide_model
 
-from ..quickened import quickened
+from .packages import proves, types_are_right
 
 PACKAGE = "mixed_r8"
 STACKS = (
@@ -66,23 +66,16 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_package_proves_its_experts(place: Path, layout: str) -> None:
     """The torch path and, in the interpreter, the kernels."""
-    environment = quickened({**os.environ, "RUNLORA_EXAMPLES": "4"})
-    environment.pop("TRITON_INTERPRET", None)
     # The kernels in one of the layouts: their text is the same, and the interpreter slow.
     which = "not kernels" if layout == FOLDER else "not kernels or own"
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "-k", which]
-    tests = place / f"in_{layout}" / PACKAGE / "test_experts.py"
-    done = subprocess.run([*command, tests], env=environment, cwd=place, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    proves(place / f"in_{layout}" / PACKAGE, "test_experts.py", which, environment)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_their_types_are_right(place: Path, layout: str) -> None:
-    """As those of the sample, which has no experts; operators, too, which nothing calls but torch.compile on a GPU."""
-    config = str(Path(__file__).parents[2] / "pyproject.toml")
-    command = [sys.executable, "-m", "mypy", "--strict", "--config-file", config, "--cache-dir", os.devnull, PACKAGE]
-    done = subprocess.run(command, cwd=place / f"in_{layout}", capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:]
+    """As those of the sample, which has no experts."""
+    types_are_right(place / f"in_{layout}" / PACKAGE)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

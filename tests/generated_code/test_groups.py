@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -30,7 +28,7 @@ from runlora_gen.search.choose import decide
 from runlora_gen.search.ranges import Range, decide_model
 from torch import Tensor
 
-from ..quickened import quickened
+from .packages import proves
 
 PACKAGE = "llama_9m_r4"
 QKV, GATE_UP = "qkv_128x128_r4", "gate_up_128x352_r4"
@@ -65,13 +63,9 @@ def load(layout: str, name: str) -> ModuleType:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_package_proves_its_groups(place: Path, layout: str) -> None:
     """The torch path and, in the interpreter, the kernels."""
-    environment = quickened({**os.environ, "RUNLORA_EXAMPLES": "4"})
     # The kernels in one of the layouts: their text is the same, and the interpreter slow.
     which = "groups and not kernels" if layout == FOLDER else "groups or own"
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "-k", which]
-    tests = place / f"in_{layout}" / PACKAGE / "test_equivalence.py"
-    done = subprocess.run([*command, tests], env=environment, cwd=place, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    proves(place / f"in_{layout}" / PACKAGE, "test_equivalence.py", which)
 
 
 def operands(ranks: tuple[int, ...], widths: tuple[int, ...]) -> tuple[Tensor, dict[str, Any]]:

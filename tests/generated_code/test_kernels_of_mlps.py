@@ -12,18 +12,19 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import example, given
 from hypothesis import strategies as st
 from runlora_gen.request.activations import ACTIVATIONS
 from torch import Tensor
 
 from .alone import kernels_alone
-from .test_kernels import Launches, Spy, check, draw, poison, property_test
+from .test_kernels import Launches, check, draw, poison, property_test
+from .test_kernels_of_groups import launches, resize
+from .test_mlps import BETWEEN as MADE
 
 pytest.importorskip("triton", minversion="3.4")
 
-__all__ = ["poison"]
+__all__ = ["launches", "poison", "resize"]
 
 GPU = torch.cuda.is_available()
 HALF = torch.bfloat16 if GPU else torch.float16
@@ -49,35 +50,10 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     return kernels_alone(tmp_path_factory.mktemp("alone") / "mlps_alone.py", NAMES, BETWEEN, tiles=TILES)
 
 
-@pytest.fixture
-def launches(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Launches:
-    noted = Launches()
-    monkeypatch.setattr(kernels, "_PLANS", {})
-    for name, value in list(vars(kernels).items()):
-        if name.endswith("_kernel"):
-            monkeypatch.setattr(kernels, name, Spy(name[1:].removesuffix("_kernel"), value, noted))
-    return noted
-
-
-@pytest.fixture
-def resize(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    def set_to(count: int) -> None:
-        monkeypatch.setattr(kernels, "_multiprocessors", lambda device: count)
-        kernels._PLANS.clear()
-
-    return set_to
-
-
 def plain(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """What torch's own functions make, as models have them."""
-    match activation:
-        case "silu_gated":
-            return F.silu(gate) * up
-        case "gelu_gated":
-            return F.gelu(gate) * up
-        case "gelu_tanh_gated":
-            return F.gelu(gate, approximate="tanh") * up
-    raise AssertionError(activation)
+    made: Tensor = MADE[activation](gate, up)
+    return made
 
 
 @dataclass(frozen=True)

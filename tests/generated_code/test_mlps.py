@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -29,7 +26,7 @@ from runlora_gen.search.criterion import Priced
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..quickened import quickened
+from .packages import proves, types_are_right
 from .test_costs_are_true import every_phase
 
 PACKAGE, MODULE = "llama_9m_r4", "mlp_128x352_r4"
@@ -128,12 +125,8 @@ def test_a_checkpoint_that_computes_again_gives_the_same(module: ModuleType) -> 
             torch.testing.assert_close(gradients(again, read, given), expected, msg=variant)
 
 
-def test_the_output_of_what_is_computed_again_can_be_used(module: ModuleType) -> None:
-    """Within a backward, whoever asks: in two nodes the output is the same, and so are all gradients."""
-    x, given = operands()
-    wanted = plain(x, given)
-    expected = gradients(wanted, x, given)
-    found: list[tuple[Tensor, tuple[Tensor, ...]]] = []
+def within_a_backward(run: Callable[[], None]) -> None:
+    """Run it as a checkpoint computes again."""
 
     class Within(torch.autograd.Function):
         @staticmethod
@@ -143,12 +136,25 @@ def test_the_output_of_what_is_computed_again_can_be_used(module: ModuleType) ->
         @staticmethod
         def backward(ctx: Any, grad: Tensor) -> Tensor:
             with torch.enable_grad():
-                for variant in [*module.VARIANTS][::7]:
-                    output = module.lora_mlp(x, **given, variant=variant)
-                    found.append((output.detach(), gradients(output, x, given)))
+                run()
             return grad
 
     Within.apply(torch.ones(1, requires_grad=True)).backward()  # type: ignore[no-untyped-call]
+
+
+def test_the_output_of_what_is_computed_again_can_be_used(module: ModuleType) -> None:
+    """Within a backward, whoever asks: in two nodes the output is the same, and so are all gradients."""
+    x, given = operands()
+    wanted = plain(x, given)
+    expected = gradients(wanted, x, given)
+    found: list[tuple[Tensor, tuple[Tensor, ...]]] = []
+
+    def run() -> None:
+        for variant in [*module.VARIANTS][::7]:
+            output = module.lora_mlp(x, **given, variant=variant)
+            found.append((output.detach(), gradients(output, x, given)))
+
+    within_a_backward(run)
     assert len(found) > 30
     for output, made in found:
         torch.testing.assert_close(output, wanted)
@@ -164,17 +170,6 @@ def test_what_was_computed_in_two_is_kept_as_it_was_in_one(module: ModuleType) -
         kept.append(tensor.nbytes)
         return tensor
 
-    class Within(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, one: Tensor) -> Tensor:
-            return one.clone()
-
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> Tensor:
-            with torch.enable_grad():
-                run()
-            return grad
-
     def run() -> None:
         for variant in [*module.VARIANTS][::7]:
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -183,7 +178,7 @@ def test_what_was_computed_in_two_is_kept_as_it_was_in_one(module: ModuleType) -
     run()
     in_one = list(kept)
     kept.clear()
-    Within.apply(torch.ones(1, requires_grad=True)).backward()  # type: ignore[no-untyped-call]
+    within_a_backward(run)
     assert kept == in_one
 
 
@@ -225,22 +220,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_package_proves_its_mlps(place: Path, layout: str) -> None:
     """The torch path and, in the interpreter, the kernels; its linears and groups as without any MLP."""
-    environment = quickened({**os.environ, "RUNLORA_EXAMPLES": "4"})
     # The kernels in one of the layouts: their text is the same, and the interpreter slow.
     which = "(mlps or plain_lora) and not kernels" if layout == FOLDER else "mlps"
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "-k", which]
-    tests = place / f"in_{layout}" / PACKAGE / "test_equivalence.py"
-    done = subprocess.run([*command, tests], env=environment, cwd=place, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    proves(place / f"in_{layout}" / PACKAGE, "test_equivalence.py", which)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_their_types_are_right(place: Path, layout: str) -> None:
-    """Operators, too, which nothing calls but torch.compile on a GPU."""
-    config = str(Path(__file__).parents[2] / "pyproject.toml")
-    command = [sys.executable, "-m", "mypy", "--strict", "--config-file", config, "--cache-dir", os.devnull, PACKAGE]
-    done = subprocess.run(command, cwd=place / f"in_{layout}", capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:]
+    types_are_right(place / f"in_{layout}" / PACKAGE)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -657,11 +657,9 @@ def functions_in(graph: Any) -> int:
     )
 
 
-@pytest.mark.parametrize(("make", "checkpoints"), [(peft_model, False), (peft_model, True), (injected, True)])
-def test_compiled_whole(package: Any, tokens: Tensor, make: Make, checkpoints: bool) -> None:
-    """In one graph, once for all steps."""
-    model = make(package, num_hidden_layers=1).train()
-    model.get_input_embeddings().requires_grad_(True)  # else the first X wants no gradient
+def compiled_whole(model: Any, tokens: Tensor, *, checkpoints: bool) -> Any:
+    """The one graph in which a model's steps are, with its gradients, once for all steps."""
+    model.train().get_input_embeddings().requires_grad_(True)  # else the first X wants no gradient
     wanted = gradients(model, tokens)
     if checkpoints:
         checkpointed(model, use_reentrant=False)
@@ -675,8 +673,16 @@ def test_compiled_whole(package: Any, tokens: Tensor, make: Make, checkpoints: b
         model.zero_grad()
         step(tokens).backward()
         same({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, wanted)
-    assert counter.frame_count == 1 and shelf(model).waiting is None
-    assert functions_in(counter.graphs[0]) == 4, "q, k, v · o · gate, up · down"
+    assert counter.frame_count == 1
+    return counter.graphs[0]
+
+
+@pytest.mark.parametrize(("make", "checkpoints"), [(peft_model, False), (peft_model, True), (injected, True)])
+def test_compiled_whole(package: Any, tokens: Tensor, make: Make, checkpoints: bool) -> None:
+    model = make(package, num_hidden_layers=1)
+    graph = compiled_whole(model, tokens, checkpoints=checkpoints)
+    assert shelf(model).waiting is None
+    assert functions_in(graph) == 4, "q, k, v · o · gate, up · down"
 
 
 def test_compiled_by_layer_and_with_other_scalings(trio: Any) -> None:

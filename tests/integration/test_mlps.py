@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from .conftest import takes_long
 from .models import MLPS_PAY, RANK, VOCABULARY, bitwise, checkpointed, filled, gradients, llama, with_lora
 from .test_checkpointing import Products
-from .test_groups import functions_in
+from .test_groups import compiled_whole, functions_in
 from .test_runs_in import both, injected, peft_model, same
 
 #: More than the tokens that are few without gradients.
@@ -904,24 +904,8 @@ def test_what_is_kept(package: Any, make: Make) -> None:
 
 @pytest.mark.parametrize(("make", "checkpoints"), [(peft_model, False), (peft_model, True), (injected, True)])
 def test_compiled_whole(package: Any, tokens: Tensor, make: Make, checkpoints: bool) -> None:
-    """In one graph, once for all steps."""
-    model = make(package, num_hidden_layers=1).train()
-    model.get_input_embeddings().requires_grad_(True)  # else the first X wants no gradient
-    wanted = gradients(model, tokens)
-    if checkpoints:
-        checkpointed(model, use_reentrant=False)
-        model.disable_input_require_grads()
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-    step = torch.compile(
-        lambda ids: model(input_ids=ids, labels=ids, use_cache=False).loss, fullgraph=True, backend=counter
-    )
-    for _ in range(3):
-        model.zero_grad()
-        step(tokens).backward()
-        same({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, wanted)
-    assert counter.frame_count == 1
-    assert functions_in(counter.graphs[0]) == 3, "q, k, v · o · the MLP"
+    graph = compiled_whole(make(package, num_hidden_layers=1), tokens, checkpoints=checkpoints)
+    assert functions_in(graph) == 3, "q, k, v · o · the MLP"
 
 
 def test_a_dynamic_sequence_is_compiled_once(package: Any) -> None:

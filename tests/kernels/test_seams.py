@@ -58,6 +58,22 @@ def test_a_filled_seam_changes_its_place_alone(seam: str) -> None:
     assert changed.count(mark) == 1 and changed.replace(mark, SEAMS[seam]) == filled()
 
 
+def test_what_no_seam_changes_stands_once() -> None:
+    """Functions that a kernel has as another one has them are that one's; what differs keeps its name."""
+    doubled = filled("{% block epilogue %}\n    acc = acc * 2.0\n{% endblock %}", "doubled_gemm")
+    text = rendering.each_once("\n\n\n".join((filled().strip(), doubled.strip())), ["fused_gemm", "doubled_gemm"])
+    defined = re.findall(r"^def (\w+)\(", text, re.MULTILINE)
+    shared = ["_tile_of", "_product_tile", "_write_tile", "_describe_right", "_fused_gemm_kernel"]
+    assert defined == [*shared, "_write_tile_doubled_gemm", "_doubled_gemm_kernel"]
+    kernel = text.partition("def _doubled_gemm_kernel(")[2]
+    assert "_write_tile_doubled_gemm(" in kernel and "_tile_of(" in kernel and "_tile_of_doubled_gemm" not in text
+    # What calls something else is something else.
+    other = "def _a_k():\n    1\n\n\ndef _b_k():\n    _a_k()"
+    assert rendering.each_once(f"def _a():\n    0\n\n\ndef _b():\n    _a()\n\n\n{other}", ["k"]).endswith(other)
+    alone = rendering.each_once(other, ["k"])
+    assert alone == other.replace("_k", "")
+
+
 def test_the_source_says_which_seams_it_has() -> None:
     comment = (FOLDER / "fused_gemm" / "device.jinja").read_text().partition("#}")[0]
     named = re.findall(r"^    ((?:\w+, )*\w+)  ", comment, re.MULTILINE)

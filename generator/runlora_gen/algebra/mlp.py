@@ -22,13 +22,14 @@ from dataclasses import replace
 from functools import lru_cache
 
 from ..request.bases import Form
+from ..request.mlps import Mlp
 from .derivation import SAVED, Derivation, Row, derive, row
 from .group import ON_BASE, SHARED, argument_of, renamed, rows_of, symbols_of
 from .linear import lone_linear
 from .operations import Convert, Symbol
 
 #: What its linears are called.
-LINEARS = ("gate", "up", "down")
+LINEARS = Mlp.linears
 _PAIR, _LAST = LINEARS[:2], LINEARS[2:]
 _SHARED_BY_ALL = ("dropout",)
 #: Ways of sums that only begin with another contribution, and kernels of one linear where there is one of several.

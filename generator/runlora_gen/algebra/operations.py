@@ -260,7 +260,7 @@ class Convert(_Applied):
 
 
 #: What is between the projections of experts and of an MLP, and its gradients.
-ACTIVATES = frozenset({"activate", "activate_backward", "gate_gradient", "up_gradient"})
+_ACTIVATES = frozenset({"activate", "activate_backward", "gate_gradient", "up_gradient"})
 
 
 @dataclass(frozen=True)
@@ -280,7 +280,7 @@ class Map(_Applied):
 
     def __post_init__(self) -> None:
         first, *others = self.operands
-        if self.function in ACTIVATES:
+        if self.activates:
             rows = {operand.shape[0] for operand in (self.out, *self.operands)}
             alike = self.function != "activate_backward" or others[0].shape == self.out.shape
             self._check(len(rows) == 1 and alike)
@@ -292,6 +292,16 @@ class Map(_Applied):
     def accumulate(self) -> bool:
         """Whether it adds to what its output held."""
         return self.adds
+
+    @property
+    def activates(self) -> bool:
+        """Whether it is what lies between linears, or a gradient of that."""
+        return self.function in _ACTIVATES
+
+    @property
+    def apart(self) -> bool:
+        """Whether it is that of a gate and an up which are matrices of their own."""
+        return self.activates and len(self.operands) - (self.function != "activate") > 1
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 from ..algebra.enumerate import Phase, Program
 from ..algebra.liveness import saved_activations, wanted_operations
-from ..algebra.operations import ACTIVATES, Convert, Fused, Map, Operation, Symbol, dimensions
+from ..algebra.operations import Convert, Fused, Map, Operation, Symbol, dimensions
 from ..algebra.schedule import workspace
 from ..kernels.sites import parted, seeded
 from .measured import correction
@@ -83,20 +83,18 @@ def price(program: Program, setting: Setting, host_share: float = DEVICE_BOUND) 
 def price_of_model(operation: Operation, setting: Setting) -> Times:
     """What an operation takes where the model itself runs it: an activation, by its own passes, which are fewer."""
     match operation:
-        case Map(function="activate" | "gate_gradient" | "up_gradient", operands=(_, _, *_)):
-            return passes_apart(operation.function, setting.bytes_of(operation.out), fused=setting.compiled).price(
-                setting.device
-            )
-        case Map(function="activate" | "activate_backward"):
+        case Map(apart=True):
+            passes = passes_apart(operation.function, setting.bytes_of(operation.out), fused=setting.compiled)
+        case Map(activates=True):
             backward = operation.function == "activate_backward"
             wide, made = operation.reads[-1], operation.reads[0] if backward else operation.out
             gated = setting.bytes_of(wide) > setting.bytes_of(made)
             passes = passes_of_activation(
                 setting.bytes_of(made), gated=gated, backward=backward, fused=setting.compiled
             )
-            return passes.price(setting.device)
         case _:
             return Times.of(price_operation(operation, setting))
+    return passes.price(setting.device)
 
 
 def spares(setting: Setting) -> tuple[Times, Times]:
@@ -107,7 +105,7 @@ def spares(setting: Setting) -> tuple[Times, Times]:
     """
     base = setting.derivation.base
     sums = [3 * setting.bytes_of(op.outputs[0]) for op in base if op.accumulate] if "dX" in setting.gradients else []
-    between = [op for op in base if isinstance(op, Map) and op.function in ACTIVATES]
+    between = [op for op in base if isinstance(op, Map) and op.activates]
     forward, backward = (
         sum((price_of_model(op, setting) for op in between if (op.function == "activate") is first), Times())
         for first in (True, False)

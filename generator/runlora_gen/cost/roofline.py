@@ -36,8 +36,8 @@ LAUNCHES = {
     "activate": 3,
     "activate_backward": 10,
 }
-#: The same where gate and up are matrices of their own: of a gated SiLU the function and its product with up.
-LAUNCHES_APART = {"activate": 2, "gate_gradient": 2, "up_gradient": 2}
+#: The same where gate and up are matrices of their own: the function, or its slope, and a product.
+LAUNCHES_APART = 2
 
 
 def roofline(operation: Operation, setting: Setting) -> OperationCost:
@@ -78,8 +78,8 @@ def roofline(operation: Operation, setting: Setting) -> OperationCost:
             if operation.scaled and operation.out.store == "adapter" and setting.casts:
                 moved += 2 * setting.bytes_of(operation.out)
                 launches += 1
-        case Map() if operation.function in LAUNCHES_APART and len(operation.operands) > 1:
-            launches = LAUNCHES_APART[operation.function]
+        case Map(apart=True):
+            launches = LAUNCHES_APART
             moved += 2 * setting.bytes_of(operation.out) * (launches - 1)  # what lies between both
         case Convert() | Map() | Reduce() | Route() if operation.function in LAUNCHES:
             launches = LAUNCHES[operation.function]

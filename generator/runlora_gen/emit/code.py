@@ -38,12 +38,8 @@ def numbers_of(operation: Operation) -> frozenset[str]:
     return frozenset((*scalings, *(["dropout"] if drops else []), *(["routing"] if routed else [])))
 
 
-#: What is between, of a gate and an up that are matrices of their own: its functions, without the underscore.
-_APART = {"activate": "gated", "gate_gradient": "gate_gradient", "up_gradient": "up_gradient"}
-
-
-def _is_apart(step: Map) -> bool:
-    return step.function in _APART and (step.function != "activate" or len(step.operands) > 1)
+#: The function that makes what is between, of a gate and an up that are matrices of their own.
+_APART = {"activate": "_gated", "gate_gradient": "_gate_gradient", "up_gradient": "_up_gradient"}
 
 
 def _is_routed(step: Step) -> bool:
@@ -91,7 +87,7 @@ def _helpers(step: Step) -> frozenset[str]:
             return frozenset({"quantized"})
         case Route() | Map(function="weigh") | Reduce(function="dot"):
             return frozenset({"routed"})
-        case Map() if _is_apart(step):
+        case Map(apart=True):
             return frozenset({"between"})
         case Map(function="activate" | "activate_backward"):
             return frozenset({"activated"})
@@ -146,8 +142,8 @@ def line(operation: Operation, owner: str = "", *, tiles: str | None = None) -> 
             return f"{operation.out} = {_routed(operation)}"
         case Map(function="weigh"):
             return f"{operation.out} = _weighed({_applied_to(operation)}, routing)"
-        case Map() if _is_apart(operation):
-            return f"{operation.out} = _{_APART[operation.function]}({_applied_to(operation)}, ACTIVATION)"
+        case Map(apart=True):
+            return f"{operation.out} = {_APART[operation.function]}({_applied_to(operation)}, ACTIVATION)"
         case Map(function="activate"):
             return f"{operation.out} = _activated({_applied_to(operation)}, ACTIVATION)"
         case Map(function="activate_backward"):

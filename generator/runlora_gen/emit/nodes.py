@@ -148,7 +148,7 @@ class SharedNode:
     @property
     def between(self) -> tuple[Activation, ...]:
         """The activations of MLPs: of those of experts gate and up may be no matrices of their own."""
-        return tuple(each for each in self.activations if each.plain_dgate)
+        return tuple(each for each in self.activations if each.of_mlps)
 
     @property
     def quantized(self) -> bool:

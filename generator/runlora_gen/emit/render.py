@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -81,6 +81,7 @@ def _environment() -> jinja2.Environment:
         keep_trailing_newline=True,
     )
     environment.tests["named_in"] = _named_in
+    environment.filters["each_once"] = each_once
     environment.globals["bases_by_forward"] = BY_FORWARD
     environment.globals["body_of"] = _body_of
     return environment
@@ -93,6 +94,30 @@ _HELD = {name: Path(__file__).parent.parent / "from_model" / f"{name}.py" for na
 def _body_of(name: str) -> str:
     """What stands after the imports of a module that packages hold."""
     return _HELD[name].read_text(encoding="utf-8").partition("\n\n\n")[2]
+
+
+def each_once(text: str, kernels: Iterable[str]) -> str:
+    """Functions of kernels, of which those that are the same but for the kernel in their names stand once, without it.
+
+    A kernel that fills the seams of another one's source has all functions of that, each under a name of its own: most
+    are what they were.
+    """
+    of_kernel = re.compile(f"_({'|'.join(sorted(kernels, key=len, reverse=True))})$")
+    kept, known, names = list[str](), dict[str, str](), dict[str, str]()
+    for part in text.split("\n\n\n"):
+        function = re.sub(r"\w+", lambda word: names.get(word[0], word[0]), part)
+        defined = re.search(r"^def (\w+)\(", function, re.MULTILINE)
+        if defined is None:
+            kept.append(function)
+            continue
+        name, plain = defined[1], of_kernel.sub("", defined[1])
+        body, stands = function.replace(f"def {name}(", f"def {plain}("), plain in known
+        if known.setdefault(plain, body) != body:
+            kept.append(function)
+        else:
+            names[name] = plain
+            kept += [] if stands else [body]
+    return "\n\n\n".join(kept)
 
 
 def _named_in(name: str, text: str) -> bool:

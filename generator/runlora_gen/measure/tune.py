@@ -45,8 +45,8 @@ from ..algebra.experts import ACTIVATED, COMBINED, GATHERED
 from ..algebra.linear import FLOAT8, LINEAR, QUANTIZED
 from ..algebra.liveness import wanted_operations
 from ..algebra.lookup import Asked
-from ..algebra.mlp import MLP
-from ..algebra.operations import ACTIVATES, Convert, Fused, Map, Operation, Symbol, dimensions, products
+from ..algebra.mlp import LINEARS, MLP
+from ..algebra.operations import Convert, Fused, Map, Operation, Symbol, dimensions, products
 from ..algebra.work import work
 from ..cost.measured import measured_as
 from ..cost.profile import FLOAT8 as FLOAT8_RATE
@@ -315,7 +315,7 @@ class _Workbench:
 
     def _timed_of_mlps(self) -> list[Operation]:
         def is_between(operation: Operation) -> bool:
-            return any(isinstance(step, Map) and step.function in ACTIVATES for step in products(operation))
+            return any(isinstance(step, Map) and step.activates for step in products(operation))
 
         return [op for op in operations_of(MLP) if is_between(op) and (self.kernels or not isinstance(op, Fused))]
 
@@ -438,7 +438,7 @@ class _Workbench:
         namespace = {**vars(module), "scaling": 0.5, "b": None, "A_dtype": dtype, "B_dtype": dtype}
         namespace |= {"scaling_U": 0.5, "BU_dtype": dtype}
         namespace |= {f"{name}_dtype": dtype for name in ("A_down", "B_gate", "B_up")}
-        namespace |= {f"scaling_{linear}": 0.5 for linear in ("gate", "up", "down")}
+        namespace |= {f"scaling_{linear}": 0.5 for linear in LINEARS}
         namespace |= {f"need_{out}": True for out in operation.outputs}
         if _ROUTING in sets[0]:
             symbols = [*symbols, _ROUTING]

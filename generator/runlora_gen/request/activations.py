@@ -22,7 +22,7 @@ class Activation:
         plain: X in torch's own functions: what proofs of generated code compare with, and what runs without kernels
             where gate and up are matrices of their own.
         plain_dgate, plain_dup: its gradients likewise, where that may be.
-        transformers: what configs call the function of gate, as keys of Transformers' ``ACT2FN``.
+        transformers: what configs of gated MLPs call the function of gate, as keys of Transformers' ``ACT2FN``.
         value: X.
         dgate, dup: the gradients; dup of what is gated alone.
         steps: what they share, by names: an expression may name those before it.
@@ -86,8 +86,7 @@ class _Function:
     transformers: tuple[str, ...]
 
     def alone(self, name: str) -> Activation:
-        dgate = f"dx * ({self.slope})"
-        return Activation(name, False, self.plain, self.value, dgate, steps=self.steps, transformers=self.transformers)
+        return Activation(name, False, self.plain, self.value, f"dx * ({self.slope})", steps=self.steps)
 
     def gated(self, name: str) -> Activation:
         """Times up."""
