@@ -59,19 +59,36 @@ def test_a_filled_seam_changes_its_place_alone(seam: str) -> None:
 
 
 def test_what_no_seam_changes_stands_once() -> None:
-    """Functions that a kernel has as another one has them are that one's; what differs keeps its name."""
-    doubled = filled("{% block epilogue %}\n    acc = acc * 2.0\n{% endblock %}", "doubled_gemm")
-    text = rendering.each_once("\n\n\n".join((filled().strip(), doubled.strip())), ["fused_gemm", "doubled_gemm"])
+    """Functions that a kernel has as the source has them are that one's; what differs keeps its name."""
+    kernels = [KernelNode(name) for name in ("fused_gemm", "fused_gemm_sum", "fused_gemms")]
+    sources = {kernel.name: render(f"kernels/{kernel.name}/device.jinja", {"kernel": kernel}) for kernel in kernels}
+    shared = ["_tile_of", "_product_tile", "_write_tile", "_describe_right"]
+    own = {
+        name: re.search(rf"^def (_product_tile_{name})\(", sources[name], re.MULTILINE)[1]  # type: ignore[index]
+        for name in ("fused_gemm_sum", "fused_gemms")
+    }
+    text = rendering.each_once("\n\n\n".join(source.strip() for source in sources.values()), kernels)
     defined = re.findall(r"^def (\w+)\(", text, re.MULTILINE)
-    shared = ["_tile_of", "_product_tile", "_write_tile", "_describe_right", "_fused_gemm_kernel"]
-    assert defined == [*shared, "_write_tile_doubled_gemm", "_doubled_gemm_kernel"]
-    kernel = text.partition("def _doubled_gemm_kernel(")[2]
-    assert "_write_tile_doubled_gemm(" in kernel and "_tile_of(" in kernel and "_tile_of_doubled_gemm" not in text
-    # What calls something else is something else.
-    other = "def _a_k():\n    1\n\n\ndef _b_k():\n    _a_k()"
-    assert rendering.each_once(f"def _a():\n    0\n\n\ndef _b():\n    _a()\n\n\n{other}", ["k"]).endswith(other)
-    alone = rendering.each_once(other, ["k"])
-    assert alone == other.replace("_k", "")
+    expected = [*shared, "_fused_gemm_kernel"]
+    for name, product in own.items():
+        expected += [product, f"_{name}_kernel"]
+    assert defined == expected
+    kernel = text.partition("def _fused_gemms_kernel(")[2]
+    assert "_product_tile_fused_gemms(" in kernel and "_tile_of(" in kernel and "_tile_of_fused_gemms" not in text
+    # A name is one function in all modules, also where the source itself is not there.
+    for kernel in kernels[1:]:
+        alone = rendering.each_once(sources[kernel.name], [kernel])
+        rest = [name for name in shared if name != "_product_tile"]
+        assert sorted(re.findall(r"^def (\w+)\(", alone, re.MULTILINE)) == sorted(
+            [*rest, own[kernel.name], f"_{kernel.name}_kernel"]
+        )
+        for name in rest:
+            assert re.search(rf"^def {name}\(.*?(?=\n\n\n)", alone, re.MULTILINE | re.DOTALL)[0] in text  # type: ignore[index]
+    # A function of the source that a kernel has otherwise keeps its name too.
+    changed = sources["fused_gemms"].replace("    first = band", "    first = 0 + band", 1)
+    assert changed != sources["fused_gemms"]
+    text = rendering.each_once(changed, kernels[2:])
+    assert "def _tile_of_fused_gemms(" in text and "def _tile_of(" not in text
 
 
 def test_the_source_says_which_seams_it_has() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ..kernels import registry
 from ..request.activations import Activation
 from ..request.bases import BASES, BY_FORWARD, Base
+from .kernel_notes import KernelNode
 
 if TYPE_CHECKING:
     import jinja2
@@ -96,28 +97,46 @@ def _body_of(name: str) -> str:
     return _HELD[name].read_text(encoding="utf-8").partition("\n\n\n")[2]
 
 
-def each_once(text: str, kernels: Iterable[str]) -> str:
-    """Functions of kernels, of which those that are the same but for the kernel in their names stand once, without it.
+def _functions(text: str) -> Iterator[tuple[str | None, str]]:
+    """What stands in a text of Python two lines apart, with the name of the function that it defines, if it does."""
+    for part in text.split("\n\n\n"):
+        defined = re.search(r"^def (\w+)\(", part, re.MULTILINE)
+        yield defined and defined[1], part
+
+
+def each_once(text: str, kernels: Iterable[KernelNode]) -> str:
+    """Functions of kernels, of which those that fill no seam of another one's source stand once, as that has them.
 
     A kernel that fills the seams of another one's source has all functions of that, each under a name of its own: most
-    are what they were.
+    are what they were. A name means one function in all modules, so that no two of them compile it.
     """
-    of_kernel = re.compile(f"_({'|'.join(sorted(kernels, key=len, reverse=True))})$")
-    kept, known, names = list[str](), dict[str, str](), dict[str, str]()
-    for part in text.split("\n\n\n"):
+    own, unfilled = dict[str, str](), dict[str, str]()
+    for kernel in kernels:
+        if extended := _extended(kernel.name):
+            source = render(f"kernels/{extended}/device.jinja", {"kernel": KernelNode(extended)})
+            for name, part in _functions(source.strip()):
+                if name is not None:
+                    own[f"{name}_{kernel.name}"], unfilled[name] = name, part
+    kept, known, names = list[str](), set[str | None](), dict[str, str]()
+    for name, part in _functions(text):
         function = re.sub(r"\w+", lambda word: names.get(word[0], word[0]), part)
-        defined = re.search(r"^def (\w+)\(", function, re.MULTILINE)
-        if defined is None:
-            kept.append(function)
-            continue
-        name, plain = defined[1], of_kernel.sub("", defined[1])
-        body, stands = function.replace(f"def {name}(", f"def {plain}("), plain in known
-        if known.setdefault(plain, body) != body:
-            kept.append(function)
-        else:
-            names[name] = plain
-            kept += [] if stands else [body]
+        plain = own.get(name or "", "")
+        if plain and function.replace(f"def {name}(", f"def {plain}(").strip() == unfilled[plain]:
+            names[f"{name}"] = plain
+            if plain in known:
+                continue
+            name, function = plain, unfilled[plain]
+        known.add(name)
+        kept.append(function)
     return "\n\n\n".join(kept)
+
+
+@lru_cache
+def _extended(kernel: str) -> str | None:
+    """The kernel whose source's seams another one fills."""
+    source = (registry.FOLDER / kernel / "device.jinja").read_text(encoding="utf-8")
+    extended = re.search(r'^\{% extends "kernels/(\w+)/device.jinja" %\}', source, re.MULTILINE)
+    return extended and extended[1]
 
 
 def _named_in(name: str, text: str) -> bool:
