@@ -145,6 +145,11 @@ _SPEC_OPTIONS = (
         show_default=True,
         help="Compute q, k, v and gate, up together where that is priced no higher, or never.",
     ),
+    click.option(
+        "--memory-budget",
+        metavar="SIZE",
+        help="Most that a step of the whole model may take, such as 38GiB: which layers keep what is planned by it.",
+    ),
     click.option("--no-kernels", is_flag=True, help="Plain torch only: no fused Triton kernels."),
     click.option(
         "--device",
@@ -165,7 +170,7 @@ def _spec_options(command: Command) -> Command:
 #: Options that are fields of a workload as they are.
 _AS_GIVEN = (
     *("dtype", "adapter_dtype", "train", "criterion", "max_saved_bytes", "allow_lossy_merge", "merge_rounding"),
-    *("base", "bias", "device", "dropout", "float8", "groups", "launch", "model_type"),
+    *("base", "bias", "device", "dropout", "float8", "groups", "launch", "memory_budget", "model_type"),
 )
 
 
@@ -183,6 +188,7 @@ def _read_spec(options: dict[str, Any]) -> Request:
         tokens=options["tokens"] or None,
         input_grad=not options["no_input_grad"],
         kernels=not options["no_kernels"],
+        sequence=options.get("sequence"),
         **{name: options[name] for name in _AS_GIVEN},
     )
     if not options.get("quiet"):
@@ -193,6 +199,7 @@ def _read_spec(options: dict[str, Any]) -> Request:
 
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @_spec_options
+@click.option("--sequence", "-s", metavar="T", help="Tokens of a sequence, for --memory-budget. [all of a step]")
 @click.option("--name", metavar="NAME", help="What the package is called. [the architecture's name]")
 @click.option("-o", "--output", metavar="DIR", default="generated", show_default=True, help="Folder to write into.")
 @click.option("--check", is_flag=True, help="Write nothing; exit 1 and show a diff if the folder is stale.")
@@ -321,6 +328,10 @@ def explain(variants: bool, show_all: bool, as_json: bool, **options: Any) -> No
 
     request = _read_spec(options)
     architecture, workload = request.architecture, request.workload
+    if workload.memory_budget is not None:
+        raise SpecError(
+            "--memory-budget: explain tells of layers one by one; give it to estimate, which shows the plan"
+        )
     if len(request.ranks) > 1 or len(workload.tokens) > 1:
         raise SpecError("explain: several values of --rank or --tokens; give one of each")
     rank, tokens = request.ranks[0], workload.tokens[0]
@@ -404,19 +415,31 @@ def _without_tokens(command: Command) -> Command:
 @click.option("--batch", "-b", metavar="N", help="Sequences a step. [1]")
 @click.option("--sequence", "-s", metavar="T", help="Tokens of a sequence, such as 2048 or 2k.")
 @click.option("--checkpointing", is_flag=True, help="Layers keep their inputs only, and run their forward twice.")
+@click.option("--front", "show_front", is_flag=True, help="Also what steps take in which layers keep more or less.")
+@click.option("--picture", metavar="FILE", help="Draw that: time against memory. Needs matplotlib.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def estimate(batch: str | None, sequence: str | None, checkpointing: bool, as_json: bool, **options: Any) -> None:
+def estimate(
+    batch: str | None,
+    sequence: str | None,
+    checkpointing: bool,
+    show_front: bool,
+    picture: str | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Predict a training step of the whole model, frozen, with PEFT, and with generated modules.
 
     \b
       runlora-gen estimate --arch llama-3-8b --rank 16 --batch 4 --sequence 4k --checkpointing
+      runlora-gen estimate --arch llama-3-8b --rank 16 -b 4 -s 4k --memory-budget 64GiB
 
     Forward and backward, run eagerly on one device: time, and the most memory that it takes, with weights. Without the
-    optimizer's step.
+    optimizer's step. With a memory budget also the plan for it: which layers keep what.
     """  # noqa: D301
-    from .emit.report import estimate_data, estimate_lines
-    from .forecast.estimate import Batch, check_modelled
-    from .forecast.estimate import estimate as predict
+    from .emit.picture import check_picture, draw
+    from .emit.report import estimate_data, estimate_lines, front_lines
+    from .forecast.estimate import Batch, check_modelled, steps_of
+    from .forecast.plan import every_plan, front, plan_within
 
     if sequence is None:
         raise SpecError("--sequence: missing; give the tokens of a sequence, such as 2048")
@@ -429,18 +452,34 @@ def estimate(batch: str | None, sequence: str | None, checkpointing: bool, as_js
         raise SpecError("estimate: several values of --batch or --sequence; give one of each")
     if size * length > MAX_TOKENS:
         raise SpecError(f"--batch: {size} sequences of {length} tokens are above {MAX_TOKENS} tokens a step")
-    request = _read_spec({**options, "tokens": (str(size * length),)})
+    if checkpointing and (options["memory_budget"] or show_front or picture):
+        raise SpecError("--checkpointing: given beside a plan, which says itself which layers checkpoint")
+    if picture is not None:
+        check_picture(picture)
+    planned = {"sequence": str(length)} if options["memory_budget"] else {}
+    request = _read_spec({**options, **planned, "tokens": (str(size * length),)})
     if len(request.ranks) > 1:
         raise SpecError("estimate: several values of --rank; give one")
     architecture, rank, workload = request.architecture, request.ranks[0], request.workload
     check_modelled(architecture)
     step = Batch(size, length, checkpointing)
-    found = predict(architecture, rank, workload, step)
+    steps = steps_of(architecture, rank, workload, step)
+    found, budget = steps.all(), workload.memory_budget
+    plans = every_plan(steps) if budget is not None or show_front or picture is not None else []
+    plan = None if budget is None else plan_within(plans, budget)
+    points = front(plans) if show_front or picture is not None else []
+    if picture is not None:
+        title = f"{architecture.name}, rank {rank}, {size} x {length} tokens, {workload.dtype}"
+        draw(Path(picture), title, steps, points, plan, budget)
     if as_json:
-        click.echo(json.dumps(estimate_data(architecture, rank, workload, step, found), indent=1))
+        data = estimate_data(architecture, rank, workload, step, found, plan, points)
+        click.echo(json.dumps(data, indent=1))
         return
     console = _console(PLAIN_WIDTH)
-    for line in estimate_lines(architecture, rank, workload, step, found):
+    for line in (
+        *estimate_lines(architecture, rank, workload, step, found, plan),
+        *(front_lines(points, found["frozen"]) if show_front else ()),
+    ):
         console.print(line, markup=False)
 
 

@@ -57,6 +57,8 @@ def package_digest(
     }
     if layout != STANDALONE:
         spec["layout"] = layout
+    if workload.memory_budget is not None:
+        spec["decoder"] = None if architecture.decoder is None else asdict(architecture.decoder)
     return sha256(json.dumps(spec, sort_keys=True))
 
 

@@ -203,6 +203,7 @@ class ModuleNode(SharedNode):
         witnesses: arguments on which gradients depend.
         ranges: ids of variants.
         forward_ranges: functions that compute the outputs alone.
+        least: the id of the variant for layers that keep as little as they can, or None.
     """
 
     site: Site
@@ -221,6 +222,7 @@ class ModuleNode(SharedNode):
     forwards: tuple[ForwardNode, ...]
     ranges: tuple[RangeNode, ...]
     forward_ranges: tuple[RangeNode, ...]
+    least: str | None
 
     @property
     def is_of_experts(self) -> bool:
@@ -316,6 +318,7 @@ def module_node(
         forwards=tuple(forwards.values()),
         ranges=_ranges(choice),
         forward_ranges=forward_ranges,
+        least=None if choice.least is None else choice.least.chosen.program.id,
         trains=trains,
         frozen=frozen,
         wide_adapter=workload.adapter_dtype == "fp32",
@@ -347,7 +350,10 @@ def activations_of(modules: Iterable[ModuleNode]) -> tuple[Activation, ...]:
 
 
 def _variants(choice: LayerChoice, all_variants: bool) -> tuple[_Variant, ...]:
-    """The programs of a module, each once: those that were chosen, in the order of their ranges, then all others."""
+    """The programs of a module, each once: those that were chosen, in the order of their ranges, then all others.
+
+    After the chosen ones stands that which keeps the least, where a plan asks for one.
+    """
     found: dict[str, _Variant] = {}
 
     def add(decision: Decision, candidate: Priced, note: str = "") -> None:
@@ -357,6 +363,8 @@ def _variants(choice: LayerChoice, all_variants: bool) -> tuple[_Variant, ...]:
         reason = show_reason(decision)
         add(decision, decision.chosen, f"The runner-up lost: {reason}" if reason else "")
         add(decision, decision.fallback, "For 16-bit weights: it merges nothing, so no small update is lost")
+    if choice.least is not None:
+        add(choice.least, choice.least.chosen, "For layers of which the plan wants that they keep the least")
     if all_variants:
         decision = choice.ranges[-1].decision
         for candidate in decision.candidates:

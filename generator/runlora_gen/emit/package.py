@@ -7,10 +7,11 @@ import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from .. import __version__
+from ..forecast.plan import Plan, plan_for
 from ..request.architecture import GENERATOR, LIVE, Architecture
 from ..request.files import read_text
 from ..request.layers import layers
@@ -31,7 +32,7 @@ from .render import (
     render_test,
     render_test_of_experts,
 )
-from .report import SCHEMA_VERSION, choice_data
+from .report import SCHEMA_VERSION, choice_data, plan_data, plan_lines, planned_ways
 from .style import Style, style_of
 
 #: The files of a package that put its modules into a model; ``groups`` and ``mlps`` are more where there are some.
@@ -137,6 +138,12 @@ def build_package(
         tuple(choice for choice in several if isinstance(choice.layer, Mlp) is of_mlps) for of_mlps in (False, True)
     )
     routed = decide_experts(workload, architecture, rank)
+    plan = None
+    if workload.memory_budget is not None:
+        # An MLP that is not computed as a whole at all token counts is none in the plan either.
+        plan, steps = plan_for(architecture if whole else replace(architecture, gated=()), rank, workload)
+        if plan.ways.remade and steps.remade is not None:
+            whole = tuple(replace(choice, least=steps.remade.decision) for choice in whole)
     nodes, groups, mlps, stacks = (
         [
             module_node(choice, rank, workload, width=style.line_length, all_variants=all_variants, layout=layout)
@@ -162,6 +169,10 @@ def build_package(
         "kernels": "kernels" in shared,
         "quantized": workload.quantized,
         "base": workload.stored,
+        "plan": plan,
+        "plan_lines": [] if plan is None else plan_lines(plan, workload),
+        "plan_ways": "" if plan is None else planned_ways(plan, workload),
+        "workload": workload,
         "imported": sorted((node.name for node in every), key=natural),
     }
     rendered |= {f"{name}.py": text for name, text in shared.items()}
@@ -169,6 +180,7 @@ def build_package(
         *OF_MODELS,
         *(["groups"] if groups or mlps else []),
         *(["mlps"] if mlps else []),
+        *(["plan"] if plan is not None else []),
         *(OF_EXPERTS if stacks else ()),
     )
     rendered |= {f"{name}.py": render(f"{name}.py.jinja", context) for name in in_models}
@@ -196,7 +208,7 @@ def build_package(
     files["py.typed"] = ""
     digests = {name: former.digest(source) for name, source in rendered.items()}
     choices = (decided, together, whole, routed)
-    files[MANIFEST] = _manifest(architecture, rank, public, header, style, choices, digests, files)
+    files[MANIFEST] = _manifest(architecture, rank, public, header, style, choices, plan, digests, files)
     return Package(folder, files, decided, together, whole, routed)
 
 
@@ -249,6 +261,9 @@ def _command(
         words.append("--no-input-grad")
     if workload.max_saved_bytes is not None:
         words += ["--max-saved-bytes", str(workload.max_saved_bytes)]
+    for name in ("memory_budget", "sequence"):
+        if (value := getattr(workload, name)) is not None:
+            words += [f"--{name.replace('_', '-')}", str(value)]
     if not workload.kernels:
         words.append("--no-kernels")
     if workload.allow_lossy_merge:
@@ -269,6 +284,7 @@ def _manifest(
     header: Header,
     style: Style,
     decided: Sequence[Sequence[LayerChoice]],
+    plan: Plan | None,
     rendered: Mapping[str, str],
     files: Mapping[str, str],
 ) -> str:
@@ -284,6 +300,8 @@ def _manifest(
         "projections": [asdict(projection) for projection in architecture.projections],
         "stacks": [asdict(stack) for stack in architecture.stacks],
         "gated": [asdict(gated) for gated in architecture.gated],
+        "decoder": [asdict(architecture.decoder)] if plan is not None and architecture.decoder is not None else [],
+        "plan": None if plan is None else plan_data(plan),
         "model_type": architecture.model_type,
         "rank": rank,
         "workload": {**asdict(workload), "tokens": list(workload.tokens), "train": list(workload.train)},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from ..cost.price import price_frozen
 from ..cost.vector import DEVICE_BOUND, HOST_BOUND
 from ..forecast.estimate import Batch, Estimate
 from ..forecast.gain import Gain, Side, shared_stem
+from ..forecast.plan import Plan
 from ..request.architecture import Architecture
 from ..request.experts import Experts
 from ..request.groups import Group
@@ -174,13 +176,48 @@ def gain_lines(found: Gain, decisions: Sequence[Decision], workload: Workload) -
         yield "PEFT     has no dropout on experts: it is priced without"
 
 
-_WAYS = {"frozen": "frozen", "peft": "PEFT", "ours": "ours"}
+_WAYS = {"frozen": "frozen", "peft": "PEFT", "ours": "ours", "plan": "plan"}
+
+
+def plan_data(plan: Plan) -> dict[str, Any]:
+    """A plan as JSON: layers, time in microseconds, memory in bytes."""
+    return {
+        "layers": plan.layers,
+        **asdict(plan.ways),
+        "time_us": _us(plan.estimate.time_s),
+        "peak_bytes": plan.estimate.memory.peak,
+    }
+
+
+def planned_ways(plan: Plan, workload: Workload) -> str:
+    """What a plan comes to, in a line."""
+    peak, budget = (show_bytes(size) for size in (plan.estimate.memory.peak, workload.memory_budget or 0))
+    return f"{show_ways(plan)}: {peak} of {budget} at {max(workload.tokens)} tokens, without the optimizer"
+
+
+def plan_lines(plan: Plan, workload: Workload) -> list[str]:
+    """What a module says of a plan."""
+    step, most = plan.estimate, max(workload.tokens)
+    text = (
+        f"Planned for {show_bytes(workload.memory_budget or 0)} at {most} tokens of {workload.dtype} on "
+        f"{load_device(workload.device).title}: {show_duration(step.time_s)} and {show_bytes(step.memory.peak)} a "
+        "step, as predicted: forward and backward with head and loss, weights, adapters and their gradients, without "
+        "the optimizer."
+    )
+    return textwrap.wrap(text, 88)
 
 
 def estimate_data(
-    architecture: Architecture, rank: int, workload: Workload, batch: Batch, found: Mapping[str, Estimate]
+    architecture: Architecture,
+    rank: int,
+    workload: Workload,
+    batch: Batch,
+    found: Mapping[str, Estimate],
+    plan: Plan | None = None,
+    front: Sequence[Plan] = (),
 ) -> dict[str, Any]:
-    """A predicted step as JSON: times in microseconds, memory in bytes."""
+    """A predicted step as JSON: times in microseconds, memory in bytes; with the plan and the front, if asked for."""
+    more = {} if plan is None else {"memory_budget": workload.memory_budget, "plan": plan_data(plan)}
     return {
         "arch": architecture.name,
         "rank": rank,
@@ -201,13 +238,20 @@ def estimate_data(
             }
             for way, one in found.items()
         },
+        **more,
+        **({"front": [plan_data(point) for point in front]} if front else {}),
     }
 
 
 def estimate_lines(
-    architecture: Architecture, rank: int, workload: Workload, batch: Batch, found: Mapping[str, Estimate]
+    architecture: Architecture,
+    rank: int,
+    workload: Workload,
+    batch: Batch,
+    found: Mapping[str, Estimate],
+    plan: Plan | None = None,
 ) -> Iterable[str]:
-    """A predicted step for people: a line for each way."""
+    """A predicted step for people: a line for each way, and for the plan if there is one."""
     device, frozen = load_device(workload.device), found["frozen"]
     checkpointing = ", checkpointing" if batch.checkpointing else ""
     yield f"{architecture.name}, rank {rank}, {batch.size} x {batch.length} tokens{checkpointing}"
@@ -215,7 +259,8 @@ def estimate_lines(
     yield f"{workload.dtype}{base}, adapters {workload.adapter_dtype}, {device.title}"
     yield ""
     yield "            step x frozen   tokens/s       peak    weights       kept  bound by"
-    for way, one in found.items():
+    rows = {**found, **({} if plan is None else {"plan": plan.estimate})}
+    for way, one in rows.items():
         memory = one.memory
         bound = "device" if one.time_s == one.times.device_s else "host"
         sizes = "".join(f"{show_bytes(size):>11}" for size in (memory.peak, memory.weights, memory.forward))
@@ -224,8 +269,39 @@ def estimate_lines(
             f"{batch.tokens / one.time_s:>11,.0f}{sizes}  {bound}"
         )
     yield ""
+    if plan is not None:
+        yield from textwrap.wrap(f"The plan, for {show_bytes(workload.memory_budget or 0)}: {show_ways(plan)}.", 80)
+        yield ""
     yield "Forward and backward with head and loss, eager, full causal attention by a flash"
     yield "kernel; no optimizer step. Peak: weights, adapters, what is kept, intermediates."
+
+
+def show_ways(plan: Plan) -> str:
+    """What layers keep, in words."""
+    first, again = plan.ways.checkpointed, plan.ways.remade
+    parts = [f"{first} of {plan.layers} layers keep their input alone"] if first else []
+    others = f"{again} more" if first else f"{again} of {plan.layers} layers"
+    parts += [f"in {others} gate and up are made again"] if again else []
+    return ", ".join(parts) or "all layers keep what their backward reads"
+
+
+#: Lines of a front that a terminal shows.
+_MOST_POINTS = 16
+
+
+def front_lines(points: Sequence[Plan], frozen: Estimate) -> Iterable[str]:
+    """A front for people, from the fastest plan to the one that takes the least memory; of many some, evenly."""
+    shown = min(len(points), _MOST_POINTS)
+    places = sorted({round(at * (len(points) - 1) / max(1, shown - 1)) for at in range(shown)})
+    yield ""
+    yield f"{len(places)} of {len(points)} plans that no other beats in both, and how many layers do what:"
+    yield "      step x frozen       peak  input alone  gate, up again  keep all"
+    for point in (points[place] for place in places):
+        one, ways = point.estimate, point.ways
+        yield (
+            f"{show_duration(one.time_s):>10}{one.time_s / frozen.time_s:>9.2f}{show_bytes(one.memory.peak):>11}"
+            f"{ways.checkpointed:>13}{ways.remade:>16}{point.layers - ways.checkpointed - ways.remade:>10}"
+        )
 
 
 def gain_table(sites: Sequence[Site], decisions: Sequence[Decision]) -> RenderableType:

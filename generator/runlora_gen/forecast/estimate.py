@@ -8,8 +8,9 @@ input flows through all layers, and nothing of the base model trains. The optimi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from types import MappingProxyType
 
 from ..cost.passes import Times
@@ -23,7 +24,7 @@ from ..request.experts import Experts, Stack, experts
 from ..request.layers import layers
 from ..request.mlps import Mlp
 from ..request.workload import Workload
-from ..search.choose import Decision
+from ..search.choose import Decision, decide
 from ..search.grouped import Together, decide_groups_of_step
 from ..search.ranges import decide_step
 from .gain import Keeps, keeps, kept_bytes
@@ -102,6 +103,35 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Ways:
+    """How many of a model's layers keep less than all that their backward reads.
+
+    Attributes:
+        checkpointed: of the first layers, each of which keeps its input only, and runs its forward again.
+        remade: of those after them, whose MLP keeps neither what gate nor what up gave, and makes it again.
+    """
+
+    checkpointed: int = 0
+    remade: int = 0
+
+
+@dataclass(frozen=True)
+class Remade:
+    """An MLP that keeps as little as one can, over the one that was chosen.
+
+    Attributes:
+        decision: what computes it.
+        forward, backward: how much longer these take.
+        spared: bytes that it does not keep.
+    """
+
+    decision: Decision
+    forward: Times
+    backward: Times
+    spared: int
+
+
+@dataclass(frozen=True)
 class _Linear:
     """A linear's forward and backward, what it keeps, and bytes that its backward needs beside dY and dX."""
 
@@ -111,24 +141,24 @@ class _Linear:
     workspace: int = 0
 
 
-def check_modelled(architecture: Architecture) -> None:
-    """Refuse a model of which more would have to be known.
+def check_modelled(architecture: Architecture, asked: str = "estimate") -> None:
+    """Refuse a model of which more would have to be known; ``asked``: what for, in errors.
 
     Raises:
         SpecError: its family is not modelled, or not with such layers, or its config has no vocabulary.
     """
     if architecture.decoder is None and architecture.model_type in decoder_types():
         raise SpecError(
-            f"estimate: not all is known of {architecture.name}; give the config of a {architecture.model_type} model "
+            f"{asked}: not all is known of {architecture.name}; give the config of a {architecture.model_type} model "
             "with all sizes, whose layers are all alike"
         )
     if architecture.decoder is None:
         raise SpecError(
-            f"estimate: {architecture.name} is of model type {architecture.model_type}, of which only the linears are "
+            f"{asked}: {architecture.name} is of model type {architecture.model_type}, of which only the linears are "
             f"known; estimated are {', '.join(decoder_types())}"
         )
     if architecture.decoder.vocab is None:
-        raise SpecError(f"estimate: the config of {architecture.name} has no vocab_size, a whole number")
+        raise SpecError(f"{asked}: the config of {architecture.name} has no vocab_size, a whole number")
 
 
 def estimate(architecture: Architecture, rank: int, workload: Workload, batch: Batch) -> dict[str, Estimate]:
@@ -144,6 +174,15 @@ def estimate(architecture: Architecture, rank: int, workload: Workload, batch: B
         SpecError: its family is not modelled, or its config has no vocabulary although head and loss are run; or the
             workload is for torch.compile, which fuses what is counted here, and keeps other tensors.
     """
+    return steps_of(architecture, rank, workload, batch).all()
+
+
+def steps_of(architecture: Architecture, rank: int, workload: Workload, batch: Batch) -> Steps:
+    """The same before it is summed up: steps in which layers keep more, or less.
+
+    Raises:
+        SpecError: as :func:`estimate`.
+    """
     if workload.launch == "compile":
         raise SpecError(
             "--launch: compile is not allowed for estimate, which counts steps as they run eagerly; give eager or graph"
@@ -155,17 +194,71 @@ def estimate(architecture: Architecture, rank: int, workload: Workload, batch: B
     sites, stacks = layers(architecture), experts(architecture.stacks, chained=workload.chains_experts)
     decisions = decide_step(workload, [*sites, *stacks], rank, batch.tokens)
     adapted = dict(zip(((site.in_features, site.out_features) for site in sites), decisions, strict=False))
-    grouped = {group: _of_group(d) for group, d in decide_groups_of_step(workload, architecture, rank, batch.tokens)}
+    grouped = dict(decide_groups_of_step(workload, architecture, rank, batch.tokens))
     model = _Model(decoder, architecture, rank, workload, batch)
-    of_frozen, of_peft, of_ours = _of_experts(model, dict(zip(stacks, decisions[len(sites) :], strict=True)))
-    return {
-        "frozen": model.estimate({}, of_frozen, frozen=True),
-        "peft": model.estimate({shape: _by_peft(decision.setting) for shape, decision in adapted.items()}, of_peft),
-        "ours": model.estimate({shape: _ours(decision) for shape, decision in adapted.items()}, of_ours, grouped),
-    }
+    of_experts = _of_experts(model, dict(zip(stacks, decisions[len(sites) :], strict=True)))
+    return Steps(model, adapted, grouped, of_experts)
 
 
-def _of_experts(model: _Model, decisions: Mapping[Experts, Decision]) -> Sequence[Part | None]:
+@dataclass(frozen=True)
+class Steps:
+    """One way or another to train a model: what is decided of it, to be summed up."""
+
+    _model: _Model
+    _adapted: Mapping[tuple[int, int], Decision]
+    _grouped: Mapping[Together, Decision]
+    _experts: tuple[Part | None, Part | None, Part | None]
+
+    @property
+    def layers(self) -> int:
+        """How many the model has."""
+        return self._model.decoder.layers
+
+    def all(self) -> dict[str, Estimate]:
+        """``frozen``, ``peft`` and ``ours``, with every layer as the batch says."""
+        return {"frozen": self.frozen(), "peft": self.peft(), "ours": self.ours()}
+
+    def frozen(self, ways: Ways | None = None) -> Estimate:
+        """Without adapters."""
+        return self._model.estimate({}, self._experts[0], ways=ways, frozen=True)
+
+    def peft(self, ways: Ways | None = None) -> Estimate:
+        """In PEFT's order."""
+        adapted = {shape: _by_peft(decision.setting) for shape, decision in self._adapted.items()}
+        return self._model.estimate(adapted, self._experts[1], ways=ways)
+
+    def ours(self, ways: Ways | None = None) -> Estimate:
+        """On generated modules; ``ways``: which layers keep less, where it is not the batch that says so."""
+        adapted = {shape: _ours(decision) for shape, decision in self._adapted.items()}
+        grouped = {site: _of_group(decision) for site, decision in self._grouped.items()}
+        remade = self.remade if ways is not None and ways.remade else None
+        return self._model.estimate(adapted, self._experts[2], grouped, ways=ways, remade=remade)
+
+    @cached_property
+    def remade(self) -> Remade | None:
+        """The MLP of every layer where it keeps as little as one can, by the fastest program that does.
+
+        None where MLPs are not computed as a whole.
+        """
+        whole = [(site, decision) for site, decision in self._grouped.items() if isinstance(site, Mlp)]
+        if [site.count for site, _ in whole] != [self.layers]:
+            return None
+        ((_, chosen),) = whole
+        lossless = [each.cost for each in chosen.candidates if not each.program.lossy_in_16_bit]
+        bound = replace(
+            self._model.workload, criterion="time", max_saved_bytes=min(cost.saved_bytes for cost in lossless)
+        )
+        least = decide(bound, chosen.setting, chosen.host_share)
+        less, more = least.chosen.cost, chosen.chosen.cost
+        return Remade(
+            least,
+            Times.of(less.forward) + Times.of(more.forward) * -1,
+            Times.of(less.backward) + Times.of(more.backward) * -1,
+            more.saved_bytes - less.saved_bytes,
+        )
+
+
+def _of_experts(model: _Model, decisions: Mapping[Experts, Decision]) -> tuple[Part | None, Part | None, Part | None]:
     """A layer's experts in the three ways; None where there is a plain MLP in their place."""
     architecture = model.architecture
     if model.decoder.router is None:
@@ -227,8 +320,14 @@ class _Model:
         grouped: Mapping[Together, _Linear] = MappingProxyType({}),
         *,
         frozen: bool = False,
+        ways: Ways | None = None,
+        remade: Remade | None = None,
     ) -> Estimate:
-        """One way: ``mixture`` has its experts of a layer, ``frozen`` says that nothing has an adapter."""
+        """One way: ``mixture`` has its experts of a layer, ``frozen`` says that nothing has an adapter.
+
+        ``ways``: what keeps less; None for what the batch says. ``remade``: an MLP that does.
+        """
+        ways = ways or Ways(checkpointed=self.decoder.layers if self.batch.checkpointing else 0)
         forward, backward = Times(), Times()
         targets = {projection.name for projection in self.architecture.projections} if adapted else set()
         for group, linears in grouped.items():
@@ -249,12 +348,14 @@ class _Model:
             backward += mixture.backward * self.decoder.layers
         forward += between[0] * self.decoder.layers
         backward += between[1] * self.decoder.layers
-        if self.batch.checkpointing:
-            backward += forward
+        backward += forward * (ways.checkpointed / self.decoder.layers)
+        if remade is not None:
+            forward += remade.forward * ways.remade
+            backward += remade.backward * ways.remade
         ends = self._ends()
         return Estimate(
             forward + backward + ends,
-            self._memory(adapted, mixture, grouped, adapters=0 if frozen else self._adapters()),
+            self._memory(adapted, mixture, grouped, ways, remade, adapters=0 if frozen else self._adapters()),
             graph=self.workload.launch == "graph",
         )
 
@@ -336,6 +437,8 @@ class _Model:
         adapted: dict[tuple[int, int], _Linear],
         mixture: Part | None,
         grouped: Mapping[Together, _Linear],
+        ways: Ways,
+        remade: Remade | None,
         *,
         adapters: int,
     ) -> Memory:
@@ -348,11 +451,15 @@ class _Model:
         whole = any(isinstance(site, Mlp) for site in grouped)
         layer = self.layer_bytes() + of_linears // count + (0 if mixture is None else mixture.kept)
         layer -= inner if whole else 0  # of gate nothing is kept but itself
-        if batch.checkpointing:
-            inputs = (count - 1 if batch.body else count) * s * hidden
-            between, within = inputs, inputs + layer
-        else:
-            between = within = count * layer
+        # Layers of a kind stand one after the other. In the backward of the last of each kind the most is alive: what
+        # the layers before it keep, and what is made again; so those that make the most again stand first.
+        spared = 0 if remade is None else remade.spared
+        inputs = max(0, ways.checkpointed - 1 if batch.body else ways.checkpointed) * s * hidden
+        less = inputs + ways.remade * (layer - spared)
+        between = less + (count - ways.checkpointed - ways.remade) * layer
+        kinds = [(between, 0)] if ways.checkpointed + ways.remade < count else []
+        kinds += [(less, spared)] if ways.remade else []
+        kinds += [(inputs + layer, 0)] if ways.checkpointed else []
         output = s * (hidden + logits)  # the model's, which whoever called it holds
         last = FLOAT * batch.tokens * (d.hidden + 1)
         readers = self._read("mlp_hidden") if adapted else []
@@ -361,16 +468,18 @@ class _Model:
         made = s * d.intermediate * d.hidden if self.workload.quantized else 0
         # The last norm's backward: five tensors in float32 beside what it has kept.
         moments = [(between + last, output + 5 * FLOAT * hidden)]
-        if mixture is not None:
-            moments += [(within - gone, output + s * hidden + beside) for gone, beside in mixture.moments]
-        elif whole:  # the gradients of down's input, of gate and of up
-            moments.append((within, output + s * hidden + 3 * inner))
-        else:
-            # The last layer's MLP: dX of the last linear, and the gradients of gate and up before silu's.
-            moments += [
-                (within - down, output + s * hidden + 3 * inner + made),
-                (within, output + s * hidden + inner + max(workspace, made)),
-            ]
+        for within, again in kinds:
+            beside = output + s * hidden + again
+            if mixture is not None:
+                moments += [(within - gone, beside + more) for gone, more in mixture.moments]
+            elif whole:  # the gradients of down's input, of gate and of up
+                moments.append((within, beside + 3 * inner))
+            else:
+                # The layer's MLP: dX of the last linear, and the gradients of gate and up before silu's.
+                moments += [
+                    (within - down, beside + 3 * inner + made),
+                    (within, beside + inner + max(workspace, made)),
+                ]
         if logits:  # the loss's backward: log_softmax, its gradient and that of its input
             moments.append((between + last + FLOAT * logits, output + 2 * FLOAT * logits))
         kept, transient = max(moments, key=sum)

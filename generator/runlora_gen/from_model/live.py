@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..request.activations import ACTIVATIONS, Activation
-from ..request.architecture import LIVE, Architecture, Gated, Projection, family_projections, slug
+from ..request.architecture import LIVE, Architecture, Gated, Projection, decoder_of, family_projections, slug
 from ..request.bases import BASES, BY_FORWARD
 from ..request.errors import SpecError, shorten
 from ..request.experts import UNASKED, Stack
@@ -166,8 +166,10 @@ def read_model(model: nn.Module, *, name: str | None = None, base: str | None = 
         for adapter in member.adapters:
             groups.setdefault(adapter, []).append(member)
     ranks = sorted({adapter.rank for adapter in groups})
+    whole = architecture(taken)
+    decoder = decoder_of(config, whole)
     return LiveModel(
-        architecture=architecture(taken),
+        architecture=replace(whole, decoder=decoder),
         dtypes=tuple(
             dtype
             for dtype, _ in Counter(
@@ -175,7 +177,10 @@ def read_model(model: nn.Module, *, name: str | None = None, base: str | None = 
             ).most_common()
         ),
         adapters=tuple(replace(adapter, **parts(members)) for adapter, members in groups.items()),
-        adapted={r: architecture([x for x in taken if any(a.rank == r for a in x.adapters)]) for r in ranks},
+        adapted={
+            r: replace(architecture([x for x in taken if any(a.rank == r for a in x.adapters)]), decoder=decoder)
+            for r in ranks
+        },
         base=base,
         bases=bases,
     )

@@ -41,7 +41,8 @@ def accelerate(
         strict: raise where a layer would be left to PEFT; the model stays as it was.
         layout: of the packages, as for ``generate``.
         workload: fields of ``Workload`` in place of what the model says (dtypes, device) and of the tokens of short and
-            long batches (2048 and 16384 a step).
+            long batches (2048 and 16384 a step). With ``memory_budget``, such as "38GiB", it is planned which layers
+            keep what at the largest of ``tokens``, in sequences of ``sequence``.
 
     Returns:
         A report: ``accelerated`` (names), ``left`` (name to reason), ``folders``, ``modules``; it prints well.
@@ -56,6 +57,10 @@ def accelerate(
         live = read_model(model)
     if live is None or not live.adapted:
         return _left_to_peft(model, strict=strict)
+    if workload.get("memory_budget") is not None and len(live.adapted) * len(live.bases) > 1:
+        raise SpecError(
+            "memory_budget: planned are models whose adapters are of one rank, and whose base is of one kind"
+        )
     packages: list[Any] = []
     for base in live.bases:
         one = live if base == live.base else read_model(model, base=base)

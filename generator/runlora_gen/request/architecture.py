@@ -237,6 +237,11 @@ def family_projections(values: Mapping[str, object], model_type: str) -> tuple[P
         return ()
 
 
+def decoder_of(values: Mapping[str, object], read: Architecture) -> Decoder | None:
+    """The whole model of one all of whose linears were read, by the fields of its config; None if not all is known."""
+    return _decoder_around(read, _Config("config", values), read.model_type)
+
+
 def architecture_of(values: Mapping[str, object], *, others: OtherFamilies | None = None) -> Architecture:
     """Read an architecture from the fields of a config, as ``to_dict`` of Transformers gives them.
 
@@ -252,18 +257,7 @@ def architecture_of(values: Mapping[str, object], *, others: OtherFamilies | Non
 
 def _from_manifest(config: _Config) -> Architecture:
     """What a package was generated for, by its manifest: to generate anew where the model is not at hand."""
-    projections = tuple(
-        Projection(
-            name=row.text("name"),
-            in_features=row.size("in_features"),
-            out_features=row.size("out_features"),
-            bias=row.values.get("bias") is True,
-            count=row.size("count"),
-            input=row.text("input", mark=" ,.*"),
-            layout=row.layout,
-        )
-        for row in _rows(config, "projections")
-    )
+    projections = tuple(map(_projection, _rows(config, "projections")))
     stacks = tuple(
         Stack(
             name=row.text("name"),
@@ -288,7 +282,49 @@ def _from_manifest(config: _Config) -> Architecture:
     if not projections and not stacks:
         _refuse_rows(config, "projections")
     whole = _Row(config, "manifest", config.values)
-    return Architecture(whole.text("arch"), whole.text("model_type"), LIVE, projections, stacks=stacks, gated=gated)
+    return Architecture(
+        whole.text("arch"),
+        whole.text("model_type"),
+        LIVE,
+        projections,
+        stacks=stacks,
+        gated=gated,
+        decoder=_decoder_of_manifest(config),
+    )
+
+
+def _projection(row: _Row) -> Projection:
+    return Projection(
+        name=row.text("name"),
+        in_features=row.size("in_features"),
+        out_features=row.size("out_features"),
+        bias=row.values.get("bias") is True,
+        count=row.size("count"),
+        input=row.text("input", mark=" ,.*"),
+        layout=row.layout,
+    )
+
+
+def _decoder_of_manifest(config: _Config) -> Decoder | None:
+    """The whole model, which a package has that was planned for a budget of memory."""
+    for row in _rows(config, "decoder"):
+        linears = tuple(map(_projection, _rows(replace(config, values=row.values), "projections")))
+        router, vocab = row.values.get("router"), row.values.get("vocab")
+        sizes = ("hidden", "intermediate", "heads", "kv_heads", "head_dim")
+        return Decoder(
+            layers=row.size("layers", MAX_LAYERS),
+            **{name: row.size(name) for name in sizes},
+            head_norms=row.values.get("head_norms") is True,
+            vocab=None if vocab is None else row.size("vocab"),
+            tied=row.values.get("tied") is True,
+            projections=linears,
+            router=(
+                Router(**{name: router.get(name) is True for name in ("normed", "float32")})
+                if isinstance(router, dict)
+                else None
+            ),
+        )
+    return None
 
 
 @dataclass(frozen=True)
@@ -698,7 +734,7 @@ def _decoder(family: _Family, config: _Config, model_type: str, linears: tuple[P
 
 
 def _decoder_around(read: Architecture, config: _Config, model_type: object) -> Decoder | None:
-    """The whole model of one with experts that was read elsewhere, if all of its layers have them and all is known."""
+    """The whole model of one that was read elsewhere, if all is known, and if it has experts all of its layers do."""
     family = _families().get(model_type) if isinstance(model_type, str) else None
     if family is None or not isinstance(model_type, str):
         return None
@@ -707,8 +743,9 @@ def _decoder_around(read: Architecture, config: _Config, model_type: object) -> 
         known = decoder is not None and read.projections == _projections(family, config)
     except SpecError:  # what only estimates need
         return None
-    every = decoder is not None and all(stack.count == decoder.layers for stack in read.known_stacks)
-    return decoder if known and every and len(read.known_stacks) == 2 else None
+    if decoder is None or not known or any(stack.count != decoder.layers for stack in read.known_stacks):
+        return None
+    return decoder if len(read.known_stacks) == (0 if decoder.router is None else 2) else None
 
 
 def decoder_types() -> tuple[str, ...]:

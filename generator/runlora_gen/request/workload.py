@@ -28,7 +28,7 @@ CHOICES = {
     "base": tuple(BASES),
     "float8": ("both", "forward", "none"),
 }
-MAX_SAVED_BYTES = 2**50
+MAX_SAVED_BYTES = MAX_BYTES = 2**50
 #: Above this, byte counts of a layer leave 64 bits; no training step is near it.
 MAX_TOKENS = 2**31
 
@@ -67,6 +67,10 @@ class Workload:
             ``fp8-block``, with one for each block. All are computed with in ``dtype``.
         float8: with the base ``fp8`` on a GPU that multiplies float8, which of a linear's large products may be of it:
             ``both``, that of the ``forward`` alone, or ``none``. Their inputs are rounded to it, row by row.
+        memory_budget: bytes that a training step of the whole model may take at the largest of ``tokens``, with
+            weights, adapters and their gradients, and without the optimizer; or None. By it a package says which layers
+            keep what (see ``forecast.plan``).
+        sequence: tokens of a sequence there, by which attention is priced; None where a step is one sequence.
     """
 
     tokens: tuple[int, ...] = (4096,)
@@ -89,6 +93,8 @@ class Workload:
     dropout: float = 0.0
     base: str = "plain"
     float8: str = "both"
+    memory_budget: int | None = None
+    sequence: int | None = None
 
     @property
     def quantized(self) -> bool:
@@ -137,6 +143,21 @@ def parse_counts(option: str, values: Iterable[str], *, maximum: int, kilo: bool
     if not counts:
         raise SpecError(f"{option}: no value given; {allowed}")
     return tuple(sorted(counts))
+
+
+def parse_bytes(option: str, value: object, *, maximum: int = MAX_BYTES) -> int:
+    """Bytes, from a number, or a text with a unit: ``38GiB``, ``38 GB``.
+
+    Raises:
+        SpecError: it is neither, or not from 1 to ``maximum``.
+    """
+    found = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,9})?) ?(?:([KMGT])(i?)B|B)?", str(value).strip(), re.ASCII | re.I)
+    if found is not None and not isinstance(value, bool | float):
+        power = 0 if found[2] is None else "KMGT".index(found[2].upper()) + 1
+        number = int(float(found[1]) * 1000**power) if power and not found[3] else int(float(found[1]) * 1024**power)
+        if 1 <= number <= maximum and (power or "." not in found[1]):
+            return number
+    raise SpecError(f"{option}: {shorten(value)} is not allowed; give bytes, or such as 38GiB")
 
 
 def parse_names(values: Iterable[str]) -> tuple[str, ...]:
@@ -321,6 +342,10 @@ def make_workload(*, prefix: str = "", **fields: Any) -> Workload:
     if "max_saved_bytes" in values:
         texts = map(str, _several(values["max_saved_bytes"]))
         values["max_saved_bytes"] = parse_counts(label("max_saved_bytes"), texts, maximum=MAX_SAVED_BYTES)[0]
+    if "memory_budget" in values:
+        values["memory_budget"] = parse_bytes(label("memory_budget"), values["memory_budget"])
+    if "sequence" in values:
+        values["sequence"] = _sequence(label("sequence"), values)
     for name in ("dtype", "adapter_dtype"):
         text = str(values.get(name, getattr(Workload, name))).removeprefix("torch.")
         values[name] = parse_dtype(label(name), text)
@@ -331,6 +356,23 @@ def make_workload(*, prefix: str = "", **fields: Any) -> Workload:
         if name in values:
             values[name] = str(values[name]) if name == "device" else tuple(values[name])
     return Workload(**values)
+
+
+def _sequence(option: str, values: dict[str, Any]) -> int:
+    """The tokens of a sequence, of which the largest step has some.
+
+    Raises:
+        SpecError: it is no number, or not a part of the tokens; or nothing is asked for that it is for.
+    """
+    found = parse_counts(option, map(str, _several(values["sequence"])), maximum=MAX_TOKENS, kilo=True)
+    most = max(values.get("tokens", Workload.tokens))
+    if values.get("memory_budget") is None:
+        raise SpecError(f"{option}: given without a memory budget, which alone asks for it")
+    if len(found) > 1 or most % found[0]:
+        raise SpecError(
+            f"{option}: {found[-1]} is not allowed; give one number that divides {most}, the tokens of a step"
+        )
+    return found[0]
 
 
 def _several(value: Any) -> list[Any]:

@@ -69,11 +69,13 @@ class LayerChoice:
         layer: what it is for.
         ranges: for training, from few tokens to many.
         forwards: where no gradient is wanted, likewise.
+        least: for training where a plan says that as little is kept as can be; None where none does.
     """
 
     layer: Site
     ranges: tuple[Range[Decision], ...]
     forwards: tuple[Range[ForwardDecision], ...]
+    least: Decision | None = None
 
 
 def decide_step(workload: Workload, sites: Sequence[Site], rank: int, tokens: int) -> list[Decision]:

@@ -1,0 +1,203 @@
+"""Plans for a budget of memory: the best there is, and what a model then takes."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runlora_gen
+import torch
+from runlora_gen.forecast.estimate import Batch, Steps, Ways, steps_of
+from runlora_gen.forecast.plan import MIB, Plan, every_plan, front, plan_for, plan_within
+from runlora_gen.measure.memory import peak_bytes
+from runlora_gen.request.architecture import Architecture, load_architecture
+from runlora_gen.request.errors import SpecError
+from runlora_gen.request.workload import Workload, make_workload
+
+#: Where MLPs are computed as a whole.
+WORKLOAD = Workload(tokens=(4096,), device="a100", launch="graph", adapter_dtype="bf16")
+BATCH = Batch(2, 2048)
+
+
+@pytest.fixture(scope="module")
+def steps() -> Steps:
+    return steps_of(load_architecture("llama-13b"), 16, WORKLOAD, BATCH)
+
+
+@pytest.fixture(scope="module")
+def plans(steps: Steps) -> list[Plan]:
+    return every_plan(steps)
+
+
+def of_layers(count: int) -> Architecture:
+    """A model of so few layers that all that they could do can be tried, whose loss takes little beside them."""
+    architecture = load_architecture("llama-13b")
+    assert architecture.decoder is not None
+    linears = tuple(replace(p, count=count) for p in architecture.projections)
+    return replace(
+        architecture,
+        projections=linears,
+        decoder=replace(architecture.decoder, layers=count, projections=linears, vocab=64),
+    )
+
+
+def test_all_pairs_are_plans(plans: list[Plan], steps: Steps) -> None:
+    assert steps.layers == 40 and len(plans) == 41 * 42 // 2 == len({plan.ways for plan in plans})
+    assert all(plan.ways.checkpointed + plan.ways.remade <= plan.layers == 40 for plan in plans)
+
+
+def test_ends_are_the_steps_that_are_known(steps: Steps) -> None:
+    """Nothing kept less is the plain step, all checkpointed the one with checkpointing."""
+    assert steps.ours(Ways()) == steps.ours()
+    checkpointed = steps_of(load_architecture("llama-13b"), 16, WORKLOAD, replace(BATCH, checkpointing=True)).ours()
+    every = steps.ours(Ways(checkpointed=40))
+    assert every.memory == checkpointed.memory
+    assert every.times.device_s == pytest.approx(checkpointed.times.device_s)
+
+
+def test_an_mlp_that_keeps_less_takes_two_products_more(steps: Steps) -> None:
+    remade = steps.remade
+    assert remade is not None
+    assert {str(symbol) for symbol in remade.decision.chosen.program.kept}.isdisjoint({"Y_gate", "Y_up", "X_down"})
+    assert remade.spared == 2 * 4096 * 13824 * 2
+    more = steps.ours(Ways(remade=1)).times.device_s - steps.ours(Ways()).times.device_s
+    assert more == pytest.approx(remade.forward.device_s + remade.backward.device_s)
+    flops = 2 * 2 * 4096 * 5120 * 13824  # of gate and up
+    device = remade.decision.setting.device
+    assert 0.9 * flops / device.flops_per_s["bf16"] < more < 2 * flops / device.flops_per_s["bf16"]
+
+
+def test_no_order_of_layers_takes_less() -> None:
+    """Every sequence of five layers by what they do, its peak summed up step by step."""
+    count = 5
+    steps = steps_of(of_layers(count), 16, WORKLOAD, BATCH)
+    assert steps.remade is not None
+    ends, first, spared = (steps.ours(Ways(*ways)).memory for ways in ((), (count,), (0, count)))
+    keeps = {
+        "all": ends.forward - steps_of(of_layers(count - 1), 16, WORKLOAD, BATCH).ours().memory.forward,
+        "less": 0,
+        "input": 4096 * 5120 * 2,  # which a layer that keeps all does not keep
+    }
+    keeps["less"] = keeps["all"] - steps.remade.spared
+    assert spared.forward == ends.forward - count * steps.remade.spared
+    assert first.forward == ends.forward - count * (keeps["all"] - keeps["input"])
+    fixed = ends.forward - count * keeps["all"]  # the last norm's input, and what the loss keeps
+    hidden, inner, logits = 4096 * 5120, 4096 * 13824 * 2, 4096 * 64
+    output = 2 * (hidden + logits)
+    beside = output + 2 * hidden + 3 * inner  # of an MLP's backward
+    again = {"all": 0, "less": steps.remade.spared, "input": keeps["all"]}
+
+    def peak(kinds: tuple[str, ...]) -> int:
+        kept = sum(keeps[kind] for kind in kinds)
+        most = max(kept + fixed + output + 8 * logits, kept + fixed - 4 * logits + output + 20 * hidden)
+        for place in range(count, 0, -1):
+            alive = sum(keeps[kind] for kind in kinds[:place])
+            most = max(most, alive + again[kinds[place - 1]] + beside)
+        return most
+
+    by_counts: dict[Ways, list[int]] = {}
+    for kinds in itertools.product(keeps, repeat=count):
+        by_counts.setdefault(Ways(kinds.count("input"), kinds.count("less")), []).append(peak(kinds))
+    found = every_plan(steps)
+    assert {plan.ways for plan in found} == by_counts.keys()
+    for plan in found:
+        assert plan.estimate.memory.step == min(by_counts[plan.ways]), plan.ways
+    assert any(min(peaks) < max(peaks) for peaks in by_counts.values()), "the order matters"
+
+
+def test_the_front_is_what_nothing_beats(plans: list[Plan]) -> None:
+    points = front(plans)
+    peaks = [point.estimate.memory.peak for point in points]
+    assert peaks == sorted(set(peaks), reverse=True) and 40 < len(points) < len(plans)
+    assert points[-1].ways == Ways(checkpointed=40) and points[0].ways == Ways()
+    for plan in plans:
+        assert any(
+            point.estimate.time_s <= plan.estimate.time_s and point.estimate.memory.peak <= plan.estimate.memory.peak
+            for point in points
+        )
+
+
+def test_a_plan_fits_and_no_faster_one_does(plans: list[Plan]) -> None:
+    peaks = sorted(plan.estimate.memory.peak for plan in plans)
+    for budget in (peaks[0], peaks[0] + 1, *peaks[:: len(peaks) // 7], peaks[-1], 2 * peaks[-1]):
+        plan = plan_within(plans, budget)
+        assert plan.estimate.memory.peak <= budget
+        assert not any(
+            other.estimate.memory.peak <= budget and other.estimate.time_s < plan.estimate.time_s for other in plans
+        )
+    assert plan_within(plans, 2 * peaks[-1]).ways == Ways()
+
+
+def test_what_is_named_as_the_least_is_enough(plans: list[Plan]) -> None:
+    least = min(plan.estimate.memory.peak for plan in plans)
+    with pytest.raises(
+        SpecError, match=r"^--memory-budget: 1000 MiB is too little .* takes (\d+) MiB at least"
+    ) as error:
+        plan_within(plans, 1000 * MIB)
+    named = int(str(error.value).partition("takes ")[2].split()[0])
+    assert 0 <= named * MIB - least < MIB
+    assert plan_within(plans, named * MIB).ways == Ways(checkpointed=40)
+
+
+def test_without_mlps_as_a_whole_layers_checkpoint_or_not() -> None:
+    architecture = replace(load_architecture("llama-13b"), gated=())
+    found = every_plan(steps_of(architecture, 16, WORKLOAD, BATCH))
+    assert [plan.ways for plan in found] == [Ways(count) for count in range(41)]
+    times = [plan.estimate.time_s for plan in found]
+    assert times == sorted(times)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"launch": "compile"}, "^--memory-budget: needs --launch eager or graph"),
+        ({"arch": "gpt2"}, "^--memory-budget: gpt2 is of model type gpt2, of which only the linears are known"),
+    ],
+)
+def test_what_has_no_plan(options: dict[str, Any], said: str) -> None:
+    architecture = load_architecture(options.pop("arch", "llama-13b"))
+    workload = make_workload(tokens=4096, memory_budget="1TiB", **options)
+    with pytest.raises(SpecError, match=said):
+        plan_for(architecture, 8, workload)
+
+
+SIZES = {"hidden_size": 96, "intermediate_size": 512, "num_hidden_layers": 6, "vocab_size": 56}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24}
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.* is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    ("budget", "ways"), [("20MiB", Ways()), ("8MiB", Ways(0, 2)), ("6MiB", Ways(1, 4)), ("5MiB", None)]
+)
+def test_the_peak_of_a_planned_step(budget: str, ways: Ways | None, tmp_path: Path) -> None:
+    """Of a model of Transformers, as torch's allocator sees it."""
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**SIZES, **HEADS, use_cache=False, attn_implementation="sdpa")
+    model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    model = peft.get_peft_model(
+        model, peft.LoraConfig(r=4, target_modules="all-linear"), autocast_adapter_dtype=False
+    ).train()
+    options = {"tokens": 256, "sequence": 64, "device": "a100", "launch": "graph"}
+    report = runlora_gen.accelerate(model, tmp_path, memory_budget=budget, **options)
+    assert report.planned.endswith(f" of {budget[:-3]} MiB at 256 tokens, without the optimizer")
+    package = runlora_gen.into_model.packages.imported(tmp_path / "llama_r4")
+    plan = package.plan
+    assert ways is None or (ways.checkpointed, ways.remade) == (plan.CHECKPOINTED, plan.REMADE)
+    ids = torch.randint(SIZES["vocab_size"], (4, 64))
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        model(input_ids=ids, labels=ids).loss.backward()
+
+    step()
+    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
+    gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    model.zero_grad(set_to_none=True)
+    measured = peak_bytes(step, torch.device("cpu")) + parameters
+    assert gradients < measured
+    assert pytest.approx(measured, rel=0.05) == plan.PEAK
+    assert plan.PEAK <= plan.BUDGET == int(budget[:-3]) * MIB

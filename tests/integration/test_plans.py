@@ -1,0 +1,280 @@
+"""Plans for a budget of memory, in models: what layers keep changes, and nothing else does."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runlora_gen
+import torch
+import transformers
+from runlora_gen.forecast.estimate import Batch, Ways, steps_of
+from runlora_gen.from_model.live import read_model
+from runlora_gen.into_model.packages import imported
+from runlora_gen.measure.memory import saved_bytes
+from runlora_gen.request.layout import LAYOUTS
+from runlora_gen.request.workload import make_workload
+from torch import Tensor, nn
+
+from .models import MLPS_PAY, RANK, VOCABULARY, bitwise, checkpointed, gradients, llama, seeded, with_lora
+from .test_runs_in import same
+
+LAYERS, WAYS = 4, Ways(checkpointed=1, remade=2)
+#: More than the tokens that are few without gradients.
+TOKENS = 160
+OPTIONS: dict[str, Any] = {**MLPS_PAY, "tokens": TOKENS, "sequence": TOKENS // 2}
+
+
+def built(**options: Any) -> Any:
+    return llama(**{"num_hidden_layers": LAYERS, **options})
+
+
+def budget(ways: Ways = WAYS, **options: Any) -> int:
+    """What such a plan takes."""
+    workload = make_workload(**{**OPTIONS, "sequence": None, **options})
+    steps = steps_of(read_model(built()).architecture, RANK, workload, Batch(2, TOKENS // 2))
+    return steps.ours(ways).memory.peak
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def planned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A package whose plan has layers of all kinds."""
+    out = tmp_path_factory.mktemp("packages")
+    (folder,) = runlora_gen.generate(
+        built(), rank=RANK, output=out, layout=request.param, memory_budget=budget(), **OPTIONS
+    )
+    package = imported(folder)
+    assert Ways(package.plan.CHECKPOINTED, package.plan.REMADE) == WAYS
+    return package
+
+
+@pytest.fixture
+def tokens() -> Tensor:
+    return torch.randint(VOCABULARY, (2, TOKENS // 2), generator=torch.Generator().manual_seed(2))
+
+
+def layers(model: Any) -> Any:
+    return next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == LAYERS)
+
+
+def kinds(model: Any) -> list[str]:
+    """What each layer does."""
+    found = []
+    for layer in layers(model):
+        remade = getattr(type(layer.mlp), "_runlora_variant", None) is not None
+        found.append("input" if layer.gradient_checkpointing else "less" if remade else "all")
+    return found
+
+
+PLANNED = ["input", "less", "less", "all"]
+
+
+def test_a_planned_model_computes_what_it_did(planned: Any, tokens: Tensor) -> None:
+    model = with_lora(built()).train()
+    wanted = gradients(model, tokens)
+    report = planned.accelerate(model, strict=True)
+    assert report.mlps == LAYERS and kinds(model) == PLANNED
+    assert report.planned == f"planned: {planned.plan.WAYS}" and str(report).endswith(report.planned)
+    assert "1 of 4 layers keep their input alone, in 2 more gate and up are made again" in report.planned
+    same(gradients(model, tokens), wanted)
+    assert planned.accelerate(model, strict=True).planned == report.planned and kinds(model) == PLANNED
+
+
+def test_layers_keep_what_the_plan_says(planned: Any, tokens: Tensor) -> None:
+    """Byte by byte: of the first layer its input, of the next two neither gate nor up."""
+    model = with_lora(built()).train()
+    kept = {}
+    for name in ("planned", "all"):
+        planned.accelerate(model, strict=True)
+        if name == "all":
+            planned.plan.undo(model)
+            planned.mlps.form(model, planned.mlps.found(model, planned.peft_layers.lora_layers(model)))
+            assert kinds(model) == ["all"] * LAYERS
+        kept[name] = saved_bytes(lambda: model(tokens, labels=tokens).loss, model.parameters())
+    inner, hidden = TOKENS * 96 * 4, TOKENS * 64 * 4
+    of_a_layer = (kept["all"] - kept["planned"] - 2 * 2 * inner) + hidden
+    # What a layer keeps: two norms' inputs and what these make, q, k, v, the attention's, gate, up; S of seven linears.
+    assert 2 * inner + 6 * hidden < of_a_layer < 2 * inner + 12 * hidden
+
+
+def test_an_injected_model_is_planned_too(planned: Any, tokens: Tensor) -> None:
+    model, plain = built().train(), built().train()
+    plain_report = planned.inject_lora(model, RANK, 8)
+    assert kinds(model) == PLANNED and plain_report.planned.startswith("planned: ")
+    # No hook lets embeddings require gradients, as reentrant checkpoints need.
+    assert not model.get_input_embeddings()._forward_hooks
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    found = gradients(model, tokens)
+    planned.plan.undo(model)
+    for layer in layers(model):
+        layer.mlp.__class__ = type(layer.mlp).replaces
+    assert kinds(model) == ["all"] * LAYERS
+    same(found, gradients(model, tokens))
+    assert plain(tokens).logits.shape == model(tokens).logits.shape
+
+
+def test_restored_layers_are_as_they_were(planned: Any, tokens: Tensor) -> None:
+    for before in (False, True):
+        model = with_lora(built()).train()
+        if before:
+            checkpointed(model, use_reentrant=False)
+        wanted = gradients(model, tokens)
+        planned.accelerate(model, strict=True)
+        planned.accelerate(model, strict=True)
+        assert kinds(model) == PLANNED
+        planned.restore(model)
+        assert kinds(model) == (["input"] if before else ["all"]) * LAYERS
+        assert not model._forward_pre_hooks
+        assert not any("_runlora" in name for module in model.modules() for name in vars(module))
+        bitwise(gradients(model, tokens), wanted)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_are_planned(planned: Any, tokens: Tensor, copied: Any) -> None:
+    model = with_lora(built()).train()
+    planned.accelerate(model, strict=True)
+    wanted = gradients(model, tokens)
+    other = copied(model)
+    assert kinds(other) == PLANNED
+    bitwise(gradients(other, tokens), wanted)
+
+
+def test_what_overrules_the_plan_is_said_once(planned: Any, tokens: Tensor) -> None:
+    model = with_lora(built()).train()
+    planned.accelerate(model, strict=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.eval()(tokens)  # trains nothing
+    checkpointed(model.train(), use_reentrant=False)
+    with pytest.warns(UserWarning, match="has the first 1 of 4 layers checkpoint, and now 4 do: leave") as said:
+        gradients(model, tokens)
+    assert len(said) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gradients(model, tokens)
+
+
+def test_a_trainer_that_checkpoints_is_told_of(planned: Any, tokens: Tensor, tmp_path: Path) -> None:
+    for checkpointing in (False, True):
+        model = with_lora(built())
+        planned.accelerate(model, strict=True)
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path),
+            max_steps=2,
+            per_device_train_batch_size=2,
+            **({"activation_checkpointing": True} if checkpointing else {}),
+            report_to="none",
+            use_cpu=True,
+            save_strategy="no",
+        )
+        data = [{"input_ids": row, "labels": row} for row in tokens]
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            transformers.Trainer(model, arguments, train_dataset=data).train()
+        assert sum("layers checkpoint, and now 4 do" in str(each.message) for each in said) == checkpointing
+
+
+def test_mlps_that_can_not_keep_less_are_said(planned: Any, tokens: Tensor) -> None:
+    model = with_lora(built()).train()
+    layers(model)[1].mlp.act_fn.register_forward_hook(lambda *_: None)
+    wanted = gradients(model, tokens)
+    with pytest.warns(UserWarning, match="has the MLPs of 2 layers make gate and up again, and 1 can: the others"):
+        report = planned.accelerate(model, strict=True)
+    assert len(report.apart) == 1 and kinds(model) == ["input", "all", "less", "all"]
+    same(gradients(model, tokens), wanted)
+
+
+def test_models_without_such_layers_are_refused_as_they_are(planned: Any) -> None:
+    for count in (LAYERS - 1, LAYERS + 1):
+        model = with_lora(built(num_hidden_layers=count))
+        before = [type(module) for module in model.modules()]
+        with pytest.raises(ValueError, match=f"model has no list of {LAYERS} layers that can checkpoint"):
+            planned.accelerate(model)
+        assert [type(module) for module in model.modules()] == before
+        bare = built(num_hidden_layers=count)
+        wanted = [parameter.requires_grad for parameter in bare.parameters()]
+        with pytest.raises(ValueError, match=f"model has no list of {LAYERS} layers that can checkpoint"):
+            planned.inject_lora(bare, RANK, 8)
+        assert [parameter.requires_grad for parameter in bare.parameters()] == wanted
+        assert not any("lora" in name for name, _ in bare.named_parameters())
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_in_two_lines(dropout: float, tokens: Tensor, tmp_path: Path) -> None:
+    """Masks of a layer that runs its forward again, or a part of it, are the same again."""
+    model = with_lora(built(), lora_dropout=dropout).train()
+    plain = copy.deepcopy(model)
+    most = budget(dropout=dropout)
+    report = runlora_gen.accelerate(model, tmp_path, memory_budget=most, **OPTIONS)
+    assert report.planned and kinds(model) != ["all"] * LAYERS
+    found = seeded(model, tokens)
+    bitwise(seeded(model, tokens), found)
+    if not dropout:
+        same(found, gradients(plain, tokens))
+    else:
+        # What it says of its gradients is so: a step against them lowers the loss by as much as they promise.
+        torch.manual_seed(3)
+        with torch.no_grad():
+            before = model(tokens, labels=tokens).loss
+            for name, parameter in model.named_parameters():
+                if name in found:
+                    parameter -= 1e-3 * found[name]
+            torch.manual_seed(3)
+            after = model(tokens, labels=tokens).loss
+        promised = 1e-3 * sum(gradient.square().sum() for gradient in found.values())
+        assert (before - after).item() == pytest.approx(promised.item(), rel=0.05)
+
+
+def test_a_package_is_planned_anew_from_its_manifest(planned: Any, run_cli: Any, tmp_path: Path) -> None:
+    folder = Path(planned.__file__).parent
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["plan"]["checkpointed"] == 1 and manifest["plan"]["remade"] == 2
+    assert manifest["workload"]["memory_budget"] == planned.plan.BUDGET
+    assert f"--memory-budget {planned.plan.BUDGET} --sequence {TOKENS // 2}" in manifest["command"]
+    command = manifest["command"].split()[1:-1]
+    out = run_cli(folder.parent, *command, str(tmp_path))
+    assert "generated" not in out
+    for path in folder.glob("*.py"):
+        assert (tmp_path / folder.name / path.name).read_text() == path.read_text()
+
+
+@pytest.fixture
+def run_cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    from runlora_gen import cli
+
+    def call(folder: Path, *arguments: str) -> str:
+        monkeypatch.chdir(folder)
+        cli.main.main(list(arguments), standalone_mode=False)
+        return capsys.readouterr().out
+
+    return call
+
+
+def test_what_can_not_be_planned_changes_nothing(tmp_path: Path) -> None:
+    import peft
+
+    model = with_lora(built())
+    before = [type(module) for module in model.modules()]
+    for options, said in (
+        ({"memory_budget": "1KiB"}, "--memory-budget: 0 MiB is too little for a step, which takes 1 MiB at least"),
+        ({"memory_budget": "much"}, "memory_budget: 'much' is not allowed; give bytes, or such as 38GiB"),
+        ({"memory_budget": "1GiB", "sequence": 7}, "sequence: 7 is not allowed; give one number that divides 160"),
+        ({}, "sequence: given without a memory budget"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            runlora_gen.accelerate(model, tmp_path, **{**OPTIONS, **options})
+    other = peft.LoraConfig(r=2 * RANK, target_modules=["q_proj"], rank_pattern={}, init_lora_weights=False)
+    model.add_adapter("other", other)
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(ValueError, match="memory_budget: planned are models whose adapters are of one rank"):
+        runlora_gen.accelerate(model, tmp_path, memory_budget="1GiB", **OPTIONS)
+    assert [type(m) for n, m in model.named_modules() if "other" not in n] == before
+    assert not any(tmp_path.iterdir())
