@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 from runlora_gen.cost.device import device_names, load_device
+from runlora_gen.request.errors import SpecError
+from runlora_gen.request.workload import make_workload
 
 STEP = ("--arch", "llama-13b", "--rank", "8", "--batch", "2", "--sequence", "2k", "--no-kernels")
 
@@ -113,3 +115,93 @@ def test_a_mixture_with_adapters_on_experts_or_linears(run, tmp_path: Path) -> N
     assert linears["ours"]["memory"]["adapters"] == 8 * rows["linears"]
     (tmp_path / "config.json").write_text(json.dumps({**sizes, "model_type": "gpt_oss", "num_local_experts": 4}))
     assert "of which only the linears are known; estimated are llama, mistral, mixtral, " in run(*step).err
+
+
+PLANNED = ("estimate", *STEP, "--memory-budget", "33GiB")
+
+
+def test_a_budget_has_a_plan(run, data: dict) -> None:
+    planned = json.loads(run(*PLANNED, "--json").ok().out)
+    plan = planned["plan"]
+    assert planned["memory_budget"] == 33 * 2**30 >= plan["peak_bytes"]
+    assert 0 < plan["checkpointed"] <= plan["layers"] == 40 and plan["remade"] == 0, "without kernels no MLP is whole"
+    assert planned["ours"] == data["ours"] and plan["peak_bytes"] < data["ours"]["peak_bytes"]
+    assert plan["time_us"] > data["ours"]["time_us"]
+    lines = run(*PLANNED, "--front").ok().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    row = next(line.split() for line in lines if line.startswith("plan"))
+    assert row[1] == f"{plan['time_us'] / 1e3:.0f}"
+    assert f"The plan, for 33 GiB: {plan['checkpointed']} of 40 layers keep their input alone." in lines
+    assert "16 of 41 plans that no other beats in both, and how many layers do what:" in lines
+    points = [line.split() for line in lines[-16:]]
+    assert [point[-1] for point in points[:1]] == ["40"] and points[-1][-3:] == ["40", "0", "0"]
+
+
+def test_a_front_as_json(run) -> None:
+    found = json.loads(run("estimate", *STEP, "--front", "--json").ok().out)
+    points = found["front"]
+    assert [point["checkpointed"] for point in points] == list(range(41)) and "plan" not in found
+    assert [point["peak_bytes"] for point in points] == sorted((p["peak_bytes"] for p in points), reverse=True)
+
+
+def test_a_front_is_drawn(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    find = importlib.util.find_spec
+    with monkeypatch.context() as without:
+        without.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
+        error = run("estimate", *STEP, "--picture", tmp_path / "front.png").error()
+        assert error == "--picture: needs matplotlib: pip install matplotlib"
+    pytest.importorskip("matplotlib", reason="needs matplotlib (the bench extra)")
+    for name in ("front.png", "front.svg"):
+        run(*PLANNED, "--picture", tmp_path / name).ok()
+    assert (tmp_path / "front.png").read_bytes()[1:4] == b"PNG" and (tmp_path / "front.png").stat().st_size > 10_000
+    drawn = (tmp_path / "front.svg").read_text()
+    assert "<svg" in drawn and (tmp_path / "front.svg").stat().st_size > 10_000
+    error = run("estimate", *STEP, "--picture", tmp_path / "missing" / "front.png").error()
+    assert error.startswith("--picture: cannot write ") and not (tmp_path / "missing").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--memory-budget", "12GiB"), "--memory-budget: 12288 MiB is too little for a step, which takes "),
+        (("--memory-budget", "12 apples"), "--memory-budget: '12 apples' is not allowed; give bytes, or such as 38GiB"),
+        (("--memory-budget", "0GiB"), "--memory-budget: '0GiB' is not allowed; give bytes, or such as 38GiB"),
+        (("--memory-budget", "33GiB", "--checkpointing"), "--checkpointing: given beside a plan, which says itself"),
+        (("--front", "--checkpointing"), "--checkpointing: given beside a plan, which says itself"),
+        (
+            ("--picture", "front.gif"),
+            "--picture: 'front.gif' is not allowed; give a file that ends in .png, .svg, .pdf",
+        ),
+    ],
+)
+def test_what_is_no_plan(run, options: tuple[str, ...], said: str) -> None:
+    assert run("estimate", *STEP, *options).error().startswith(said)
+
+
+def test_budgets_and_sequences_go_together(run, tmp_path: Path) -> None:
+    base = ("--arch", "llama-13b", "--rank", "8", "--no-kernels", "-o", tmp_path)
+    for options, said in (
+        (("--sequence", "2k"), "--sequence: given without a memory budget, which alone asks for it"),
+        (("--memory-budget", "33GiB", "-s", "3000"), "--sequence: 3000 is not allowed; give one number that divides"),
+        (("--memory-budget", "33GiB", "--launch", "compile"), "--memory-budget: needs --launch eager or graph"),
+    ):
+        assert run(*base, *options).error().startswith(said)
+    assert not any(tmp_path.iterdir())
+    error = run("explain", "--arch", "llama-13b", "--rank", "8", "--memory-budget", "33GiB").error()
+    assert error.startswith("--memory-budget: explain tells of layers one by one; give it to estimate")
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("1024", 1024), ("1KiB", 1024), ("1kb", 1000), ("1.5 GiB", 3 << 29), ("2TB", 2 * 10**12), ("7B", 7), (5, 5)],
+)
+def test_sizes_are_read(text: object, number: int) -> None:
+    assert make_workload(memory_budget=text).memory_budget == number
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "1.5", "-1GiB", "1e3", "1 Gi", "9999TiB", True, 2.5, "١GiB"])
+def test_other_sizes_are_not(text: object) -> None:
+    with pytest.raises(SpecError, match=r"^memory_budget: .* is not allowed; give bytes, or such as 38GiB$"):
+        make_workload(memory_budget=text)

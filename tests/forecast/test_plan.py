@@ -201,3 +201,26 @@ def test_the_peak_of_a_planned_step(budget: str, ways: Ways | None, tmp_path: Pa
     assert gradients < measured
     assert pytest.approx(measured, rel=0.05) == plan.PEAK
     assert plan.PEAK <= plan.BUDGET == int(budget[:-3]) * MIB
+
+
+def test_the_documented_step_is_that_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    from runlora_gen import cli
+
+    document = (Path(__file__).parents[2] / "docs" / "memory-budget.md").read_text(encoding="utf-8")
+    step = (
+        "--arch",
+        "llama-3-8b",
+        "--rank",
+        "16",
+        "--adapter-dtype",
+        "bf16",
+        "--device",
+        "h200",
+        "-b",
+        "4",
+        "-s",
+        "4k",
+    )
+    words = [*step, "--memory-budget", "64GiB"]
+    cli.main.main(["estimate", *words], standalone_mode=False)
+    assert capsys.readouterr().out.rstrip() in document
