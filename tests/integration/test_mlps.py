@@ -20,7 +20,7 @@ import pytest
 import runlora_gen
 import torch
 import transformers
-from runlora_gen.into_model.packages import imported
+from runlora_gen.into_model.packages import imported, packages_in
 from runlora_gen.request.layout import LAYOUTS
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -1040,6 +1040,15 @@ def test_the_output_may_be_changed_in_place(package: Any, make: Make) -> None:
     wanted = torch.autograd.grad((module(x) + x).square().sum(), x)
     for y in (block(x), *(checkpoint(block, x, use_reentrant=False) for _ in range(2))):
         torch.testing.assert_close(torch.autograd.grad(y.square().sum(), x), wanted)
+
+
+@pytest.mark.parametrize("made", [peft_model, injected])
+def test_of_a_model_with_mlps_its_package_is_known(package: Any, made: Make) -> None:
+    """What stands in front of an MLP is called as its own class, which is of Transformers."""
+    model = made(package)
+    assert type(mlp(model)).__module__.startswith("transformers.")
+    assert list(packages_in(model)) == [package]
+    assert "no layer lies on a GPU" in runlora_gen.warmup(model, MANY, progress=False).nothing
 
 
 def test_a_training_stops_and_is_resumed(package: Any, tmp_path: Path) -> None:

@@ -85,7 +85,9 @@ def packages_in(model: nn.Module) -> Iterator[Any]:
     found = set()
     for module in model.modules():
         kind = type(module)
-        name = kind.__module__.rpartition(".")[0]
+        # What stands in front of a model's own class is ours, and may be called as that.
+        front = kind.__bases__[0] if hasattr(kind, "replaces") else kind
+        name = front.__module__.rpartition(".")[0]
         ours = hasattr(kind, "from_linear") or hasattr(module, "stack")  # a linear's, or one of a stack of experts
         generated = hasattr(kind, "replaces") or (ours and hasattr(module, "lora_A"))
         if generated and name not in found:
