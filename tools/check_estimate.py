@@ -128,8 +128,8 @@ def compared(report: dict[str, Any]) -> Iterator[Compared]:
         @cache
         def guesses(adapter_dtype: str, checkpointing: bool, chained: bool) -> dict[str, Estimate]:
             tokens = (row["batch"] * row["sequence"],)  # noqa: B023  # called within this round
-            # What was measured are lone linears.
-            fields = {"adapter_dtype": adapter_dtype, "device": report["profile"], "groups": "none"}
+            # What was measured are lone linears, and norms as Transformers has them.
+            fields = {"adapter_dtype": adapter_dtype, "device": report["profile"], "groups": "none", "norms": "none"}
             workload = Workload(tokens=tokens, **fields)
             batch = Batch(row["batch"], row["sequence"], checkpointing=checkpointing, body=True)  # noqa: B023
             return estimate(model(row, chained=chained), row["rank"], workload, batch)  # noqa: B023

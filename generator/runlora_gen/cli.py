@@ -146,6 +146,13 @@ _SPEC_OPTIONS = (
         help="Compute q, k, v and gate, up together where that is priced no higher, or never.",
     ),
     click.option(
+        "--norms",
+        type=click.Choice(CHOICES["norms"]),
+        default="auto",
+        show_default=True,
+        help="Let frozen RMSNorms of 16 bits keep their input as it is, or leave them.",
+    ),
+    click.option(
         "--memory-budget",
         metavar="SIZE",
         help="Most that a step of the whole model may take, such as 38GiB: which layers keep what is planned by it.",
@@ -170,7 +177,7 @@ def _spec_options(command: Command) -> Command:
 #: Options that are fields of a workload as they are.
 _AS_GIVEN = (
     *("dtype", "adapter_dtype", "train", "criterion", "max_saved_bytes", "allow_lossy_merge", "merge_rounding"),
-    *("base", "bias", "device", "dropout", "float8", "groups", "launch", "memory_budget", "model_type"),
+    *("base", "bias", "device", "dropout", "float8", "groups", "launch", "memory_budget", "model_type", "norms"),
 )
 
 

@@ -170,16 +170,37 @@ def test_checkpointing_takes_time_and_frees_memory() -> None:
 
 def test_ours_keeps_what_its_programs_keep() -> None:
     """S, and inputs that several linears read once: with 16-bit adapters as much as PEFT."""
-    architecture, workload = load_architecture("llama-13b"), Workload(kernels=False)
+    architecture, workload = load_architecture("llama-13b"), Workload(kernels=False, norms="none")
     found = estimate(architecture, 8, replace(workload, adapter_dtype="bf16"), Batch(2, 2048))
     assert found["ours"].memory.forward == found["peft"].memory.forward > found["frozen"].memory.forward
     wide = estimate(architecture, 8, workload, Batch(2, 2048))
     assert wide["ours"].memory.forward < wide["peft"].memory.forward
 
 
+def test_norms_that_keep_their_input_as_it_is() -> None:
+    """Ours alone: 16 bits in place of 32 for two a layer and the last one; of float32 nothing."""
+    architecture, batch = load_architecture("llama-13b"), Batch(2, 2048)
+    lean, plain = (
+        estimate(architecture, 8, Workload(tokens=(4096,), norms=norms), batch) for norms in ("auto", "none")
+    )
+    assert lean["frozen"] == plain["frozen"] and lean["peft"] == plain["peft"]
+    assert plain["ours"].memory.forward - lean["ours"].memory.forward == 81 * 4096 * 5120 * 2
+    assert lean["ours"].times.device_s < plain["ours"].times.device_s
+    assert lean["ours"].times.host_s < plain["ours"].times.host_s
+    # On a CPU torch has no kernel: what norms do takes as long, and what they keep is less, also the number of a row.
+    lean, plain = (
+        estimate(architecture, 8, Workload(tokens=(4096,), norms=norms, device="cpu"), batch)
+        for norms in ("auto", "none")
+    )
+    assert lean["ours"].times == plain["ours"].times
+    assert plain["ours"].memory.forward - lean["ours"].memory.forward == 81 * 4096 * (5120 * 2 + 4)
+    wide = Workload(tokens=(4096,), dtype="fp32")
+    assert estimate(architecture, 8, wide, batch) == estimate(architecture, 8, replace(wide, norms="none"), batch)
+
+
 def test_only_the_targets_have_adapters() -> None:
     architecture = load_architecture("llama-3.2-1b")
-    workload, batch = Workload(tokens=(4096,), kernels=False), Batch(2, 2048)
+    workload, batch = Workload(tokens=(4096,), kernels=False, norms="none"), Batch(2, 2048)
     whole = estimate(architecture, 16, workload, batch)
     some = estimate(architecture.restricted(("q_proj", "v_proj")), 16, workload, batch)
     assert some["frozen"] == whole["frozen"]
@@ -192,7 +213,7 @@ def test_only_the_targets_have_adapters() -> None:
 def test_ours_is_what_the_choice_says() -> None:
     """Beside the frozen model: the difference of the chosen programs and the frozen linears."""
     architecture = load_architecture("llama-3.2-1b")
-    workload = Workload(tokens=(4096,), kernels=False, groups="none")
+    workload = Workload(tokens=(4096,), kernels=False, groups="none", norms="none")
     found = estimate(architecture, 16, workload, Batch(2, 2048))
     from runlora_gen.forecast.gain import frozen_times
 

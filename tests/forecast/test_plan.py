@@ -79,7 +79,7 @@ def test_no_order_of_layers_takes_less() -> None:
     keeps = {
         "all": ends.forward - steps_of(of_layers(count - 1), 16, WORKLOAD, BATCH).ours().memory.forward,
         "less": 0,
-        "input": 4096 * 5120 * 2,  # which a layer that keeps all does not keep
+        "input": 4096 * 5120 * 2,
     }
     keeps["less"] = keeps["all"] - steps.remade.spared
     assert spared.forward == ends.forward - count * steps.remade.spared
@@ -88,11 +88,12 @@ def test_no_order_of_layers_takes_less() -> None:
     hidden, inner, logits = 4096 * 5120, 4096 * 13824 * 2, 4096 * 64
     output = 2 * (hidden + logits)
     beside = output + 2 * hidden + 3 * inner  # of an MLP's backward
-    again = {"all": 0, "less": steps.remade.spared, "input": keeps["all"]}
+    # What a layer keeps has its input in it, which a norm keeps as it is.
+    again = {"all": 0, "less": steps.remade.spared, "input": keeps["all"] - keeps["input"]}
 
     def peak(kinds: tuple[str, ...]) -> int:
         kept = sum(keeps[kind] for kind in kinds)
-        most = max(kept + fixed + output + 8 * logits, kept + fixed - 4 * logits + output + 20 * hidden)
+        most = max(kept + fixed + output + 8 * logits, kept + fixed - 4 * logits + output + 2 * hidden)
         for place in range(count, 0, -1):
             alive = sum(keeps[kind] for kind in kinds[:place])
             most = max(most, alive + again[kinds[place - 1]] + beside)
@@ -170,7 +171,7 @@ HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24}
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.* is deprecated:FutureWarning")
 @pytest.mark.parametrize(
-    ("budget", "ways"), [("20MiB", Ways()), ("8MiB", Ways(0, 2)), ("6MiB", Ways(1, 4)), ("5MiB", None)]
+    ("budget", "ways"), [("20MiB", Ways()), ("8MiB", Ways(0, 1)), ("6MiB", Ways(0, 5)), ("5MiB", None)]
 )
 def test_the_peak_of_a_planned_step(budget: str, ways: Ways | None, tmp_path: Path) -> None:
     """Of a model of Transformers, as torch's allocator sees it."""

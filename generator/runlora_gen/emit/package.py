@@ -35,8 +35,9 @@ from .render import (
 from .report import SCHEMA_VERSION, choice_data, plan_data, plan_lines, planned_ways
 from .style import Style, style_of
 
-#: The files of a package that put its modules into a model; ``groups`` and ``mlps`` are more where there are some.
-OF_MODELS = ("__init__", "adapters", "inject", "peft_layers", "report", "shapes", "warmup", "with_peft")
+#: The files of a package that put its modules into a model, ``norms`` unless they are not wished; ``groups`` and
+#: ``mlps`` are more where there are some, ``plan`` where there is a budget.
+OF_MODELS = ("__init__", "adapters", "inject", "norms", "peft_layers", "report", "shapes", "warmup", "with_peft")
 #: The same of stacks of experts.
 OF_EXPERTS = ("experts", "experts_with_peft", "inject_experts")
 #: Where the manifest's JSON Schema is published, beside this file.
@@ -169,6 +170,7 @@ def build_package(
         "kernels": "kernels" in shared,
         "quantized": workload.quantized,
         "base": workload.stored,
+        "norms": workload.norms == "auto",
         "plan": plan,
         "plan_lines": [] if plan is None else plan_lines(plan, workload),
         "plan_ways": "" if plan is None else planned_ways(plan, workload),
@@ -177,7 +179,7 @@ def build_package(
     }
     rendered |= {f"{name}.py": text for name, text in shared.items()}
     in_models = (
-        *OF_MODELS,
+        *(name for name in OF_MODELS if name != "norms" or workload.norms == "auto"),
         *(["groups"] if groups or mlps else []),
         *(["mlps"] if mlps else []),
         *(["plan"] if plan is not None else []),
@@ -247,7 +249,17 @@ def _command(
         words += ["--model-type", workload.model_type]
     if workload.tokens != default.tokens:
         words += ["--tokens", ",".join(map(str, workload.tokens))]
-    for name in ("dtype", "adapter_dtype", "criterion", "device", "launch", "merge_rounding", "groups", "bias"):
+    for name in (
+        "dtype",
+        "adapter_dtype",
+        "criterion",
+        "device",
+        "launch",
+        "merge_rounding",
+        "groups",
+        "norms",
+        "bias",
+    ):
         if getattr(workload, name) != getattr(default, name):
             words += [f"--{name.replace('_', '-')}", getattr(workload, name)]
     for name in ("base", "float8"):

@@ -232,7 +232,8 @@ class Steps:
         adapted = {shape: _ours(decision) for shape, decision in self._adapted.items()}
         grouped = {site: _of_group(decision) for site, decision in self._grouped.items()}
         remade = self.remade if ways is not None and ways.remade else None
-        return self._model.estimate(adapted, self._experts[2], grouped, ways=ways, remade=remade)
+        lean = self._model.workload.norms == "auto" and self._model.size < FLOAT
+        return self._model.estimate(adapted, self._experts[2], grouped, ways=ways, remade=remade, lean=lean)
 
     @cached_property
     def remade(self) -> Remade | None:
@@ -322,10 +323,12 @@ class _Model:
         frozen: bool = False,
         ways: Ways | None = None,
         remade: Remade | None = None,
+        lean: bool = False,
     ) -> Estimate:
         """One way: ``mixture`` has its experts of a layer, ``frozen`` says that nothing has an adapter.
 
-        ``ways``: what keeps less; None for what the batch says. ``remade``: an MLP that does.
+        ``ways``: what keeps less; None for what the batch says. ``remade``: an MLP that does. ``lean``: whether norms keep
+        their input as it is.
         """
         ways = ways or Ways(checkpointed=self.decoder.layers if self.batch.checkpointing else 0)
         forward, backward = Times(), Times()
@@ -342,7 +345,7 @@ class _Model:
                 linear = self._frozen(projection.in_features, projection.out_features, projection.bias)
             forward += linear.forward * projection.count
             backward += linear.backward * projection.count
-        between = self._between_linears()
+        between = self._between_linears(lean)
         if mixture is not None:
             forward += mixture.forward * self.decoder.layers
             backward += mixture.backward * self.decoder.layers
@@ -352,19 +355,26 @@ class _Model:
         if remade is not None:
             forward += remade.forward * ways.remade
             backward += remade.backward * ways.remade
-        ends = self._ends()
+        ends = self._ends(lean)
         return Estimate(
             forward + backward + ends,
-            self._memory(adapted, mixture, grouped, ways, remade, adapters=0 if frozen else self._adapters()),
+            self._memory(adapted, mixture, grouped, ways, remade, lean, adapters=0 if frozen else self._adapters()),
             graph=self.workload.launch == "graph",
         )
 
     def _frozen(self, in_features: int, out_features: int, bias: bool = False, *, head: bool = False) -> _Linear:
         return _Linear(*self.plain.linear(in_features, out_features, bias, plain=head), Keeps(False, 0))
 
-    def _norm(self, features: int) -> tuple[Times, Times]:
-        """``LlamaRMSNorm`` on all tokens, forward and backward."""
+    @property
+    def _fused(self) -> bool:
+        """Whether a norm that keeps its input as it is runs in torch's kernels, and not in its operators."""
+        return self.plain.setting(1, 1).device.kernels
+
+    def _norm(self, features: int, lean: bool) -> tuple[Times, Times]:
+        """``LlamaRMSNorm`` on all tokens, forward and backward; ``lean``: as generated packages run it."""
         n, s, f = self.batch.tokens * features, self.size, FLOAT
+        if lean and self._fused:  # an autograd function around each takes the host as long as two operators
+            return self.plain.passes([2 * s * n], launches=2), self.plain.passes([3 * s * n], launches=2)
         cast = [n * (s + f)] if s != f else []
         forward = self.plain.passes(
             [2 * f * n, f * n], [2 * f * n, 2 * s * n], [*cast, *cast], launches=2
@@ -377,7 +387,7 @@ class _Model:
         )
         return forward, backward
 
-    def _between_linears(self) -> tuple[Times, Times]:
+    def _between_linears(self, lean: bool) -> tuple[Times, Times]:
         """What a layer does beside its linears, forward and backward."""
         d, tokens, s = self.decoder, self.batch.tokens, self.size
         hidden, inner = tokens * d.hidden, tokens * d.intermediate
@@ -385,7 +395,7 @@ class _Model:
         normed = [d.hidden, d.hidden]
         heads = [d.heads * d.head_dim, d.kv_heads * d.head_dim]
         for features in (*normed, *(heads if d.head_norms else ())):
-            there, back = self._norm(features)
+            there, back = self._norm(features, lean)
             forward, backward = forward + there, backward + back
         for features in heads:  # rotary: x * cos + rotate_half(x) * sin
             n = tokens * features * s
@@ -405,9 +415,9 @@ class _Model:
         backward += one + Times(_PRODUCTS_BACKWARD * product / (FLASH_BACKWARD * peak))
         return forward, backward
 
-    def _ends(self) -> Times:
+    def _ends(self, lean: bool) -> Times:
         """The last norm, and unless only the body is run embeddings, head and loss; both ways."""
-        there, back = self._norm(self.decoder.hidden)
+        there, back = self._norm(self.decoder.hidden, lean)
         times = there + back
         if self.batch.body or self.decoder.vocab is None:
             return times
@@ -421,16 +431,21 @@ class _Model:
 
     # Memory
 
-    def layer_bytes(self) -> int:
+    def layer_bytes(self, lean: bool = False) -> int:
         """What a frozen layer keeps for its backward: of what its modules save each storage once."""
         d, tokens, s = self.decoder, self.batch.tokens, self.size
         q, kv = d.heads * d.head_dim, d.kv_heads * d.head_dim
-        norms = 2 * FLOAT * tokens * (d.hidden + 1)  # the input in float32, and its rsqrt
+        norms = 2 * self._norm_bytes(d.hidden, lean)
         if d.head_norms:
-            norms += FLOAT * tokens * (q + d.heads + kv + d.kv_heads)
+            norms += self._norm_bytes(q, lean, d.heads) + self._norm_bytes(kv, lean, d.kv_heads)
         attention = s * tokens * (2 * q + 2 * kv) + FLOAT * tokens * d.heads  # q, k, v, output; logsumexp
         mlp = 0 if d.router is not None else 3 * s * tokens * d.intermediate  # gate, silu(gate), up
         return norms + attention + mlp
+
+    def _norm_bytes(self, features: int, lean: bool, rows: int = 1) -> int:
+        """What a norm keeps, of so many rows a token: its input in float32, or as it is, and of each row its rsqrt."""
+        each = self.size * features if lean else FLOAT * features
+        return self.batch.tokens * (each + (0 if lean and not self._fused else FLOAT * rows))
 
     def _memory(
         self,
@@ -439,6 +454,7 @@ class _Model:
         grouped: Mapping[Together, _Linear],
         ways: Ways,
         remade: Remade | None,
+        lean: bool,
         *,
         adapters: int,
     ) -> Memory:
@@ -449,7 +465,7 @@ class _Model:
         logits = 0 if batch.body or d.vocab is None else batch.tokens * d.vocab
         inner = s * batch.tokens * d.intermediate
         whole = any(isinstance(site, Mlp) for site in grouped)
-        layer = self.layer_bytes() + of_linears // count + (0 if mixture is None else mixture.kept)
+        layer = self.layer_bytes(lean) + of_linears // count + (0 if mixture is None else mixture.kept)
         layer -= inner if whole else 0  # of gate nothing is kept but itself
         # Layers of a kind stand one after the other. In the backward of the last of each kind the most is alive: what
         # the layers before it keep, and what is made again; so those that make the most again stand first.
@@ -459,15 +475,17 @@ class _Model:
         between = less + (count - ways.checkpointed - ways.remade) * layer
         kinds = [(between, 0)] if ways.checkpointed + ways.remade < count else []
         kinds += [(less, spared)] if ways.remade else []
-        kinds += [(inputs + layer, 0)] if ways.checkpointed else []
+        # What a checkpoint keeps is what a lean norm of the layer does.
+        kinds += [(inputs + layer - (s * hidden if lean else 0), 0)] if ways.checkpointed else []
         output = s * (hidden + logits)  # the model's, which whoever called it holds
-        last = FLOAT * batch.tokens * (d.hidden + 1)
+        last = self._norm_bytes(d.hidden, lean)
         readers = self._read("mlp_hidden") if adapted else []
         workspace = max((adapted[p.in_features, p.out_features].workspace for p in readers), default=0)
         # Of a quantized base the weight is there while it is read.
         made = s * d.intermediate * d.hidden if self.workload.quantized else 0
-        # The last norm's backward: five tensors in float32 beside what it has kept.
-        moments = [(between + last, output + 5 * FLOAT * hidden)]
+        # The last norm's backward: five tensors in float32 beside what it has kept; or three, or its gradient alone.
+        beside = 5 * FLOAT * hidden if not lean else s * hidden if self._fused else 3 * FLOAT * hidden
+        moments = [(between + last, output + beside)]
         for within, again in kinds:
             beside = output + s * hidden + again
             if mixture is not None:
