@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -131,16 +132,20 @@ def test_a_budget_has_a_plan(run, data: dict) -> None:
     assert max(map(len, lines)) <= 80
     row = next(line.split() for line in lines if line.startswith("plan"))
     assert row[1] == f"{plan['time_us'] / 1e3:.0f}"
-    assert f"The plan, for 33 GiB: {plan['checkpointed']} of 40 layers keep their input alone." in lines
-    assert "16 of 41 plans that no other beats in both, and how many layers do what:" in lines
+    text = " ".join(lines)
+    assert f"The plan, for 33 GiB: {plan['checkpointed']} of 40 layers keep their input alone, in " in text
+    assert f"in {plan['renormed']} more what norms give is made again. " in text
+    assert re.search("16 of [0-9]+ plans that no other beats in both, and how many layers do what:", text)
     points = [line.split() for line in lines[-16:]]
-    assert [point[-1] for point in points[:1]] == ["40"] and points[-1][-3:] == ["40", "0", "0"]
+    assert points[0][-4:] == ["0", "0", "0", "40"] and points[-1][-4:] == ["40", "0", "0", "0"]
 
 
 def test_a_front_as_json(run) -> None:
     found = json.loads(run("estimate", *STEP, "--front", "--json").ok().out)
     points = found["front"]
-    assert [point["checkpointed"] for point in points] == list(range(41)) and "plan" not in found
+    firsts = [point["checkpointed"] for point in points]
+    assert firsts == sorted(firsts) and firsts[-1] == 40 and "plan" not in found
+    assert all(point["remade"] == 0 for point in points) and any(point["renormed"] for point in points)
     assert [point["peak_bytes"] for point in points] == sorted((p["peak_bytes"] for p in points), reverse=True)
 
 

@@ -311,7 +311,9 @@ def test_where_it_runs_as_it_did(package: Any) -> None:
     assert not served(package, norm, x.as_subclass(Sub))
     plain = copy.deepcopy(norm)
     plain.__class__ = Plain
-    first, wanted = (torch.autograd.grad(each(x).float().pow(3).sum(), x, create_graph=True)[0] for each in (norm, plain))
+    first, wanted = (
+        torch.autograd.grad(each(x).float().pow(3).sum(), x, create_graph=True)[0] for each in (norm, plain)
+    )
     second, wanted_second = (torch.autograd.grad(each.float().square().sum(), x)[0] for each in (first, wanted))
     torch.testing.assert_close(first, wanted, rtol=0.02, atol=0.02)
     assert (second - wanted_second).float().norm() < 0.03 * wanted_second.float().norm()

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
+import itertools
 import json
 import pickle
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ import transformers
 from runlora_gen.forecast.estimate import Batch, Ways, steps_of
 from runlora_gen.from_model.live import read_model
 from runlora_gen.into_model.packages import imported
-from runlora_gen.measure.memory import saved_bytes
+from runlora_gen.measure.memory import held_bytes
 from runlora_gen.request.layout import LAYOUTS
 from runlora_gen.request.workload import make_workload
 from torch import Tensor, nn
@@ -24,7 +27,7 @@ from torch import Tensor, nn
 from .models import MLPS_PAY, RANK, VOCABULARY, bitwise, checkpointed, gradients, llama, seeded, with_lora
 from .test_runs_in import same
 
-LAYERS, WAYS = 4, Ways(checkpointed=1, remade=2)
+LAYERS, WAYS = 5, Ways(checkpointed=1, remade=2, renormed=1)
 #: More than the tokens that are few without gradients.
 TOKENS = 160
 OPTIONS: dict[str, Any] = {**MLPS_PAY, "tokens": TOKENS, "sequence": TOKENS // 2}
@@ -49,7 +52,7 @@ def planned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         built(), rank=RANK, output=out, layout=request.param, memory_budget=budget(), **OPTIONS
     )
     package = imported(folder)
-    assert Ways(package.plan.CHECKPOINTED, package.plan.REMADE) == WAYS
+    assert Ways(package.plan.CHECKPOINTED, package.plan.REMADE, package.plan.RENORMED) == WAYS
     return package
 
 
@@ -62,16 +65,23 @@ def layers(model: Any) -> Any:
     return next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == LAYERS)
 
 
+def norms_of(layer: Any) -> list[Any]:
+    return [layer.input_layernorm, layer.post_attention_layernorm]
+
+
 def kinds(model: Any) -> list[str]:
     """What each layer does."""
     found = []
     for layer in layers(model):
         remade = getattr(type(layer.mlp), "_runlora_variant", None) is not None
-        found.append("input" if layer.gradient_checkpointing else "less" if remade else "all")
+        renormed = [getattr(type(norm), "_runlora_again", False) for norm in norms_of(layer)]
+        assert renormed[0] == renormed[1] >= remade
+        kept = "less" if remade else "norms" if all(renormed) else "all"
+        found.append("input" if layer.gradient_checkpointing else kept)
     return found
 
 
-PLANNED = ["input", "less", "less", "all"]
+PLANNED = ["input", "less", "less", "norms", "all"]
 
 
 def test_a_planned_model_computes_what_it_did(planned: Any, tokens: Tensor) -> None:
@@ -80,26 +90,105 @@ def test_a_planned_model_computes_what_it_did(planned: Any, tokens: Tensor) -> N
     report = planned.accelerate(model, strict=True)
     assert report.mlps == LAYERS and kinds(model) == PLANNED
     assert report.planned == f"planned: {planned.plan.WAYS}" and str(report).endswith(report.planned)
-    assert "1 of 4 layers keep their input alone, in 2 more gate and up are made again" in report.planned
+    assert "1 of 5 layers keep their input alone, in 2 more gate and up are made again, in 1 more" in report.planned
     same(gradients(model, tokens), wanted)
     assert planned.accelerate(model, strict=True).planned == report.planned and kinds(model) == PLANNED
 
 
+def in_half(planned: Any) -> Any:
+    """Norms of 16 bits keep their input as it is, and can make again what they gave."""
+    model = with_lora(llama(torch.bfloat16, num_hidden_layers=LAYERS), autocast_adapter_dtype=False).train()
+    planned.accelerate(model, strict=True)
+    assert kinds(model) == PLANNED
+    return model
+
+
 def test_layers_keep_what_the_plan_says(planned: Any, tokens: Tensor) -> None:
-    """Byte by byte: of the first layer its input, of the next two neither gate nor up."""
-    model = with_lora(built()).train()
-    kept = {}
-    for name in ("planned", "all"):
-        planned.accelerate(model, strict=True)
-        if name == "all":
-            planned.plan.undo(model)
-            planned.mlps.form(model, planned.mlps.found(model, planned.peft_layers.lora_layers(model)))
-            assert kinds(model) == ["all"] * LAYERS
-        kept[name] = saved_bytes(lambda: model(tokens, labels=tokens).loss, model.parameters())
-    inner, hidden = TOKENS * 96 * 4, TOKENS * 64 * 4
-    of_a_layer = (kept["all"] - kept["planned"] - 2 * 2 * inner) + hidden
-    # What a layer keeps: two norms' inputs and what these make, q, k, v, the attention's, gate, up; S of seven linears.
-    assert 2 * inner + 6 * hidden < of_a_layer < 2 * inner + 12 * hidden
+    """Byte by byte, one kind of layer after the other."""
+    model = in_half(planned)
+
+    def kept() -> int:
+        return held_bytes(lambda: model(tokens, labels=tokens).loss)
+
+    inner, hidden = TOKENS * 96 * 2, TOKENS * 64 * 2
+    found = [kept()]
+    planned.plan.undo(model)  # the first layer, whose norm is none that makes again
+    found.append(kept())
+    assert kinds(model) == ["all", "less", "less", "norms", "all"]
+    for place in (1, 3):  # a layer of either kind keeps all
+        for norm in norms_of(layers(model)[place]):
+            norm.__class__ = planned.norms._made(type(norm).replaces, type(norm)._runlora_kind, False)
+        mlp: Any = layers(model)[place].mlp
+        of = type(mlp)
+        mlp.__class__ = planned.mlps._made(of.replaces, of._runlora_at, of._runlora_linears, of._runlora_others)
+        found.append(kept())
+    assert kinds(model) == ["all", "all", "less", "all", "all"]
+    first, less, norms = (after - before for before, after in itertools.pairwise(found))
+    assert less == 2 * inner + 2 * hidden and norms == 2 * hidden
+    # Gate, up, and what both norms give, beside q, k, v and what attention gives; S of seven linears, and more.
+    assert 2 * inner + 4 * hidden < first < 2 * inner + 10 * hidden
+
+
+def test_what_norms_gave_is_made_again_to_the_bit(planned: Any, tokens: Tensor) -> None:
+    model = in_half(planned)
+    found = gradients(model, tokens)
+    calls = dict.fromkeys(("kept", "again"), 0)
+    made_again = planned.norms._made_again
+
+    def counted(made: Any, shape: Any) -> Tensor:
+        calls["again"] += 1
+        y: Tensor = made_again(made, shape)
+        return y
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planned.norms, "_made_again", counted)
+        bitwise(gradients(model, tokens), found)
+    assert calls["again"] == 3 * 2, "a group and an MLP read it, of three layers"
+    for layer in layers(model):
+        for norm in norms_of(layer):
+            norm.__class__ = planned.norms._made(type(norm).replaces, type(norm)._runlora_kind, False)
+    bitwise(gradients(model, tokens), found)
+
+
+def test_what_changed_meanwhile_is_an_error(planned: Any, tokens: Tensor) -> None:
+    model = in_half(planned)
+    loss = model(tokens, labels=tokens).loss
+    with torch.no_grad():
+        layers(model)[3].post_attention_layernorm.weight.mul_(2)
+    with pytest.raises(
+        RuntimeError, match=r"changed (in place before the backward|by an inplace operation)|modified by"
+    ):
+        loss.backward()
+
+
+def test_within_a_checkpoint_nothing_is_left_out(planned: Any, tokens: Tensor) -> None:
+    """What is saved there is the checkpoint's: it makes all again."""
+    model = in_half(planned)
+    found = gradients(model, tokens)
+    for reentrant in (False, True):
+        checkpointed(model, use_reentrant=reentrant)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it overrules the plan
+            same_in_half(gradients(model, tokens), found)
+
+
+def same_in_half(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert wanted and found.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        assert (found[name] - gradient).float().norm() < 0.05 * gradient.float().norm(), name
+
+
+def test_memory_is_free_again_after_the_backward(planned: Any, tokens: Tensor) -> None:
+    model = in_half(planned)
+    held: list[Any] = []
+    norm = layers(model)[3].post_attention_layernorm
+    norm.register_forward_hook(lambda _, inputs, output: held.extend(map(weakref.ref, (inputs[0], output))))
+    loss = model(tokens, labels=tokens).loss
+    assert held[1]() is None, "its output is gone after the forward"
+    loss.backward()
+    del loss
+    gc.collect()
+    assert held[0]() is None
 
 
 def test_an_injected_model_is_planned_too(planned: Any, tokens: Tensor) -> None:
@@ -115,7 +204,8 @@ def test_an_injected_model_is_planned_too(planned: Any, tokens: Tensor) -> None:
     found = gradients(model, tokens)
     planned.plan.undo(model)
     for layer in layers(model):
-        layer.mlp.__class__ = type(layer.mlp).replaces
+        for module in (layer.mlp, *norms_of(layer)):
+            module.__class__ = type(module).replaces
     assert kinds(model) == ["all"] * LAYERS
     same(found, gradients(model, tokens))
     assert plain(tokens).logits.shape == model(tokens).logits.shape
@@ -154,7 +244,7 @@ def test_what_overrules_the_plan_is_said_once(planned: Any, tokens: Tensor) -> N
         warnings.simplefilter("error")
         model.eval()(tokens)  # trains nothing
     checkpointed(model.train(), use_reentrant=False)
-    with pytest.warns(UserWarning, match="has the first 1 of 4 layers checkpoint, and now 4 do: leave") as said:
+    with pytest.warns(UserWarning, match="has the first 1 of 5 layers checkpoint, and now 5 do: leave") as said:
         gradients(model, tokens)
     assert len(said) == 1
     with warnings.catch_warnings():
@@ -179,7 +269,7 @@ def test_a_trainer_that_checkpoints_is_told_of(planned: Any, tokens: Tensor, tmp
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             transformers.Trainer(model, arguments, train_dataset=data).train()
-        assert sum("layers checkpoint, and now 4 do" in str(each.message) for each in said) == checkpointing
+        assert sum("layers checkpoint, and now 5 do" in str(each.message) for each in said) == checkpointing
 
 
 def test_mlps_that_can_not_keep_less_are_said(planned: Any, tokens: Tensor) -> None:
@@ -188,7 +278,7 @@ def test_mlps_that_can_not_keep_less_are_said(planned: Any, tokens: Tensor) -> N
     wanted = gradients(model, tokens)
     with pytest.warns(UserWarning, match="has the MLPs of 2 layers make gate and up again, and 1 can: the others"):
         report = planned.accelerate(model, strict=True)
-    assert len(report.apart) == 1 and kinds(model) == ["input", "all", "less", "all"]
+    assert len(report.apart) == 1 and kinds(model) == ["input", "norms", "less", "norms", "all"]
     same(gradients(model, tokens), wanted)
 
 
@@ -236,7 +326,8 @@ def test_in_two_lines(dropout: float, tokens: Tensor, tmp_path: Path) -> None:
 def test_a_package_is_planned_anew_from_its_manifest(planned: Any, run_cli: Any, tmp_path: Path) -> None:
     folder = Path(planned.__file__).parent
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest["plan"]["checkpointed"] == 1 and manifest["plan"]["remade"] == 2
+    plan = manifest["plan"]
+    assert [plan[kind] for kind in ("checkpointed", "remade", "renormed")] == [1, 2, 1]
     assert manifest["workload"]["memory_budget"] == planned.plan.BUDGET
     assert f"--memory-budget {planned.plan.BUDGET} --sequence {TOKENS // 2}" in manifest["command"]
     command = manifest["command"].split()[1:-1]

@@ -144,7 +144,7 @@ def build_package(
         # An MLP that is not computed as a whole at all token counts is none in the plan either.
         plan, steps = plan_for(architecture if whole else replace(architecture, gated=()), rank, workload)
         if plan.ways.remade and steps.remade is not None:
-            whole = tuple(replace(choice, least=steps.remade.decision) for choice in whole)
+            whole = tuple(replace(choice, least=steps.remade[0]) for choice in whole)
     nodes, groups, mlps, stacks = (
         [
             module_node(choice, rank, workload, width=style.line_length, all_variants=all_variants, layout=layout)
@@ -172,6 +172,8 @@ def build_package(
         "base": workload.stored,
         "norms": workload.norms == "auto",
         "plan": plan,
+        # Whether norms make again what they gave.
+        "renorms": plan is not None and steps.renormed is not None and plan.ways.remade + plan.ways.renormed > 0,
         "plan_lines": [] if plan is None else plan_lines(plan, workload),
         "plan_ways": "" if plan is None else planned_ways(plan, workload),
         "workload": workload,

@@ -278,10 +278,14 @@ def estimate_lines(
 
 def show_ways(plan: Plan) -> str:
     """What layers keep, in words."""
-    first, again = plan.ways.checkpointed, plan.ways.remade
-    parts = [f"{first} of {plan.layers} layers keep their input alone"] if first else []
-    others = f"{again} more" if first else f"{again} of {plan.layers} layers"
-    parts += [f"in {others} gate and up are made again"] if again else []
+    ways, parts = plan.ways, list[str]()
+    for number, does in (
+        (ways.checkpointed, "{} keep their input alone"),
+        (ways.remade, "in {} gate and up are made again"),
+        (ways.renormed, "in {} what norms give is made again"),
+    ):
+        if number:
+            parts.append(does.format(f"{number} more" if parts else f"{number} of {plan.layers} layers"))
     return ", ".join(parts) or "all layers keep what their backward reads"
 
 
@@ -295,12 +299,13 @@ def front_lines(points: Sequence[Plan], frozen: Estimate) -> Iterable[str]:
     places = sorted({round(at * (len(points) - 1) / max(1, shown - 1)) for at in range(shown)})
     yield ""
     yield f"{len(places)} of {len(points)} plans that no other beats in both, and how many layers do what:"
-    yield "      step x frozen       peak  input alone  gate, up again  keep all"
+    yield "      step x frozen       peak  input alone  gate, up again  norms again  all"
     for point in (points[place] for place in places):
         one, ways = point.estimate, point.ways
         yield (
             f"{show_duration(one.time_s):>10}{one.time_s / frozen.time_s:>9.2f}{show_bytes(one.memory.peak):>11}"
-            f"{ways.checkpointed:>13}{ways.remade:>16}{point.layers - ways.checkpointed - ways.remade:>10}"
+            f"{ways.checkpointed:>13}{ways.remade:>16}{ways.renormed:>13}"
+            f"{point.layers - ways.checkpointed - ways.remade - ways.renormed:>5}"
         )
 
 

@@ -9,7 +9,7 @@ input flows through all layers, and nothing of the base model trains. The optimi
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
 
@@ -108,27 +108,38 @@ class Ways:
 
     Attributes:
         checkpointed: of the first layers, each of which keeps its input only, and runs its forward again.
-        remade: of those after them, whose MLP keeps neither what gate nor what up gave, and makes it again.
+        remade: of those after them, whose MLP keeps neither what gate nor what up gave, and makes it again; nor do they
+            keep what norms gave.
+        renormed: of those after them, which do not keep what norms gave, and make that again.
     """
 
     checkpointed: int = 0
     remade: int = 0
+    renormed: int = 0
 
 
 @dataclass(frozen=True)
-class Remade:
-    """An MLP that keeps as little as one can, over the one that was chosen.
+class Less:
+    """A part of a layer that keeps less than what was chosen for it.
 
     Attributes:
-        decision: what computes it.
         forward, backward: how much longer these take.
         spared: bytes that it does not keep.
+        again: of these, what is there when its MLP's gradients are made.
     """
 
-    decision: Decision
-    forward: Times
-    backward: Times
-    spared: int
+    forward: Times = field(default_factory=Times)
+    backward: Times = field(default_factory=Times)
+    spared: int = 0
+    again: int = 0
+
+    def __add__(self, other: Less) -> Less:
+        return Less(
+            self.forward + other.forward,
+            self.backward + other.backward,
+            self.spared + other.spared,
+            self.again + other.again,
+        )
 
 
 @dataclass(frozen=True)
@@ -220,23 +231,32 @@ class Steps:
 
     def frozen(self, ways: Ways | None = None) -> Estimate:
         """Without adapters."""
-        return self._model.estimate({}, self._experts[0], ways=ways, frozen=True)
+        return self._model.sum({}, self._experts[0], frozen=True).step(ways)
 
     def peft(self, ways: Ways | None = None) -> Estimate:
         """In PEFT's order."""
         adapted = {shape: _by_peft(decision.setting) for shape, decision in self._adapted.items()}
-        return self._model.estimate(adapted, self._experts[1], ways=ways)
+        return self._model.sum(adapted, self._experts[1]).step(ways)
 
     def ours(self, ways: Ways | None = None) -> Estimate:
         """On generated modules; ``ways``: which layers keep less, where it is not the batch that says so."""
-        adapted = {shape: _ours(decision) for shape, decision in self._adapted.items()}
-        grouped = {site: _of_group(decision) for site, decision in self._grouped.items()}
-        remade = self.remade if ways is not None and ways.remade else None
-        lean = self._model.workload.norms == "auto" and self._model.size < FLOAT
-        return self._model.estimate(adapted, self._experts[2], grouped, ways=ways, remade=remade, lean=lean)
+        remade = self.remade[1] if ways is not None and ways.remade and self.remade is not None else Less()
+        renormed = self.renormed if ways is not None and self.renormed is not None else Less()
+        return self._ours.step(ways, remade, renormed)
+
+    @property
+    def _lean(self) -> bool:
+        """Whether norms keep their input as it is."""
+        return self._model.workload.norms == "auto" and self._model.size < FLOAT
 
     @cached_property
-    def remade(self) -> Remade | None:
+    def _ours(self) -> _Sum:
+        adapted = {shape: _ours(decision) for shape, decision in self._adapted.items()}
+        grouped = {site: _of_group(decision) for site, decision in self._grouped.items()}
+        return self._model.sum(adapted, self._experts[2], grouped, lean=self._lean)
+
+    @cached_property
+    def remade(self) -> tuple[Decision, Less] | None:
         """The MLP of every layer where it keeps as little as one can, by the fastest program that does.
 
         None where MLPs are not computed as a whole.
@@ -251,12 +271,30 @@ class Steps:
         )
         least = decide(bound, chosen.setting, chosen.host_share)
         less, more = least.chosen.cost, chosen.chosen.cost
-        return Remade(
-            least,
-            Times.of(less.forward) + Times.of(more.forward) * -1,
-            Times.of(less.backward) + Times.of(more.backward) * -1,
-            more.saved_bytes - less.saved_bytes,
-        )
+        spared = more.saved_bytes - less.saved_bytes
+        forward = Times.of(less.forward) + Times.of(more.forward) * -1
+        backward = Times.of(less.backward) + Times.of(more.backward) * -1
+        return least, Less(forward, backward, spared, spared)
+
+    @cached_property
+    def renormed(self) -> Less | None:
+        """A layer that does not keep what its norms give, where groups and MLPs alone would.
+
+        Whatever reads it makes it again for itself. None where nothing is spared.
+        """
+        found = Less()
+        row = self._model.batch.tokens * self._model.size
+        for name in ("attn_in", "mlp_in") if self._lean else ():
+            readers = [projection for projection in self._model.architecture.projections if projection.input == name]
+            sites = {site for site in self._grouped for projection in readers if site.has(projection)}
+            alone = [p for p in readers if not any(site.has(p) and site.count == self.layers for site in sites)]
+            keeping = [site for site in sites if keeps(self._grouped[site]).input]
+            if keeping and not alone:
+                features = readers[0].in_features
+                there, _ = self._model.norm(features, lean=True)
+                again = row * features if name == "mlp_in" else 0
+                found += Less(Times(), there * len(keeping), row * features, again)
+        return found if found.spared else None
 
 
 def _of_experts(model: _Model, decisions: Mapping[Experts, Decision]) -> tuple[Part | None, Part | None, Part | None]:
@@ -312,25 +350,33 @@ class _Model:
     def size(self) -> int:
         return self.plain.size
 
-    # Time
-
-    def estimate(
+    def sum(
         self,
         adapted: dict[tuple[int, int], _Linear],
         mixture: Part | None,
         grouped: Mapping[Together, _Linear] = MappingProxyType({}),
         *,
         frozen: bool = False,
-        ways: Ways | None = None,
-        remade: Remade | None = None,
         lean: bool = False,
-    ) -> Estimate:
+    ) -> _Sum:
         """One way: ``mixture`` has its experts of a layer, ``frozen`` says that nothing has an adapter.
 
-        ``ways``: what keeps less; None for what the batch says. ``remade``: an MLP that does. ``lean``: whether norms keep
-        their input as it is.
+        ``lean``: whether norms keep their input as it is.
         """
-        ways = ways or Ways(checkpointed=self.decoder.layers if self.batch.checkpointing else 0)
+        forward, backward = self._layers(adapted, mixture, grouped, lean)
+        layer, moments = self._layer(adapted, mixture, grouped, lean)
+        return _Sum(self, forward, backward, self._ends(lean), layer, moments, 0 if frozen else self._adapters(), lean)
+
+    # Time
+
+    def _layers(
+        self,
+        adapted: dict[tuple[int, int], _Linear],
+        mixture: Part | None,
+        grouped: Mapping[Together, _Linear],
+        lean: bool,
+    ) -> tuple[Times, Times]:
+        """All layers, forward and backward."""
         forward, backward = Times(), Times()
         targets = {projection.name for projection in self.architecture.projections} if adapted else set()
         for group, linears in grouped.items():
@@ -349,31 +395,20 @@ class _Model:
         if mixture is not None:
             forward += mixture.forward * self.decoder.layers
             backward += mixture.backward * self.decoder.layers
-        forward += between[0] * self.decoder.layers
-        backward += between[1] * self.decoder.layers
-        backward += forward * (ways.checkpointed / self.decoder.layers)
-        if remade is not None:
-            forward += remade.forward * ways.remade
-            backward += remade.backward * ways.remade
-        ends = self._ends(lean)
-        return Estimate(
-            forward + backward + ends,
-            self._memory(adapted, mixture, grouped, ways, remade, lean, adapters=0 if frozen else self._adapters()),
-            graph=self.workload.launch == "graph",
-        )
+        return forward + between[0] * self.decoder.layers, backward + between[1] * self.decoder.layers
 
     def _frozen(self, in_features: int, out_features: int, bias: bool = False, *, head: bool = False) -> _Linear:
         return _Linear(*self.plain.linear(in_features, out_features, bias, plain=head), Keeps(False, 0))
 
     @property
-    def _fused(self) -> bool:
+    def fused(self) -> bool:
         """Whether a norm that keeps its input as it is runs in torch's kernels, and not in its operators."""
         return self.plain.setting(1, 1).device.kernels
 
-    def _norm(self, features: int, lean: bool) -> tuple[Times, Times]:
+    def norm(self, features: int, lean: bool) -> tuple[Times, Times]:
         """``LlamaRMSNorm`` on all tokens, forward and backward; ``lean``: as generated packages run it."""
         n, s, f = self.batch.tokens * features, self.size, FLOAT
-        if lean and self._fused:  # an autograd function around each takes the host as long as two operators
+        if lean and self.fused:  # an autograd function around each takes the host as long as two operators
             return self.plain.passes([2 * s * n], launches=2), self.plain.passes([3 * s * n], launches=2)
         cast = [n * (s + f)] if s != f else []
         forward = self.plain.passes(
@@ -395,7 +430,7 @@ class _Model:
         normed = [d.hidden, d.hidden]
         heads = [d.heads * d.head_dim, d.kv_heads * d.head_dim]
         for features in (*normed, *(heads if d.head_norms else ())):
-            there, back = self._norm(features, lean)
+            there, back = self.norm(features, lean)
             forward, backward = forward + there, backward + back
         for features in heads:  # rotary: x * cos + rotate_half(x) * sin
             n = tokens * features * s
@@ -417,7 +452,7 @@ class _Model:
 
     def _ends(self, lean: bool) -> Times:
         """The last norm, and unless only the body is run embeddings, head and loss; both ways."""
-        there, back = self._norm(self.decoder.hidden, lean)
+        there, back = self.norm(self.decoder.hidden, lean)
         times = there + back
         if self.batch.body or self.decoder.vocab is None:
             return times
@@ -435,73 +470,42 @@ class _Model:
         """What a frozen layer keeps for its backward: of what its modules save each storage once."""
         d, tokens, s = self.decoder, self.batch.tokens, self.size
         q, kv = d.heads * d.head_dim, d.kv_heads * d.head_dim
-        norms = 2 * self._norm_bytes(d.hidden, lean)
+        norms = 2 * self.norm_bytes(d.hidden, lean)
         if d.head_norms:
-            norms += self._norm_bytes(q, lean, d.heads) + self._norm_bytes(kv, lean, d.kv_heads)
+            norms += self.norm_bytes(q, lean, d.heads) + self.norm_bytes(kv, lean, d.kv_heads)
         attention = s * tokens * (2 * q + 2 * kv) + FLOAT * tokens * d.heads  # q, k, v, output; logsumexp
         mlp = 0 if d.router is not None else 3 * s * tokens * d.intermediate  # gate, silu(gate), up
         return norms + attention + mlp
 
-    def _norm_bytes(self, features: int, lean: bool, rows: int = 1) -> int:
+    def norm_bytes(self, features: int, lean: bool, rows: int = 1) -> int:
         """What a norm keeps, of so many rows a token: its input in float32, or as it is, and of each row its rsqrt."""
         each = self.size * features if lean else FLOAT * features
-        return self.batch.tokens * (each + (0 if lean and not self._fused else FLOAT * rows))
+        return self.batch.tokens * (each + (0 if lean and not self.fused else FLOAT * rows))
 
-    def _memory(
+    def _layer(
         self,
         adapted: dict[tuple[int, int], _Linear],
         mixture: Part | None,
         grouped: Mapping[Together, _Linear],
-        ways: Ways,
-        remade: Remade | None,
         lean: bool,
-        *,
-        adapters: int,
-    ) -> Memory:
-        d, batch, s = self.decoder, self.batch, self.size
-        count, hidden = d.layers, batch.tokens * d.hidden
-        of_linears = self._kept(adapted, grouped)
-        down = self._kept(adapted, {}, "mlp_hidden") // count
-        logits = 0 if batch.body or d.vocab is None else batch.tokens * d.vocab
-        inner = s * batch.tokens * d.intermediate
+    ) -> tuple[int, tuple[tuple[int, int], ...]]:
+        """What a layer keeps, and the moments of its backward that may take the most, as of :class:`~.mixture.Part`."""
+        d, tokens, s = self.decoder, self.batch.tokens, self.size
+        inner = s * tokens * d.intermediate
         whole = any(isinstance(site, Mlp) for site in grouped)
-        layer = self.layer_bytes(lean) + of_linears // count + (0 if mixture is None else mixture.kept)
+        layer = self.layer_bytes(lean) + self._kept(adapted, grouped) // d.layers
         layer -= inner if whole else 0  # of gate nothing is kept but itself
-        # Layers of a kind stand one after the other. In the backward of the last of each kind the most is alive: what
-        # the layers before it keep, and what is made again; so those that make the most again stand first.
-        spared = 0 if remade is None else remade.spared
-        inputs = max(0, ways.checkpointed - 1 if batch.body else ways.checkpointed) * s * hidden
-        less = inputs + ways.remade * (layer - spared)
-        between = less + (count - ways.checkpointed - ways.remade) * layer
-        kinds = [(between, 0)] if ways.checkpointed + ways.remade < count else []
-        kinds += [(less, spared)] if ways.remade else []
-        # What a checkpoint keeps is what a lean norm of the layer does.
-        kinds += [(inputs + layer - (s * hidden if lean else 0), 0)] if ways.checkpointed else []
-        output = s * (hidden + logits)  # the model's, which whoever called it holds
-        last = self._norm_bytes(d.hidden, lean)
+        if mixture is not None:
+            return layer + mixture.kept, mixture.moments
+        if whole:  # the gradients of down's input, of gate and of up
+            return layer, ((0, 3 * inner),)
+        down = self._kept(adapted, {}, "mlp_hidden") // d.layers
         readers = self._read("mlp_hidden") if adapted else []
         workspace = max((adapted[p.in_features, p.out_features].workspace for p in readers), default=0)
         # Of a quantized base the weight is there while it is read.
         made = s * d.intermediate * d.hidden if self.workload.quantized else 0
-        # The last norm's backward: five tensors in float32 beside what it has kept; or three, or its gradient alone.
-        beside = 5 * FLOAT * hidden if not lean else s * hidden if self._fused else 3 * FLOAT * hidden
-        moments = [(between + last, output + beside)]
-        for within, again in kinds:
-            beside = output + s * hidden + again
-            if mixture is not None:
-                moments += [(within - gone, beside + more) for gone, more in mixture.moments]
-            elif whole:  # the gradients of down's input, of gate and of up
-                moments.append((within, beside + 3 * inner))
-            else:
-                # The layer's MLP: dX of the last linear, and the gradients of gate and up before silu's.
-                moments += [
-                    (within - down, beside + 3 * inner + made),
-                    (within, beside + inner + max(workspace, made)),
-                ]
-        if logits:  # the loss's backward: log_softmax, its gradient and that of its input
-            moments.append((between + last + FLOAT * logits, output + 2 * FLOAT * logits))
-        kept, transient = max(moments, key=sum)
-        return Memory(self._weights(), adapters, kept, transient, between + last + FLOAT * logits)
+        # dX of the last linear, and the gradients of gate and up before silu's.
+        return layer, ((down, 3 * inner + made), (0, inner + max(workspace, made)))
 
     def _read(self, name: str) -> list[Projection]:
         return [projection for projection in self.architecture.projections if projection.input == name]
@@ -522,7 +526,8 @@ class _Model:
         # The attention keeps its output anyway.
         return kept_bytes(projections, by_shape, row, there=frozenset({"attn_out"}), grouped=together)
 
-    def _weights(self) -> int:
+    def weights(self) -> int:
+        """Bytes of the base model."""
         d = self.decoder
         norms = (2 * d.layers + 1) * d.hidden + (2 * d.layers * d.head_dim if d.head_norms else 0)
         ends = 0 if d.vocab is None else d.vocab * d.hidden * (1 if d.tied else 2)
@@ -540,3 +545,67 @@ class _Model:
         sites = self.architecture.sites
         counts = (site.count * (site.experts if isinstance(site, Stack) else 1) for site in sites)
         return each * self.rank * sum(n * (p.in_features + p.out_features) for n, p in zip(counts, sites, strict=True))
+
+
+@dataclass(frozen=True)
+class _Sum:
+    """One way to train the model, of which layers may keep less.
+
+    Attributes:
+        model: it.
+        forward, backward: of all layers, which keep all that their backward reads.
+        ends: what is before and behind them, both ways.
+        layer: bytes that one keeps.
+        moments: of a layer's backward: what of that is gone by then, and what is there besides.
+        adapters: bytes of them and their gradients.
+        lean: whether norms keep their input as it is.
+    """
+
+    model: _Model
+    forward: Times
+    backward: Times
+    ends: Times
+    layer: int
+    moments: tuple[tuple[int, int], ...]
+    adapters: int
+    lean: bool
+
+    def step(self, ways: Ways | None = None, remade: Less = Less(), renormed: Less = Less()) -> Estimate:  # frozen
+        """A step; ``ways``: which layers keep less, None for what the batch says; the rest: what they do."""
+        count = self.model.decoder.layers
+        ways = ways or Ways(checkpointed=count if self.model.batch.checkpointing else 0)
+        backward = self.backward + self.forward * (ways.checkpointed / count)
+        times = self.forward + backward + self.ends
+        times += (remade.forward + remade.backward) * ways.remade
+        times += (renormed.forward + renormed.backward) * (ways.remade + ways.renormed)
+        return Estimate(
+            times,
+            self._memory(ways, remade + renormed, renormed),
+            graph=self.model.workload.launch == "graph",
+        )
+
+    def _memory(self, ways: Ways, remade: Less, renormed: Less) -> Memory:
+        model = self.model
+        d, batch, s = model.decoder, model.batch, model.size
+        hidden = batch.tokens * d.hidden
+        logits = 0 if batch.body or d.vocab is None else batch.tokens * d.vocab
+        # Layers of a kind stand one after the other. In the backward of the last of each kind the most is alive: what
+        # the layers before it keep, and what is made again; so those that make the most again stand first.
+        kept = max(0, ways.checkpointed - 1 if batch.body else ways.checkpointed) * s * hidden
+        # What a checkpoint keeps is what a lean norm of the layer does.
+        kinds = [(kept + self.layer - (s * hidden if self.lean else 0), 0)] if ways.checkpointed else []
+        rest = d.layers - ways.checkpointed - ways.remade - ways.renormed
+        for number, less in ((ways.remade, remade), (ways.renormed, renormed), (rest, Less())):
+            kept += number * (self.layer - less.spared)
+            kinds += [(kept, less.again)] if number else []
+        output = s * (hidden + logits)  # the model's, which whoever called it holds
+        last = model.norm_bytes(d.hidden, self.lean)
+        # The last norm's backward: five tensors in float32 beside what it has kept; or three, or its gradient alone.
+        beside = 5 * FLOAT * hidden if not self.lean else s * hidden if model.fused else 3 * FLOAT * hidden
+        moments = [(kept + last, output + beside)]
+        for within, again in kinds:
+            moments += [(within - gone, output + s * hidden + again + more) for gone, more in self.moments]
+        if logits:  # the loss's backward: log_softmax, its gradient and that of its input
+            moments.append((kept + last + FLOAT * logits, output + 2 * FLOAT * logits))
+        alive, transient = max(moments, key=sum)
+        return Memory(model.weights(), self.adapters, alive, transient, kept + last + FLOAT * logits)

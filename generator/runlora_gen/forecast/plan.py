@@ -1,10 +1,10 @@
 """Which layers keep what, so that a whole step takes the least time within a budget of memory.
 
-The layers of a model are alike, so that a plan is two numbers: of how many layers only the input is kept, and in how
-many others an MLP makes again what gate and up gave. All pairs of them are priced: of a model of L layers there are
-(L + 1)(L + 2) / 2. In which order the kinds stand is no choice: where the backward of a layer makes more again than
-that of another one, the most is alive at once if it stands behind that one, so the first layers are those that keep
-their input alone.
+A layer keeps all that its backward reads; or all but what its norms give; or neither that nor what gate and up give;
+or its input alone. The layers of a model are alike, so that a plan is three numbers, and all triples of them are
+priced: of a model of L layers there are (L + 1)(L + 2)(L + 3) / 6. In which order the kinds stand is no choice: where
+the backward of a layer makes more again than that of another one, the most is alive at once if it stands behind that
+one, so the first layers are those that keep their input alone.
 """
 
 from __future__ import annotations
@@ -44,8 +44,14 @@ def every_plan(steps: Steps) -> list[Plan]:
     """All plans of a model, those that keep the most first."""
     count = steps.layers
     remade = count if steps.remade is not None else 0
-    pairs = [(first, more) for first in range(count + 1) for more in range(min(remade, count - first) + 1)]
-    return [Plan(ways, count, steps.ours(ways)) for ways in (Ways(*pair) for pair in pairs)]
+    renormed = count if steps.renormed is not None else 0
+    every = [
+        Ways(first, more, again)
+        for first in range(count + 1)
+        for more in range(min(remade, count - first) + 1)
+        for again in range(min(renormed, count - first - more) + 1)
+    ]
+    return [Plan(ways, count, steps.ours(ways)) for ways in every]
 
 
 def front(plans: Sequence[Plan]) -> list[Plan]:

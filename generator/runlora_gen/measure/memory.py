@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 
 import torch
@@ -34,12 +35,20 @@ def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
         start = torch.cuda.memory_allocated()
         step()
         return torch.cuda.max_memory_allocated() - start
+    return max(_live(step))
+
+
+def held_bytes(forward: Callable[[], object]) -> int:
+    """Bytes that torch's allocator has handed out on a CPU when a forward is done and what it gave is held."""
+    held = []
+    return _live(lambda: held.append(forward()))[-1]
+
+
+def _live(step: Callable[[], object]) -> list[int]:
+    """Bytes that torch's allocator has handed out on a CPU, above the start, after each time that it does."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
+    events.sort(key=lambda event: event.start_ns())
+    return list(itertools.accumulate((event.nbytes() for event in events), initial=0))
