@@ -161,6 +161,22 @@ def test_the_model_benchmark_runs(tmp_path: Path) -> None:
         assert results[title]["checkpointing"]["peak_bytes"] < results[title]["eager"]["peak_bytes"]
 
 
+def test_plans_are_measured(tmp_path: Path) -> None:
+    """On two tiny layers: peaks are about what they were predicted to be, and fall with the plans'."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    path = tmp_path / "plans.json"
+    options = ("--device", "cpu", "--shape", "tiny", "--points", 3, "--rounds", 1, "--json", path)
+    text = tool("bench_plans", *options)
+    report = json.loads(path.read_text())
+    assert list(report["results"]) == ["frozen", "frozen, checkpointing", "plan 1", "plan 2", "plan 3"]
+    for title, row in report["results"].items():
+        assert title in text and row["median_ms"] > 0
+        assert row["peak_bytes"] == pytest.approx(row["predicted"]["peak_bytes"], rel=0.1)
+    assert report["results"]["frozen"]["over_frozen"]["median"] == 1
+    assert report["results"]["plan 3"]["checkpointed"] == 2 and report["results"]["plan 1"]["norms"] == 5
+
+
 def test_runs_of_the_model_benchmark_are_put_together() -> None:
     pytest.importorskip("transformers")
     merged = imported("bench_model").merged

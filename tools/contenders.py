@@ -360,6 +360,10 @@ CONTENDERS = {
     "ours-none": Contender("ours none", _ours("none", wide=False, groups="none")),  # no groups
     "ours-no-mlps": Contender("ours, no MLPs", _one_by_one("no_mlps")),
     "ours-no-mlps-bf16": Contender("ours, no MLPs, 16-bit adapters", _one_by_one("no_mlps_bf16", wide=False)),
+    "ours-own-norms": Contender("ours, norms of Transformers", _ours("own_norms", norms="none")),
+    "ours-own-norms-bf16": Contender(
+        "ours, norms of Transformers, 16-bit adapters", _ours("own_norms_bf16", wide=False, norms="none")
+    ),
     "ours-graph": Contender("ours for graphs", _ours("graph", launch="graph")),
     "ours-compile": Contender("ours for torch.compile", _ours("compile", launch="compile")),
     "ours-graph-bf16": Contender("ours for graphs, 16-bit adapters", _ours("graph_bf16", wide=False, launch="graph")),

@@ -151,14 +151,14 @@ def test_what_norms_gave_is_made_again_to_the_bit(planned: Any, tokens: Tensor) 
 
 
 def test_what_changed_meanwhile_is_an_error(planned: Any, tokens: Tensor) -> None:
+    """Also where the norm's own backward, which looks at it as well, is not wanted."""
     model = in_half(planned)
+    layer = layers(model)[3]
     loss = model(tokens, labels=tokens).loss
     with torch.no_grad():
-        layers(model)[3].post_attention_layernorm.weight.mul_(2)
-    with pytest.raises(
-        RuntimeError, match=r"changed (in place before the backward|by an inplace operation)|modified by"
-    ):
-        loss.backward()
+        layer.post_attention_layernorm.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="or its weight, was changed in place before the backward"):
+        torch.autograd.grad(loss, layer.mlp.gate_proj.lora_A["default"].weight)
 
 
 def test_within_a_checkpoint_nothing_is_left_out(planned: Any, tokens: Tensor) -> None:
