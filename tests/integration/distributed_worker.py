@@ -6,7 +6,8 @@ The tests call ``check`` in processes that they fork. By hand, also where neithe
 
 where OUT holds ``runlora_gen.generate(models.llama(), rank=models.RANK, output=OUT)``. With ``--checks experts`` it is
 ``models.qwen3_moe()``, and with ``target_parameters=models.STACKS``; with ``--checks mlps`` the first, made with
-``**models.MLPS_PAY``, too.
+``**models.MLPS_PAY``, too; with ``--checks plans`` also with a ``memory_budget`` that leaves layers neither all nor their
+input alone.
 """
 
 from __future__ import annotations
@@ -307,6 +308,35 @@ def mlps(setting: Setting) -> Finding:
     return found
 
 
+def plans(setting: Setting) -> Finding:
+    """Of a package with a plan: gradients in 16 bits, and how often norms made again what they had given."""
+    norms, found, run = setting.package.norms, Finding(), 0
+    made_again = norms._made_again
+
+    def counted(*given: Any) -> Any:
+        nonlocal run
+        run += 1
+        return made_again(*given)
+
+    def planned() -> Any:
+        model = with_lora(llama(torch.bfloat16), autocast_adapter_dtype=False).train().to(setting.device)
+        setting.package.accelerate(model, strict=True)
+        return model
+
+    norms._made_again = counted
+    wanted = {plain(n): g for n, g in gradients(planned(), setting.tokens).items()}
+    part = setting.tokens.chunk(dist.get_world_size())[dist.get_rank()]
+    for case, model, batch in (
+        ("DDP", nn.parallel.DistributedDataParallel(planned()), part),
+        ("FSDP2", sharded(planned(), setting.mesh), setting.tokens),
+    ):
+        run = 0
+        near({plain(n): whole(g) for n, g in gradients(model, batch).items()}, wanted, 0.05)
+        found[case] = run
+    norms._made_again = made_again
+    return found
+
+
 def peft_on_experts(setting: Setting) -> Any:
     model = qwen3_moe().to(setting.device)
     return with_lora(model, target_modules=[], target_parameters=STACKS).to(setting.device)
@@ -483,8 +513,8 @@ def tensor_parallel_injected(setting: Setting) -> Finding:
     return found
 
 
-#: Of a package for mixtures of experts, and of one that has a module for MLPs.
-OF_EXPERTS, OF_MLPS = ("experts", "experts_in_wrappers"), ("mlps",)
+#: Of a package for mixtures of experts, of one that has a module for MLPs, and of one that has a plan.
+OF_EXPERTS, OF_MLPS, OF_PLANS = ("experts", "experts_in_wrappers"), ("mlps",), ("plans",)
 CHECKS = {
     check.__name__: check
     for check in (
@@ -494,6 +524,7 @@ CHECKS = {
         fsdp_alone,
         groups,
         mlps,
+        plans,
         experts,
         experts_in_wrappers,
         fsdp_mixed_precision,
@@ -523,7 +554,7 @@ def main() -> None:
     parser.add_argument("--package", type=Path, required=True, help="a generated package for models.llama()")
     parser.add_argument("--backend", choices=("gloo", "nccl"), default="gloo")
     parser.add_argument(
-        "--checks", choices=("linears", "experts", "mlps"), default="linears", help="what the package is for"
+        "--checks", choices=("linears", "experts", "mlps", "plans"), default="linears", help="what the package is for"
     )
     parser.add_argument("--json", type=Path, help="where to write what was measured")
     options = parser.parse_args()
@@ -535,8 +566,9 @@ def main() -> None:
     dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
     shared: list[str | None] = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(shared)
-    others = [name for name in CHECKS if name not in (*OF_EXPERTS, *OF_MLPS)]
-    names = {"linears": others, "experts": list(OF_EXPERTS), "mlps": list(OF_MLPS)}[options.checks]
+    others = [name for name in CHECKS if name not in (*OF_EXPERTS, *OF_MLPS, *OF_PLANS)]
+    of_kinds = {"experts": list(OF_EXPERTS), "mlps": list(OF_MLPS), "plans": list(OF_PLANS)}
+    names = {"linears": others, **of_kinds}[options.checks]
     found = check(options.package.resolve(), names, device, Path(str(shared[0])))
     if dist.get_rank() == 0:
         versions = {name: importlib.import_module(name).__version__ for name in ("torch", "transformers", "peft")}

@@ -11,11 +11,14 @@ import pytest
 import runlora_gen
 import torch
 import torch.distributed as dist
+from runlora_gen.forecast.estimate import Batch, Ways, steps_of
+from runlora_gen.from_model.live import read_model
 from runlora_gen.into_model.packages import imported
+from runlora_gen.request.workload import make_workload
 from torch import multiprocessing
 
 from . import distributed_worker as worker
-from .models import RANK, STACKS, coded, in_float8, llama, qwen3_moe
+from .models import MLPS_PAY, RANK, STACKS, coded, in_float8, llama, qwen3_moe
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs torch's gloo")
 
@@ -49,7 +52,8 @@ def found_by(world: int, package: Any, names: list[str], folder: Path) -> Any:
 
 
 def test_two_processes_compute_what_one_does(package: Any, tmp_path: Path) -> None:
-    others = [name for name in worker.CHECKS if name not in (*worker.OF_EXPERTS, *worker.OF_MLPS)]
+    of_others = (*worker.OF_EXPERTS, *worker.OF_MLPS, *worker.OF_PLANS)
+    others = [name for name in worker.CHECKS if name not in of_others]
     names = [name for name in others if not name.endswith(("_distributed", "_alone"))]
     found = found_by(2, package, names, tmp_path)
     assert list(found) == names and all(found.values())
@@ -76,6 +80,15 @@ def test_mlps_in_two_processes(with_mlps: Any, tmp_path: Path) -> None:
             assert found["mlps"][f"{kind}, {case}"] == 2, case
         assert found["mlps"][f"{kind}, FSDP2 checkpointed"] == 4
         assert found["mlps"][f"{kind}, FSDP2 of each down_proj"] == 0
+
+
+def test_plans_in_two_processes(tmp_path: Path) -> None:
+    """A layer that makes gate and up again, and one that makes again what norms give; the first norm has no gradient."""
+    workload: dict[str, Any] = {**MLPS_PAY, "tokens": 36, "sequence": 9}
+    steps = steps_of(read_model(llama()).architecture, RANK, make_workload(**workload, memory_budget=1), Batch(4, 9))
+    budget = steps.ours(Ways(0, 1, 1)).memory.peak
+    (folder,) = runlora_gen.generate(llama(), rank=RANK, output=tmp_path / "out", memory_budget=budget, **workload)
+    assert found_by(2, imported(folder), ["plans"], tmp_path) == {"plans": {"DDP": 3, "FSDP2": 3}}
 
 
 def test_experts_in_two_processes(tmp_path: Path) -> None:
