@@ -6,8 +6,8 @@ The tests call ``check`` in processes that they fork. By hand, also where neithe
 
 where OUT holds ``runlora_gen.generate(models.llama(), rank=models.RANK, output=OUT)``. With ``--checks experts`` it is
 ``models.qwen3_moe()``, and with ``target_parameters=models.STACKS``; with ``--checks mlps`` the first, made with
-``**models.MLPS_PAY``, too; with ``--checks plans`` also with a ``memory_budget`` that leaves layers neither all nor their
-input alone.
+``**models.MLPS_PAY``, too; with ``--checks plans`` also with a ``memory_budget`` that leaves layers neither all nor
+their input alone.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ def test_mlps_in_two_processes(with_mlps: Any, tmp_path: Path) -> None:
 
 
 def test_plans_in_two_processes(tmp_path: Path) -> None:
-    """A layer that makes gate and up again, and one that makes again what norms give; the first norm has no gradient."""
+    """A layer that makes gate and up again, and one that makes what norms give; the first norm has no gradient."""
     workload: dict[str, Any] = {**MLPS_PAY, "tokens": 36, "sequence": 9}
     steps = steps_of(read_model(llama()).architecture, RANK, make_workload(**workload, memory_budget=1), Batch(4, 9))
     budget = steps.ours(Ways(0, 1, 1)).memory.peak
