@@ -309,6 +309,10 @@ def front_lines(points: Sequence[Plan], frozen: Estimate) -> Iterable[str]:
         )
 
 
+#: Beside other columns in 80: of a program's name.
+_COLUMNS_OF_A_PROGRAM = 30
+
+
 def gain_table(sites: Sequence[Site], decisions: Sequence[Decision]) -> RenderableType:
     """One line a site: how often the model has it, what was chosen, and its ratio to what is frozen."""
     from rich.table import Table
@@ -331,8 +335,12 @@ def gain_table(sites: Sequence[Site], decisions: Sequence[Decision]) -> Renderab
     table.add_column("forward/backward", overflow="fold", no_wrap=fits, min_width=None if fits else 24)
     table.add_column("× frozen", justify="right", no_wrap=True)
     table.add_column("projections", overflow="fold", min_width=None if fits else 8)
-    for row in rows:
-        table.add_row(*row)
+    for count, name, program, *rest in rows:
+        if not fits and len(program) > _COLUMNS_OF_A_PROGRAM:
+            halves = zip(program.split("/"), ("/", ""), strict=True)  # lines end where parts of a name do
+            lines = (line for half, end in halves for line in textwrap.wrap(half + end, _COLUMNS_OF_A_PROGRAM))
+            program = "\n".join(lines)
+        table.add_row(count, name, program, *rest)
     return table
 
 
