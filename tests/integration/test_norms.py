@@ -433,6 +433,11 @@ def test_kernels_that_err_are_not_used(package: Any, monkeypatch: pytest.MonkeyP
             patch.setattr(package.norms, "_AGREE", {})
             assert package.norms._agree(cpu, HALF) is agrees
             assert {(cpu, HALF): agrees} == package.norms._AGREE
+    with monkeypatch.context() as patch:
+        Kernels(package, patch)
+        patch.setattr(package.norms, "_fused_backward", torch.ops.aten._fused_rms_norm_backward)  # for no CPU
+        patch.setattr(package.norms, "_AGREE", {})
+        assert not package.norms._agree(cpu, HALF)
 
 
 def test_none_are_wished(tmp_path: Path, tokens: Tensor) -> None:
