@@ -27,6 +27,9 @@ from torch import Tensor, nn
 from .models import MLPS_PAY, RANK, VOCABULARY, bitwise, checkpointed, gradients, llama, seeded, with_lora
 from .test_runs_in import same
 
+#: Most models here are of float32, for gradients that are near: their norms keep what they did.
+pytestmark = pytest.mark.filterwarnings("ignore:.* counts on norms that keep their input as it is:UserWarning")
+
 LAYERS, WAYS = 5, Ways(checkpointed=1, remade=2, renormed=1)
 #: More than the tokens that are few without gradients.
 TOKENS = 160
@@ -280,6 +283,24 @@ def test_mlps_that_can_not_keep_less_are_said(planned: Any, tokens: Tensor) -> N
         report = planned.accelerate(model, strict=True)
     assert len(report.apart) == 1 and kinds(model) == ["input", "norms", "less", "norms", "all"]
     same(gradients(model, tokens), wanted)
+
+
+def test_norms_that_keep_more_are_said(planned: Any) -> None:
+    """As where they were cast to float32, which preparations for a quantized base do."""
+    for dtype, running in ((torch.float32, 0), (torch.bfloat16, 2 * LAYERS - 2)):
+        model = with_lora(llama(torch.bfloat16, num_hidden_layers=LAYERS), autocast_adapter_dtype=False)
+        for module in model.modules():
+            if "RMSNorm" in type(module).__name__:
+                module.to(dtype)
+        for norm in norms_of(layers(model)[2]) if running else ():
+            norm.weight.requires_grad_(True)
+        said = f"counts on norms that keep their input as it is, two a layer, and {running + bool(running)} do"
+        with pytest.warns(UserWarning, match=said):
+            planned.accelerate(model, strict=True)
+    model = with_lora(llama(torch.bfloat16, num_hidden_layers=LAYERS), autocast_adapter_dtype=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        planned.accelerate(model, strict=True)
 
 
 def test_models_without_such_layers_are_refused_as_they_are(planned: Any) -> None:

@@ -245,7 +245,7 @@ class Steps:
         return self._ours.step(ways, remade, renormed)
 
     @property
-    def _lean(self) -> bool:
+    def lean(self) -> bool:
         """Whether norms keep their input as it is."""
         return self._model.workload.norms == "auto" and self._model.size < FLOAT
 
@@ -253,7 +253,7 @@ class Steps:
     def _ours(self) -> _Sum:
         adapted = {shape: _ours(decision) for shape, decision in self._adapted.items()}
         grouped = {site: _of_group(decision) for site, decision in self._grouped.items()}
-        return self._model.sum(adapted, self._experts[2], grouped, lean=self._lean)
+        return self._model.sum(adapted, self._experts[2], grouped, lean=self.lean)
 
     @cached_property
     def remade(self) -> tuple[Decision, Less] | None:
@@ -284,7 +284,7 @@ class Steps:
         """
         found = Less()
         row = self._model.batch.tokens * self._model.size
-        for name in ("attn_in", "mlp_in") if self._lean else ():
+        for name in ("attn_in", "mlp_in") if self.lean else ():
             readers = [projection for projection in self._model.architecture.projections if projection.input == name]
             sites = {site for site in self._grouped for projection in readers if site.has(projection)}
             alone = [p for p in readers if not any(site.has(p) and site.count == self.layers for site in sites)]
@@ -570,7 +570,7 @@ class _Sum:
     adapters: int
     lean: bool
 
-    def step(self, ways: Ways | None = None, remade: Less = Less(), renormed: Less = Less()) -> Estimate:  # frozen
+    def step(self, ways: Ways | None = None, remade: Less = Less(), renormed: Less = Less()) -> Estimate:
         """A step; ``ways``: which layers keep less, None for what the batch says; the rest: what they do."""
         count = self.model.decoder.layers
         ways = ways or Ways(checkpointed=count if self.model.batch.checkpointing else 0)
