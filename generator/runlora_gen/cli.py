@@ -444,7 +444,7 @@ def estimate(
     optimizer's step. With a memory budget also the plan for it: which layers keep what.
     """  # noqa: D301
     from .emit.picture import check_picture, draw
-    from .emit.report import estimate_data, estimate_lines, front_lines
+    from .emit.report import Predicted, estimate_data, estimate_lines
     from .forecast.estimate import Batch, check_modelled, steps_of
     from .forecast.plan import every_plan, front, plan_within
 
@@ -478,15 +478,12 @@ def estimate(
     if picture is not None:
         title = f"{architecture.name}, rank {rank}, {size} x {length} tokens, {workload.dtype}"
         draw(Path(picture), title, steps, points, plan, budget)
+    predicted = Predicted(architecture, rank, workload, step, found, plan, points if show_front else ())
     if as_json:
-        data = estimate_data(architecture, rank, workload, step, found, plan, points)
-        click.echo(json.dumps(data, indent=1))
+        click.echo(json.dumps(estimate_data(predicted), indent=1))
         return
     console = _console(PLAIN_WIDTH)
-    for line in (
-        *estimate_lines(architecture, rank, workload, step, found, plan),
-        *(front_lines(points, found["frozen"]) if show_front else ()),
-    ):
+    for line in estimate_lines(predicted):
         console.print(line, markup=False)
 
 

@@ -252,3 +252,16 @@ def test_the_documented_step_is_that_of_the_command(capsys: pytest.CaptureFixtur
     words = [*step, "--memory-budget", "64GiB"]
     cli.main.main(["estimate", *words], standalone_mode=False)
     assert capsys.readouterr().out.rstrip() in document
+
+
+def test_the_documented_gain_of_norms_is_that_of_the_estimate() -> None:
+    """Of the same step."""
+    document = (Path(__file__).parents[2] / "docs" / "with-peft.md").read_text(encoding="utf-8")
+    fields: dict[str, Any] = {"tokens": (16384,), "adapter_dtype": "bf16", "device": "h200"}
+    ratios, peaks = [], []
+    for norms in ("auto", "none"):
+        found = steps_of(load_architecture("llama-3-8b"), 16, Workload(norms=norms, **fields), Batch(4, 4096)).all()
+        ratios.append(found["ours"].time_s / found["frozen"].time_s)
+        peaks.append(found["ours"].memory.peak / 2**30)
+    said = "{:.2f} of the frozen step in place of {:.2f}, and {:.0f} GiB in place of {:.0f}."
+    assert said.format(*ratios, *peaks) in " ".join(document.split())

@@ -418,14 +418,15 @@ def test_a_trial_says_what_another_function_makes() -> None:
 
 
 def test_the_text_stands_by_itself() -> None:
-    """Generated packages hold it."""
+    """Generated packages hold it, and beside it what it takes of ``copies``."""
     tree = ast.parse(Path(gated.__file__).read_text(encoding="utf-8"))
     imported = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
     assert {getattr(node, "module", None) or node.names[0].name for node in imported} == {
         "__future__",
+        "copies",
         "copy",
         "typing",
         "torch",
     }
     head, _, body = Path(gated.__file__).read_text(encoding="utf-8").partition("\n\n\n")
-    assert head.rstrip().endswith("from torch import Tensor, nn") and body.startswith("class MlpTrial")
+    assert head.rstrip().endswith("from .copies import copied, fields, is_plain, lasting") and body.startswith("class MlpTrial")

@@ -35,9 +35,20 @@ from .render import (
 from .report import SCHEMA_VERSION, choice_data, plan_data, plan_lines, planned_ways
 from .style import Style, style_of
 
-#: The files of a package that put its modules into a model, ``norms`` unless they are not wished; ``groups`` and
-#: ``mlps`` are more where there are some, ``plan`` where there is a budget.
-OF_MODELS = ("__init__", "adapters", "inject", "norms", "peft_layers", "report", "shapes", "warmup", "with_peft")
+#: The files of a package that put its modules into a model, ``norms`` unless they are not wished, and ``copies`` for
+#: these and MLPs; ``groups`` and ``mlps`` are more where there are some, ``plan`` where there is a budget.
+OF_MODELS = (
+    "__init__",
+    "adapters",
+    "copies",
+    "inject",
+    "norms",
+    "peft_layers",
+    "report",
+    "shapes",
+    "warmup",
+    "with_peft",
+)
 #: The same of stacks of experts.
 OF_EXPERTS = ("experts", "experts_with_peft", "inject_experts")
 #: Where the manifest's JSON Schema is published, beside this file.
@@ -144,7 +155,7 @@ def build_package(
         # An MLP that is not computed as a whole at all token counts is none in the plan either.
         plan, steps = plan_for(architecture if whole else replace(architecture, gated=()), rank, workload)
         if plan.ways.remade and steps.remade is not None:
-            whole = tuple(replace(choice, least=steps.remade[0]) for choice in whole)
+            whole = tuple(replace(choice, least=steps.remade.decision) for choice in whole)
     nodes, groups, mlps, stacks = (
         [
             module_node(choice, rank, workload, width=style.line_length, all_variants=all_variants, layout=layout)
@@ -182,8 +193,10 @@ def build_package(
         "imported": sorted((node.name for node in every), key=natural),
     }
     rendered |= {f"{name}.py": text for name, text in shared.items()}
+    unneeded = {"norms"} if workload.norms == "none" else set()
+    unneeded |= {"copies"} if unneeded and not mlps else set()
     in_models = (
-        *(name for name in OF_MODELS if name != "norms" or workload.norms == "auto"),
+        *(name for name in OF_MODELS if name not in unneeded),
         *(["groups"] if groups or mlps else []),
         *(["mlps"] if mlps else []),
         *(["plan"] if plan is not None else []),

@@ -89,7 +89,10 @@ def _environment() -> jinja2.Environment:
 
 
 #: Modules of the generator whose functions packages hold as they are.
-_HELD = {name: Path(__file__).parent.parent / "from_model" / f"{name}.py" for name in ("mixtures", "trial", "gated")}
+_HELD = {
+    name: Path(__file__).parent.parent / "from_model" / f"{name}.py"
+    for name in ("copies", "mixtures", "trial", "gated")
+}
 
 
 def _body_of(name: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..algebra.paper import paper_labels
@@ -207,20 +207,33 @@ def plan_lines(plan: Plan, workload: Workload) -> list[str]:
     return textwrap.wrap(text, 88)
 
 
-def estimate_data(
-    architecture: Architecture,
-    rank: int,
-    workload: Workload,
-    batch: Batch,
-    found: Mapping[str, Estimate],
-    plan: Plan | None = None,
-    front: Sequence[Plan] = (),
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Predicted:
+    """A step of a model, as it was predicted.
+
+    Attributes:
+        architecture, rank, workload, batch: what was asked for.
+        found: the ways to train it.
+        plan: that for the workload's budget of memory, or None.
+        front: the plans that no other one beats, if they were asked for.
+    """
+
+    architecture: Architecture
+    rank: int
+    workload: Workload
+    batch: Batch
+    found: Mapping[str, Estimate]
+    plan: Plan | None = None
+    front: Sequence[Plan] = ()
+
+
+def estimate_data(step: Predicted) -> dict[str, Any]:
     """A predicted step as JSON: times in microseconds, memory in bytes; with the plan and the front, if asked for."""
+    workload, batch, plan = step.workload, step.batch, step.plan
     more = {} if plan is None else {"memory_budget": workload.memory_budget, "plan": plan_data(plan)}
     return {
-        "arch": architecture.name,
-        "rank": rank,
+        "arch": step.architecture.name,
+        "rank": step.rank,
         "batch": batch.size,
         "sequence": batch.length,
         "checkpointing": batch.checkpointing,
@@ -236,30 +249,24 @@ def estimate_data(
                 "peak_bytes": one.memory.peak,
                 "memory": asdict(one.memory),
             }
-            for way, one in found.items()
+            for way, one in step.found.items()
         },
         **more,
-        **({"front": [plan_data(point) for point in front]} if front else {}),
+        **({"front": [plan_data(point) for point in step.front]} if step.front else {}),
     }
 
 
-def estimate_lines(
-    architecture: Architecture,
-    rank: int,
-    workload: Workload,
-    batch: Batch,
-    found: Mapping[str, Estimate],
-    plan: Plan | None = None,
-) -> Iterable[str]:
-    """A predicted step for people: a line for each way, and for the plan if there is one."""
-    device, frozen = load_device(workload.device), found["frozen"]
+def estimate_lines(step: Predicted) -> Iterable[str]:
+    """A predicted step for people: a line for each way, and for the plan and those of the front if there are any."""
+    workload, batch, plan = step.workload, step.batch, step.plan
+    device, frozen = load_device(workload.device), step.found["frozen"]
     checkpointing = ", checkpointing" if batch.checkpointing else ""
-    yield f"{architecture.name}, rank {rank}, {batch.size} x {batch.length} tokens{checkpointing}"
+    yield f"{step.architecture.name}, rank {step.rank}, {batch.size} x {batch.length} tokens{checkpointing}"
     base = f" on a base in {workload.base}" if workload.quantized else ""
     yield f"{workload.dtype}{base}, adapters {workload.adapter_dtype}, {device.title}"
     yield ""
     yield "            step x frozen   tokens/s       peak    weights       kept  bound by"
-    rows = {**found, **({} if plan is None else {"plan": plan.estimate})}
+    rows = {**step.found, **({} if plan is None else {"plan": plan.estimate})}
     for way, one in rows.items():
         memory = one.memory
         bound = "device" if one.time_s == one.times.device_s else "host"
@@ -274,6 +281,8 @@ def estimate_lines(
         yield ""
     yield "Forward and backward with head and loss, eager, full causal attention by a flash"
     yield "kernel; no optimizer step. Peak: weights, adapters, what is kept, intermediates."
+    if step.front:
+        yield from _front_lines(step.front, frozen)
 
 
 def show_ways(plan: Plan) -> str:
@@ -293,7 +302,7 @@ def show_ways(plan: Plan) -> str:
 _MOST_POINTS = 16
 
 
-def front_lines(points: Sequence[Plan], frozen: Estimate) -> Iterable[str]:
+def _front_lines(points: Sequence[Plan], frozen: Estimate) -> Iterable[str]:
     """A front for people, from the fastest plan to the one that takes the least memory; of many some, evenly."""
     shown = min(len(points), _MOST_POINTS)
     places = sorted({round(at * (len(points) - 1) / max(1, shown - 1)) for at in range(shown)})

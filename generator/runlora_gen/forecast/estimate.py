@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
+from typing import NamedTuple
 
 from ..cost.passes import Times
 from ..cost.peft import price_peft
@@ -152,6 +153,13 @@ class _Linear:
     workspace: int = 0
 
 
+class Remade(NamedTuple):
+    """An MLP that keeps as little as one can: what computes it, and how that differs from what was chosen."""
+
+    decision: Decision
+    less: Less
+
+
 def check_modelled(architecture: Architecture, asked: str = "estimate") -> None:
     """Refuse a model of which more would have to be known; ``asked``: what for, in errors.
 
@@ -240,7 +248,7 @@ class Steps:
 
     def ours(self, ways: Ways | None = None) -> Estimate:
         """On generated modules; ``ways``: which layers keep less, where it is not the batch that says so."""
-        remade = self.remade[1] if ways is not None and ways.remade and self.remade is not None else Less()
+        remade = self.remade.less if ways is not None and ways.remade and self.remade is not None else Less()
         renormed = self.renormed if ways is not None and self.renormed is not None else Less()
         return self._ours.step(ways, remade, renormed)
 
@@ -256,7 +264,7 @@ class Steps:
         return self._model.sum(adapted, self._experts[2], grouped, lean=self.lean)
 
     @cached_property
-    def remade(self) -> tuple[Decision, Less] | None:
+    def remade(self) -> Remade | None:
         """The MLP of every layer where it keeps as little as one can, by the fastest program that does.
 
         None where MLPs are not computed as a whole.
@@ -274,7 +282,7 @@ class Steps:
         spared = more.saved_bytes - less.saved_bytes
         forward = Times.of(less.forward) + Times.of(more.forward) * -1
         backward = Times.of(less.backward) + Times.of(more.backward) * -1
-        return least, Less(forward, backward, spared, spared)
+        return Remade(least, Less(forward, backward, spared, spared))
 
     @cached_property
     def renormed(self) -> Less | None:

@@ -35,7 +35,7 @@ class Plan:
     estimate: Estimate
 
     @property
-    def rank(self) -> tuple[float, int]:
+    def order(self) -> tuple[float, int]:
         """Of two plans that fit the lesser one is better."""
         return self.estimate.time_s, self.estimate.memory.peak
 
@@ -57,19 +57,18 @@ def every_plan(steps: Steps) -> list[Plan]:
 def front(plans: Sequence[Plan]) -> list[Plan]:
     """Those that no other one beats in both time and peak memory, from the fastest to the one that takes least."""
     kept: list[Plan] = []
-    for plan in sorted(plans, key=lambda plan: plan.rank):
+    for plan in sorted(plans, key=lambda plan: plan.order):
         if not kept or plan.estimate.memory.peak < kept[-1].estimate.memory.peak:
             kept.append(plan)
     return kept
 
 
-def plan_within(plans: Sequence[Plan], budget: int, *, label: str = "--memory-budget") -> Plan:
+def plan_within(plans: Sequence[Plan], budget: int) -> Plan:
     """The fastest of some plans whose peak is within a budget.
 
     Args:
         plans: of one model and batch.
         budget: in bytes: weights, adapters with their gradients, and all that a step takes.
-        label: what errors call it.
 
     Raises:
         SpecError: there is none; the message names the least that one of them takes.
@@ -79,10 +78,10 @@ def plan_within(plans: Sequence[Plan], budget: int, *, label: str = "--memory-bu
         # In the unit that both are told in: what is named is enough.
         least = min(plan.estimate.memory.peak for plan in plans)
         raise SpecError(
-            f"{label}: {budget // MIB} MiB is too little for a step, which takes {-(-least // MIB)} MiB at least, "
-            "where each layer keeps its input alone; give more, or fewer tokens"
+            f"--memory-budget: {budget // MIB} MiB is too little for a step, which takes {-(-least // MIB)} MiB at "
+            "least, where each layer keeps its input alone; give more, or fewer tokens"
         )
-    return min(fitting, key=lambda plan: plan.rank)
+    return min(fitting, key=lambda plan: plan.order)
 
 
 def plan_for(architecture: Architecture, rank: int, workload: Workload) -> tuple[Plan, Steps]:

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .copies import copied, fields, is_plain, lasting
+
 
 class MlpTrial(NamedTuple):
     """What a gated MLP made of some rows, small and large, with tiny linears in the place of its own.
@@ -57,8 +59,6 @@ TRIPLES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"), ("wi_0", "
 _WIDE, _BETWEEN = 6, 5
 #: Rows go beyond what something may be cut off at.
 _SCALES = (0.5, 2.0, 8.0, 32.0, 512.0)
-#: What every module has.
-_INHERITED = frozenset(vars(nn.Module()))
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -114,40 +114,14 @@ def _is_stateless(part: Any) -> bool:
         return False
     if type(part).__call__ is not nn.Module.__call__:
         return False
-    return not any(isinstance(value, (Tensor, nn.Module)) or _holds_more(value) for value in _fields(part).values())
-
-
-def _fields(part: Any) -> dict[str, Any]:
-    """What a module has beside what every module has."""
-    return {name: value for name, value in vars(part).items() if name not in _INHERITED}
+    return not any(isinstance(value, (Tensor, nn.Module)) or _holds_more(value) for value in fields(part).values())
 
 
 def _holds_more(value: Any) -> bool:
     """Whether a container holds anything but numbers, names and the like, which cannot be copied lightly."""
     if isinstance(value, dict):
         return _holds_more([*value.keys(), *value.values()])
-    return isinstance(value, (list, tuple, set)) and any(not _is_plain(item) or _holds_more(item) for item in value)
-
-
-def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, (bool, int, float, str, list, tuple, set, dict))
-
-
-def _copied(module: Any, children: dict[str, Any]) -> Any:
-    """A copy of a module of the class that it was made as, with these children, and copies of the others."""
-    made = object.__new__(_class_of(module))  # copy.copy may be of the class's own making
-    vars(made).update(vars(module))
-    vars(made).update(copy.deepcopy({n: v for n, v in _fields(module).items() if isinstance(v, (list, dict, set))}))
-    vars(made)["_modules"] = {
-        name: children[name] if name in children else child and _copied(child, {})
-        for name, child in module._modules.items()
-    }
-    return made
-
-
-def _class_of(module: Any) -> Any:
-    """The class of a module, beneath one that stands in front of it."""
-    return getattr(type(module), "replaces", type(module))
+    return isinstance(value, (list, tuple, set)) and any(not is_plain(item) or _holds_more(item) for item in value)
 
 
 def _tried_on(module: Any, names: tuple[str, str, str], device: Any) -> MlpTrial | None:
@@ -161,9 +135,9 @@ def _tried_on(module: Any, names: tuple[str, str, str], device: Any) -> MlpTrial
     sizes = ((_BETWEEN, _WIDE), (_BETWEEN, _WIDE), (_WIDE, _BETWEEN))
     tiny = [_Tiny(draw(*size).to(device), draw(size[0]).to(device)) for size in sizes]
     weights = [tensor for linear in tiny for tensor in (linear.weight, linear.bias)]
-    small = _copied(module, dict(zip(names, tiny, strict=True)))
+    small = copied(module, dict(zip(names, tiny, strict=True)))
     others = _parts(small, names)
-    before = copy.deepcopy([_lasting(part) for part in others])
+    before = copy.deepcopy([lasting(part) for part in others])
     random = _random_state(device)
     made: list[tuple[Tensor, ...]] = []
     with torch.enable_grad():
@@ -183,15 +157,10 @@ def _tried_on(module: Any, names: tuple[str, str, str], device: Any) -> MlpTrial
         return None
     if not all(_alike(one, made[0]) for one in (*made[1:], (again, *made[0][1:]))):
         return None
-    if [_lasting(part) for part in others] != before:
+    if [lasting(part) for part in others] != before:
         return None
     y, *gradients = made[0]
     return MlpTrial(x, dy, tuple(weight.detach() for weight in weights), y, tuple(gradients))
-
-
-def _lasting(part: Any) -> dict[str, Any]:
-    """What of a module's fields a call can change: what is plain as it is, of all else which it is."""
-    return {name: value if _is_plain(value) else id(value) for name, value in _fields(part).items()}
 
 
 def _random_state(device: Any) -> Tensor:

@@ -29,7 +29,7 @@ CHOICES = {
     "base": tuple(BASES),
     "float8": ("both", "forward", "none"),
 }
-MAX_SAVED_BYTES = MAX_BYTES = 2**50
+MAX_BYTES = 2**50
 #: Above this, byte counts of a layer leave 64 bits; no training step is near it.
 MAX_TOKENS = 2**31
 
@@ -345,7 +345,7 @@ def make_workload(*, prefix: str = "", **fields: Any) -> Workload:
         values["tokens"] = parse_counts(label("tokens"), texts, maximum=MAX_TOKENS, kilo=True)
     if "max_saved_bytes" in values:
         texts = map(str, _several(values["max_saved_bytes"]))
-        values["max_saved_bytes"] = parse_counts(label("max_saved_bytes"), texts, maximum=MAX_SAVED_BYTES)[0]
+        values["max_saved_bytes"] = parse_counts(label("max_saved_bytes"), texts, maximum=MAX_BYTES)[0]
     if "memory_budget" in values:
         values["memory_budget"] = parse_bytes(label("memory_budget"), values["memory_budget"])
     if "sequence" in values:
