@@ -429,4 +429,6 @@ def test_the_text_stands_by_itself() -> None:
         "torch",
     }
     head, _, body = Path(gated.__file__).read_text(encoding="utf-8").partition("\n\n\n")
-    assert head.rstrip().endswith("from .copies import copied, fields, is_plain, lasting") and body.startswith("class MlpTrial")
+    assert head.rstrip().endswith("from .copies import copied, fields, is_plain, lasting") and body.startswith(
+        "class MlpTrial"
+    )

@@ -123,7 +123,7 @@ def test_layers_keep_what_the_plan_says(planned: Any, tokens: Tensor) -> None:
             norm.__class__ = planned.norms._made(type(norm).replaces, type(norm)._runlora_kind, False)
         mlp: Any = layers(model)[place].mlp
         of = type(mlp)
-        mlp.__class__ = planned.mlps._made(of.replaces, of._runlora_at, of._runlora_linears, of._runlora_others)
+        mlp.__class__ = planned.mlps._made(of.replaces, of._runlora_at, of._runlora_linears, of._runlora_others, None)
         found.append(kept())
     assert kinds(model) == ["all", "all", "less", "all", "all"]
     first, less, norms = (after - before for before, after in itertools.pairwise(found))
@@ -237,6 +237,7 @@ def test_copies_are_planned(planned: Any, tokens: Tensor, copied: Any) -> None:
     wanted = gradients(model, tokens)
     other = copied(model)
     assert kinds(other) == PLANNED
+    assert [type(module) for module in other.modules()] == [type(module) for module in model.modules()]
     bitwise(gradients(other, tokens), wanted)
 
 

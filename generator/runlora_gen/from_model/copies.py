@@ -1,4 +1,4 @@
-"""Copies of modules on which it is tried what they do.
+"""Copies of modules on which it is tried what they do, and classes that stand in front of theirs.
 
 Generated packages hold this as it stands here: see :mod:`.gated`, and the package's own ``norms``.
 """
@@ -14,6 +14,12 @@ from torch import nn
 def own_class(module: Any) -> Any:
     """The class of a module, beneath one that stands in front of it."""
     return getattr(type(module), "replaces", type(module))
+
+
+def in_front(front: Any, own: Any, **facts: Any) -> Any:
+    """A class that stands in front of a module's own, and is called as that; ``facts``: attributes of it."""
+    names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
+    return type(own.__name__, (front, own), {**names, **facts, "replaces": own})
 
 
 #: What every module has.
