@@ -283,6 +283,14 @@ def served(package: Any, norm: Any, x: Tensor, **options: Any) -> bool:
     return "_RMSNorm" in type(y.grad_fn).__name__
 
 
+def test_what_is_patched_is_tried_anew(package: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As some libraries patch the forward of a class."""
+    model = nn.Sequential(Plain().to(HALF).requires_grad_(False))
+    assert package.norms.count(model) == 1
+    monkeypatch.setattr(Plain, "forward", lambda self, x: 2 * self.weight * self.normed(x).to(x.dtype))
+    assert package.norms.count(model) == 0
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 def test_where_it_runs_as_it_did(package: Any) -> None:
     norm: Any = Plain().to(HALF).requires_grad_(False)
