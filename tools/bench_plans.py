@@ -50,7 +50,8 @@ class Step:
 
     def __call__(self) -> None:
         self.model.zero_grad(set_to_none=True)
-        self.model(input_ids=self._ids, labels=self._ids).loss.backward()
+        output = self.model(input_ids=self._ids, labels=self._ids)
+        output.loss.backward()  # with logits that are still there, as a plan has it
 
     def peak(self, device: torch.device) -> int:
         """With weights, adapters and their gradients."""

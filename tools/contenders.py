@@ -372,6 +372,9 @@ CONTENDERS = {
         _ours("dropout", wide=False, dropout=0.05, launch="graph"),
         exact=False,
     ),
+    "ours-dropout-bf16": Contender(
+        "ours, 16-bit adapters, dropout 0.05", _ours("dropout_bf16", wide=False, dropout=0.05), exact=False
+    ),
     "ours-apart": Contender("ours, projections of experts apart", _apart("apart")),
     "ours-graph-apart": Contender(
         "ours for graphs, projections of experts apart", _apart("graph_apart", launch="graph")

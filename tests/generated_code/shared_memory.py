@@ -157,9 +157,9 @@ def launch_mlps(kernels: Any, dtype: torch.dtype) -> None:
         Bs = [torch.zeros(FEATURES, rank, dtype=dtype) for rank in others]
         key = "dA_down, dY_gate, dY_up, P_gate, P_up, dB_gate, dB_up"
         read, dtypes = (gate, gate, gate, P), ((dtype,) * 3, ACTIVATION)
-        kernels._launch_mlp_activate_backward(*read, Bs, Ss, (0.5, 0.5), *dtypes, key)
+        kernels._launch_mlp_activate_backward(*read, Bs, Ss, (0.5, 0.5), *dtypes, key, ())
         A = torch.zeros(down, FEATURES, dtype=dtype)
-        kernels._launch_mlp_activate_backward_dropped(*read, A, Bs, Ss, (0.5, 0.5), *mask, *dtypes, f"{key} seeded")
+        kernels._launch_mlp_activate_backward_dropped(*read, A, Bs, Ss, (0.5, 0.5), *mask, *dtypes, f"{key} seeded", ())
 
 
 def records(

@@ -16,6 +16,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from runlora_gen.request.activations import ACTIVATIONS
 from torch import Tensor
+from torch._inductor.utils import run_and_get_code
 
 from .alone import kernels_alone
 from .test_kernels import Launches, check, draw, poison, property_test
@@ -363,3 +364,120 @@ def test_an_activation_that_is_not_there_is_refused(kernels: ModuleType) -> None
     for call in (kernels._gated, lambda *given: kernels._gate_gradient(of["gradient"], *given)):
         with pytest.raises(ValueError, match="no activation 'tanh' here"):
             call(of["gate"], of["up"], "tanh")
+
+
+class Between(torch.autograd.Function):
+    """Between gate, up and down, as a module's backward has it: gate and up are its own, and kept."""
+
+    @staticmethod
+    def forward(ctx: Any, of: dict[str, Any], gate: Tensor, up: Tensor, backward: Callable[..., Any]) -> Tensor:
+        ctx.save_for_backward(gate.clone(), up.clone())
+        ctx.of, ctx.backward = of, backward
+        return gate * up
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> Any:
+        gate, up = ctx.saved_tensors
+        gradient = ctx.of["gradient"].clone()
+        return None, *ctx.backward({**ctx.of, "gradient": gradient, "gate": gate, "up": up}), None
+
+
+@pytest.mark.parametrize("name", ["mlp_activate_backward", "mlp_activate_backward_dropped"])
+def test_gradients_take_the_place_of_what_is_freed(
+    kernels: ModuleType, launches: Launches, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Of gate and up, where the graph is not kept, else one of that of what both give; the same numbers anyway."""
+    problem = Problem(layout="contiguous")
+    of = problem.operands(torch.float32)
+    places: list[list[bool]] = []
+    fails = [False]
+
+    def backward(read: dict[str, Any]) -> list[Tensor]:
+        given = [read[key] for key in ("gradient", "gate", "up", "P")]
+        if name.endswith("dropped"):
+            more = [read["A"], read["B"], read["S"], SCALINGS, SEED.to(given[0].device), RATE]
+        else:
+            more = [read["B"], read["S"], SCALINGS]
+        rest = ((torch.float32,) * 3, (True,) * 7, problem.activation)
+        found = getattr(kernels, f"_{name}")(*given, *more, *rest, tiles="backward", spend=True)
+        held = {tensor.data_ptr() for tensor in given[:3]}
+        places.append([tensor.data_ptr() in held for tensor in found[1:3]])
+        assert found[1].data_ptr() != found[2].data_ptr()
+        if fails[0]:
+            raise RuntimeError("interrupted")
+        return [tensor.clone() for tensor in found[1:3]]
+
+    leaves = [of[key].clone().requires_grad_() for key in ("gate", "up")]
+    apart = backward({**of, "gradient": of["gradient"].clone()})  # within no backward
+    y = Between.apply(of, *leaves, backward)
+    kept, again = (torch.autograd.grad(y.sum(), leaves, retain_graph=True) for _ in range(2))
+    freed = torch.autograd.grad(y.sum(), leaves)
+    assert places == [[True, False]] * 3 + [[True, True]] and len(launches.names) >= 4
+    for gradients in (kept, again, freed):
+        assert all(map(torch.equal, gradients, apart))
+    fails[0] = True
+    y = Between.apply(of, *leaves, backward)
+    for error in ("interrupted", "modified by an inplace operation"):
+        with pytest.raises(RuntimeError, match=error):
+            torch.autograd.grad(y.sum(), leaves)
+    # Where torch cannot say whether the graph is kept, it may be.
+    fails[0] = False
+    monkeypatch.setattr(kernels, "_keeps_graph", lambda: True)
+    torch.autograd.grad(Between.apply(of, *leaves, backward).sum(), leaves)
+    assert places[-1] == [True, False]
+
+
+def test_what_has_rows_apart_stays(kernels: ModuleType) -> None:
+    """Gradients are contiguous: the large products read them."""
+    problem = Problem(layout="padded")
+    of = problem.operands(torch.float32)
+    before = {name: of[name].clone() for name in ("gradient", "gate", "up")}
+    given = [of[name] for name in ("gradient", "gate", "up", "P", "B", "S")]
+    rest = (SCALINGS, (torch.float32,) * 3, (True,) * 7, problem.activation)
+    found = kernels._mlp_activate_backward(*given, *rest, tiles="backward", spend=True)
+    assert all(torch.equal(of[name], value) for name, value in before.items())
+    assert all(tensor.is_contiguous() for tensor in found[1:3])
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+@pytest.mark.parametrize("layout", ["contiguous", "padded"])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("name", ["mlp_activate_backward", "mlp_activate_backward_dropped"])
+def test_compiled_one_takes_the_place_of_the_gradient(
+    kernels: ModuleType, launches: Launches, name: str, backend: str, layout: str
+) -> None:
+    """Without a copy; and what was kept stays: the graph does not say whether it is freed."""
+    problem = Problem(layout=layout)
+    of = problem.operands(torch.float32)
+    before = {key: of[key].clone() for key in ("gradient", "gate", "up")}
+
+    def run(given: Tensor, gate: Tensor, up: Tensor, seed: Tensor) -> Any:
+        gradient = given * 2
+        more: list[Any] = [of["B"], of["S"], SCALINGS]
+        if name.endswith("dropped"):
+            more = [of["A"], *more, seed, RATE]
+        rest = ((torch.float32,) * 3, (True,) * 7, problem.activation)
+        return getattr(kernels, f"_{name}")(gradient, gate, up, of["P"], *more, *rest, tiles="backward", spend=True)
+
+    given = (of["gradient"], of["gate"], of["up"], SEED.to(of["P"].device))
+    torch._dynamo.reset()
+    found, sources = run_and_get_code(torch.compile(run, fullgraph=True, backend=backend), *given)
+    assert name in launches.names
+    launches.clear()
+    for ours, wanted in zip(found, run(*given), strict=True):
+        assert torch.equal(ours, wanted)
+    assert all(torch.equal(of[key], value) for key, value in before.items())
+    assert len(sources) == (backend == "inductor")
+    for source in sources:
+        assert f".{name}.default(" in source and "clone" not in source and "copy_" not in source
+
+
+def test_the_operators_are_well_formed(kernels: ModuleType) -> None:
+    torch.compiler.reset()
+    of = Problem().operands(torch.float32)
+    read = [of[key] for key in ("gradient", "gate", "up", "P")]
+    more = ([*SCALINGS], *(torch.float32,) * 3, "silu_gated")
+    tiles = {"tiles": "backward"}
+    torch.library.opcheck(kernels._mlp_activate_backward_operator, (*read, of["B"], of["S"], *more), tiles)
+    seeded = (of["A"], of["B"], of["S"], [*SCALINGS], SEED.to(of["P"].device), RATE, *more[1:])
+    torch.library.opcheck(kernels._mlp_activate_backward_dropped_operator, (*read, *seeded), tiles)

@@ -459,3 +459,54 @@ def test_none_are_wished(tmp_path: Path, tokens: Tensor) -> None:
     with pytest.raises(ValueError, match="norms: 'some' is not allowed; give one of auto, none"):
         runlora_gen.accelerate(in_half(), tmp_path, norms="some")
     assert gradients(model, tokens)
+
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch's kernels of norms need a GPU")
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("features", [1, 96, 1001, 5120, 16384])
+def test_torchs_own_kernels(package: Any, dtype: torch.dtype, features: int) -> None:
+    """Of small and large rows, against float64: no further than what a model's own operators give."""
+    if not package.norms._has_kernels():
+        pytest.skip("this torch has none: from 2.9 on")
+    torch.manual_seed(0)
+    norm: Any = Plain(features=features).to("cuda", dtype).requires_grad_(False)
+    norm.weight.add_(torch.randn_like(norm.weight) / 4)
+    plain = copy.deepcopy(norm)
+    package.norms.form(nn.Sequential(norm))
+    scales = torch.tensor([1e-3, 0.5, 2.0, 32.0, 64.0, 0.0], device="cuda").repeat(43)[:, None]
+    x = (torch.randn(scales.shape[0], features, device="cuda") * scales).to(dtype).requires_grad_()
+    dY = torch.randn_like(x)
+    y, own = norm(x), plain(x)
+    assert package.norms._is_fused(x) and "_RMSNorm" in type(y.grad_fn).__name__
+    wide = x.detach().double().requires_grad_()
+    exact = norm.weight.double() * wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.eps)
+    (exact_back,) = torch.autograd.grad(exact, wide, dY.double())
+    assert (y - exact).norm() <= 1.05 * (own - exact).norm()
+    # Large rows have small gradients: each row counts alike.
+    found, theirs = (
+        torch.autograd.grad(each, x, dY)[0].double().sub(exact_back).norm(dim=-1) / (exact_back.norm(dim=-1) + 1e-6)
+        for each in (y, own)
+    )
+    assert found.norm() <= 1.05 * theirs.norm() + 1e-3
+
+
+@on_gpu
+def test_a_model_on_a_gpu(package: Any, tokens: Tensor) -> None:
+    """As near to float64 as with the model's own norms, also replayed as a graph."""
+    model, tokens = in_half().cuda(), tokens.cuda()
+    package.accelerate(model, strict=True)
+    plain = copy.deepcopy(model)
+    for norm in norms(plain):
+        norm.__class__ = type(norm).replaces
+    exact = gradients(copy.deepcopy(plain).double(), tokens)
+    found, wanted = gradients(model, tokens), gradients(plain, tokens)
+    near(found, wanted)
+    bitwise(gradients(model, tokens), found)
+    errors = [
+        sum((these[name].double() - gradient).square().sum() for name, gradient in exact.items())
+        for these in (found, wanted)
+    ]
+    assert errors[0] < 1.2 * errors[1]

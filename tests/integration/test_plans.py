@@ -9,6 +9,7 @@ import json
 import pickle
 import warnings
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 import runlora_gen
 import torch
 import transformers
+from runlora_gen.forecast import estimate
 from runlora_gen.forecast.estimate import Batch, Ways, steps_of
 from runlora_gen.from_model.live import read_model
 from runlora_gen.into_model.packages import imported
@@ -45,6 +47,14 @@ def budget(ways: Ways = WAYS, **options: Any) -> int:
     workload = make_workload(**{**OPTIONS, "sequence": None, **options})
     steps = steps_of(read_model(built()).architecture, RANK, workload, Batch(2, TOKENS // 2))
     return steps.ours(ways).memory.peak
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _kept() -> Iterator[None]:
+    """Kernels of 16 bits, where gradients take the place of what was kept, run on no CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(estimate, "spends", lambda decision: False)
+        yield
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
@@ -391,3 +401,17 @@ def test_what_can_not_be_planned_changes_nothing(tmp_path: Path) -> None:
         runlora_gen.accelerate(model, tmp_path, memory_budget="1GiB", **OPTIONS)
     assert [type(m) for n, m in model.named_modules() if "other" not in n] == before
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch's kernels of norms need a GPU")
+def test_a_planned_model_on_a_gpu(planned: Any, tokens: Tensor) -> None:
+    """What its norms gave, in torch's own kernels, is the same when it is made again."""
+    model, tokens = in_half(planned).cuda(), tokens.cuda()
+    found = gradients(model, tokens)
+    bitwise(gradients(model, tokens), found)
+    for layer in layers(model):
+        for norm in norms_of(layer):
+            norm.__class__ = planned.norms._made(type(norm).replaces, type(norm)._runlora_kind, False)
+    bitwise(gradients(model, tokens), found)
+    planned.plan.undo(model)
+    bitwise(gradients(model, tokens), found)

@@ -78,6 +78,8 @@ def test_every_template_renders(name: str) -> None:
         at, count = arguments.index("dtypes"), sum(argument.endswith("dtype") for argument in taken)
         assert all(argument.endswith("dtype") for argument in taken[at : at + count])
         taken[at : at + count] = ["dtypes"]
+    if KERNELS[name].spends:
+        assert arguments.pop() == "into"
     assert taken == [*arguments[:-1], "*", "tiles"] and arguments[-1] == "tiles"
     # A kernel of several linears may be called with a dtype for each, and give all the same. One that is told what is
     # needed gets nothing to read for the rest.
@@ -85,7 +87,8 @@ def test_every_template_renders(name: str) -> None:
     called = [argument.arg for argument in wrapper.args]
     alike = "dtypes" if "dtypes" in arguments else "dtype"
     given = [alike if argument == "dtypes" else argument for argument in called if argument != "needs"]
-    given += [argument.arg for argument in wrapper.kwonlyargs if argument.arg != "tiles"]
+    given += [argument.arg for argument in wrapper.kwonlyargs if argument.arg not in ("tiles", "spend")]
+    assert any(argument.arg == "spend" for argument in wrapper.kwonlyargs) == KERNELS[name].spends
     if name in TAKEN:
         assert sorted(part for arg in given for part in TAKEN[name].get(arg, (arg,))) == sorted(arguments[:-1])
     else:

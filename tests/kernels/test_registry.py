@@ -210,7 +210,7 @@ def test_calls_of_mlps() -> None:
         "dA_down, dY_gate, dY_up, P_gate, P_up, dB_gate, dB_up = _mlp_activate_backward(dX_down, Y_gate, Y_up, P_down, "
         "(B_gate, B_up), (S_gate, S_up), (scaling_gate, scaling_up), (A_down_dtype, B_gate_dtype, B_up_dtype), "
         "(need_dA_down, need_dY_gate, need_dY_up, need_P_gate, need_P_up, need_dB_gate, need_dB_up), ACTIVATION, "
-        'tiles="dA_down, dY_gate, dY_up, P_gate, P_up, dB_gate, dB_up")',
+        'tiles="dA_down, dY_gate, dY_up, P_gate, P_up, dB_gate, dB_up", spend=True)',
         'Y_down = _fused_gemm(X_down, W_down, S_down, B_down, b_down, tiles="Y_down")',
         'dX_down = _fused_gemm(dY_down, W_down.t(), P_down, A_down.t(), None, tiles="dX_down")',
         'P_down, dB_down = _p_db(dY_down, B_down, S_down, scaling_down, B_down_dtype, tiles="P_down, dB_down")',

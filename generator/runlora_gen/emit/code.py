@@ -247,7 +247,9 @@ def _call(operation: Fused, tiles: str) -> str:
         arguments = list(map(_arguments, parts))
         for name in arguments[0]:
             values[f"*{name.format(number)}"] = f"({', '.join(each[name] for each in arguments)})"
-    return f'_{operation.kernel}({KERNELS[operation.kernel].call.format(**values)}, tiles="{tiles}")'
+    kernel = KERNELS[operation.kernel]
+    spend = ", spend=True" if kernel.spends else ""
+    return f'_{operation.kernel}({kernel.call.format(**values)}, tiles="{tiles}"{spend})'
 
 
 def _arguments(product: Contract) -> Mapping[str, str]:

@@ -28,7 +28,7 @@ from ..request.workload import Workload
 from ..search.choose import Decision, decide
 from ..search.grouped import Together, decide_groups_of_step
 from ..search.ranges import decide_step
-from .gain import Keeps, keeps, kept_bytes
+from .gain import Keeps, keeps, kept_bytes, spends
 from .mixture import Mixture, Part
 from .plain import FLOAT, Plain
 
@@ -145,12 +145,16 @@ class Less:
 
 @dataclass(frozen=True)
 class _Linear:
-    """A linear's forward and backward, what it keeps, and bytes that its backward needs beside dY and dX."""
+    """A linear's forward and backward, what it keeps, and bytes that its backward needs beside dY and dX.
+
+    Of an MLP: how many matrices as large as what gate gives.
+    """
 
     forward: Times
     backward: Times
     keeps: Keeps
     workspace: int = 0
+    made: int = 0
 
 
 class Remade(NamedTuple):
@@ -280,9 +284,11 @@ class Steps:
         least = decide(bound, chosen.setting, chosen.host_share)
         less, more = least.chosen.cost, chosen.chosen.cost
         spared = more.saved_bytes - less.saved_bytes
+        matrix = self._model.batch.tokens * self._model.decoder.intermediate * self._model.size
+        again = spared + (_made(least) - _made(chosen)) * matrix
         forward = Times.of(less.forward) + Times.of(more.forward) * -1
         backward = Times.of(less.backward) + Times.of(more.backward) * -1
-        return Remade(least, Less(forward, backward, spared, spared))
+        return Remade(least, Less(forward, backward, spared, again))
 
     @cached_property
     def renormed(self) -> Less | None:
@@ -339,7 +345,12 @@ def _ours(decision: Decision) -> _Linear:
 def _of_group(decision: Decision) -> _Linear:
     """All of its linears, without what the model and autograd are spared."""
     one, (there, back) = _ours(decision), spares(decision.setting)
-    return replace(one, forward=one.forward + there * -1, backward=one.backward + back * -1)
+    return replace(one, forward=one.forward + there * -1, backward=one.backward + back * -1, made=_made(decision))
+
+
+def _made(decision: Decision) -> int:
+    """Of an MLP's backward: the gradient of down's input; those of gate and up as well, but where these are kept."""
+    return 1 if spends(decision) else 3
 
 
 @dataclass(frozen=True)
@@ -500,13 +511,13 @@ class _Model:
         """What a layer keeps, and the moments of its backward that may take the most, as of :class:`~.mixture.Part`."""
         d, tokens, s = self.decoder, self.batch.tokens, self.size
         inner = s * tokens * d.intermediate
-        whole = any(isinstance(site, Mlp) for site in grouped)
+        mlps = [linears for site, linears in grouped.items() if isinstance(site, Mlp)]
         layer = self.layer_bytes(lean) + self._kept(adapted, grouped) // d.layers
-        layer -= inner if whole else 0  # of gate nothing is kept but itself
+        layer -= inner if mlps else 0  # of gate nothing is kept but itself
         if mixture is not None:
             return layer + mixture.kept, mixture.moments
-        if whole:  # the gradients of down's input, of gate and of up
-            return layer, ((0, 3 * inner),)
+        if mlps:
+            return layer, ((0, max(linears.made for linears in mlps) * inner),)
         down = self._kept(adapted, {}, "mlp_hidden") // d.layers
         readers = self._read("mlp_hidden") if adapted else []
         workspace = max((adapted[p.in_features, p.out_features].workspace for p in readers), default=0)

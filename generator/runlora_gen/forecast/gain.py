@@ -6,12 +6,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ..algebra.liveness import saved_activations
-from ..algebra.operations import Contract
+from ..algebra.operations import Contract, Fused
 from ..cost.passes import Times
 from ..cost.peft import price_peft
 from ..cost.price import price_frozen, spares
 from ..cost.setting import Setting
 from ..cost.vector import DEVICE_BOUND, HOST_BOUND, weighted
+from ..kernels.registry import KERNELS
 from ..request.architecture import Architecture, Projection
 from ..request.experts import Experts
 from ..request.groups import ungrouped
@@ -101,6 +102,12 @@ def keeps(decision: Decision) -> Keeps:
     # What an MLP makes of gate and up the model keeps anyway.
     there = {op.out for op in setting.derivation.base if isinstance(op, Contract)}
     return Keeps(bool(saved & inputs), sum(map(setting.bytes_of, saved - inputs - there)))
+
+
+def spends(decision: Decision) -> bool:
+    """Whether what its backward makes between an MLP's linears takes the place of what was kept."""
+    fused = (op for op in decision.chosen.program.backward.operations if isinstance(op, Fused))
+    return any(KERNELS[op.kernel].spends for op in fused)
 
 
 def gain(

@@ -94,6 +94,8 @@ class Kernel:
         largest: whether it also gives the largest magnitudes of the rows that it reads: the templates that it has in
             common with another kernel ask for it.
         gathers: whether the rows that it reads are those of tokens, which it gathers: likewise.
+        spends: whether its large results take the place of what it reads, where autograd frees that after the backward:
+            the emitted code's call allows it (``spend``). So it has to be what no one else can hold, and is read last.
     """
 
     launches: int
@@ -116,6 +118,7 @@ class Kernel:
     float8: bool = False
     largest: bool = False
     gathers: bool = False
+    spends: bool = False
 
     def __post_init__(self) -> None:
         for constants in (self.tiles, self.small_tiles, *self.candidates):

@@ -18,7 +18,8 @@ KERNEL = Kernel(
     # A higher rank takes the registers: three sums of BI x BR are held.
     adapted={"BI": "min(BI, 4096 // BR)", "WARPS": "min(8, WARPS * BR // 16)"},
     largest_rank=64,
+    spends=True,
     helpers=frozenset(
-        {"activation", "between", "mm_as", "multiprocessors", "rank_wide", "scaled_mm", "several", "sum_parts"}
+        {"activation", "between", "mm_as", "multiprocessors", "rank_wide", "scaled_mm", "several", "spent", "sum_parts"}
     ),
 )
