@@ -342,8 +342,6 @@ def test_models_with_dropout() -> None:
         f"13B-shaped {eager} of the frozen step, PEFT's {peft_eager}; 8B-shaped {' and '.join(pair('8b', 'eager'))}. "
         f"Compiled {compiled} and {peft_compiled}, and {' and '.join(pair('8b', 'compiled'))} (" in text
     )
-    mine, theirs = pair("8b", "eager")
-    assert f"16-bit adapters ours takes {mine} of the frozen step in eager mode, PEFT {theirs} (" in text
 
     def share(shape: str, mode: str) -> str:
         mine, theirs = (rows[shape][name][mode]["peak_total_bytes"] for name in (ours, peft))
@@ -511,6 +509,98 @@ def test_the_table_of_a_profile() -> None:
     (quoted,) = re.findall(r"```toml\n(.+?)…\n```", document, re.DOTALL)
     path = ROOT / "generator" / "runlora_gen" / "cost" / "devices" / "h200.toml"
     assert quoted.count("\n") == 4 and quoted in path.read_text(encoding="utf-8")
+
+
+def mib(measured: dict[str, Any]) -> str:
+    return f"{measured['peak_bytes'] / 2**20:.0f}"
+
+
+def test_the_table_of_the_readme() -> None:
+    (row,) = (row for row in results("model_h200.json")["rows"] if row["shape"] == "8b")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(row["results"]) == 8
+    for name, result in row["results"].items():
+        cells = [over_frozen(result, m) if m in result else "–" for m in ("eager", "compiled", "checkpointing")]
+        cells += [f"{mib(result[m])} MiB" for m in ("eager", "checkpointing")]
+        assert f"| {f'**{name}**' if name == 'ours' else name} | {' | '.join(cells)} |" in readme
+
+
+def test_the_other_shape_of_the_readme_s_table() -> None:
+    (row,) = (row for row in results("model_h200.json")["rows"] if row["shape"] == "13b")
+    said, modes = " ".join(README.split()), ("eager", "checkpointing")
+    ours, axolotl, peft = (
+        row["results"][f"{name}"] for name in ("ours", "axolotl, 16-bit adapters", "PEFT, 16-bit adapters")
+    )
+    least, most = (f"{ours['eager']['over_frozen'][end]:.2f}" for end in ("min", "max"))
+    pairs = [" and ".join(over_frozen(each, m) for m in modes) for each in (axolotl, peft)]
+    assert (
+        f'"ours" takes {over_frozen(ours, "eager")} of the frozen step in eager mode (least {least}, most {most}) and '
+        f"{over_frozen(ours, 'checkpointing')} with checkpointing, axolotl's kernels {pairs[0]}, PEFT with 16-bit "
+        f"adapters {pairs[1]}; peaks are {mib(ours['eager'])} MiB and {mib(ours['checkpointing'])} with checkpointing, "
+        f"of the frozen step {mib(row['results']['frozen']['eager'])} and "
+        f"{mib(row['results']['frozen']['checkpointing'])}." in said
+    )
+
+
+def test_the_table_of_blocks() -> None:
+    found = results("blocks_h200.json")["rows"][0]["results"]
+    (whole,) = (row["results"] for row in results("model_h200.json")["rows"] if row["shape"] == "8b")
+    rest = "norms of Transformers, 16-bit adapters"
+    labels = {
+        "linears one by one": f"ours, linears one by one, {rest}",
+        "… q, k, v and gate, up as groups": f"ours, no MLPs, {rest}",
+        "… MLPs as a whole": f"ours, {rest}",
+        "… norms that keep their input as it is": "ours, 16-bit adapters",
+        "frozen": "frozen",
+    }
+    for label, name in labels.items():
+        of = found[name] if "median_ms" in found[name].get("compiled", {}) else whole.get(name, {})
+        compiled = over_frozen(of, "compiled") if of else "–"
+        cells = [*(over_frozen(found[name], m) for m in ("eager", "checkpointing")), compiled]
+        peaks = ", ".join(mib(found[name][m]) for m in ("eager", "checkpointing"))
+        assert f"| {label} | {' | '.join(cells)} | {peaks} |" in README
+    auto, own = found["ours, 16-bit adapters"], found[f"ours, {rest}"]
+    assert (
+        f"takes {over_frozen(auto, 'eager')} of the frozen one with these norms and {over_frozen(own, 'eager')} "
+        f"without, its peak is {mib(auto['eager'])} MiB in place of {mib(own['eager'])} (" in " ".join(README.split())
+    )
+
+
+def test_where_the_time_goes() -> None:
+    steps = list(results("profile_h200.json")["steps"].values())
+    said = " ".join(README.split())
+    lines = {group: [f"{step['groups_ms'][group]:.1f}" for step in steps] for group in steps[0]["groups_ms"]}
+    lines |= {"the step": [f"{step['ms']:.1f}" for step in steps], "MHz": [f"{step['mhz']:.0f}" for step in steps]}
+    for label, cells in lines.items():
+        assert f"| {label} | {' | '.join(cells)} |" in README
+    (eager, ours, dropped, compiled, both), names = steps, ("LoRA's own passes", "between gate, up and down")
+    of = [{kernel["name"]: kernel["ms"] for kernel in step["kernels"]} for step in steps]
+    more = [both["groups_ms"][name] - compiled["groups_ms"][name] for name in names]
+    theirs = next(ms for name, ms in of[3].items() if "silu_backward" in name)
+    backward = "_mlp_activate_backward_kernel"
+    read = 5 * 16384 * 14336 * 2 * 4 / 4275.8e9 * 1e3
+    assert (
+        f"Compiled, ours adds {both['ms'] - compiled['ms']:.1f} ms: {more[0]:.1f} for S, dA, P and dB of linears, and "
+        f"{more[1]:.1f} between gate, up and down, where the backward's kernel takes {of[4][backward]:.1f} ms for what "
+        f"Inductor's takes {theirs:.1f} for without a product ({read:.1f} would be its bytes' time)" in said
+    )
+    rest = "norms, rotary embeddings, sums"
+    assert f"norms take {eager['groups_ms'][rest] - ours['groups_ms'][rest]:.0f} ms less of their group" in said
+    assert (
+        f"takes {of[2][backward.replace('backward', 'backward_dropped')]:.1f} ms in place of {of[1][backward]:.1f}, "
+        f"and dX of groups a pass more for what is under masks ({of[2]['_dx_das_kernel']:.1f} ms)" in said
+    )
+    assert dropped["ms"] > ours["ms"]
+
+
+def test_losses_on_an_h200() -> None:
+    runs = results("train_h200.json")["runs"]
+    theirs, ours = (runs[name]["losses"] for name in ("peft", "ours"))
+    assert len(theirs) == len(ours) == 200
+    apart = abs(statistics.fmean(b - a for a, b in zip(theirs, ours, strict=True)))
+    share = runs["peft"]["tokens_per_s"] / runs["ours"]["tokens_per_s"]
+    said = " ".join(README.split())
+    assert f"differ by {apart:.4f} in the mean (" in said and f"a step took {share:.2f} of the time of PEFT's" in said
 
 
 def test_the_model_table() -> None:

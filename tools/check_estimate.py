@@ -2,7 +2,7 @@
 
     python tools/check_estimate.py
 
-Reads what tools/bench_model.py wrote, and runs nothing but the estimate: no torch, no GPU.
+Reads what tools/bench_model.py and tools/bench_plans.py wrote, and runs nothing but the estimate: no torch, no GPU.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import argparse
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from runlora_gen.algebra.experts import ACTIVATED, COMBINED
-from runlora_gen.forecast.estimate import Batch, Estimate, estimate
-from runlora_gen.request.architecture import Architecture, decoder_types, family_projections
+from runlora_gen.forecast.estimate import Batch, Estimate, Ways, estimate, steps_of
+from runlora_gen.request.architecture import Architecture, Gated, decoder_types, family_projections
 from runlora_gen.request.decoder import Decoder, Router
 from runlora_gen.request.experts import Stack
 from runlora_gen.request.workload import Workload
@@ -26,6 +26,10 @@ from runlora_gen.request.workload import Workload
 RESULTS = Path(__file__).parent / "results" / "model_h100.json"
 #: Of mixtures of experts; of these shapes those that are estimated.
 RESULTS_OF_EXPERTS = RESULTS.with_name("model_experts_h100.json")
+#: With groups, MLPs as a whole and norms that keep their input as it is.
+RESULTS_OF_BLOCKS = RESULTS.with_name("model_h200.json")
+#: Of tools/bench_plans.py.
+RESULTS_OF_PLANS = RESULTS.with_name("plans_h200.json")
 #: Contenders of the benchmark: how the estimate calls them, and their adapters' dtype.
 CONTENDERS = {
     "frozen": ("frozen", "fp32"),
@@ -35,6 +39,8 @@ CONTENDERS = {
     "ours, 16-bit adapters": ("ours", "bf16"),
 }
 MODES = {"eager": False, "checkpointing": True}
+#: Of tools/bench_plans.py's model.
+VOCABULARY = 32000
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,7 @@ class Compared:
 
 def model(row: dict[str, Any], *, chained: bool = False) -> Architecture:
     """The layers that a row was measured on; ``chained``: with both projections of experts as a chain."""
-    model_type, mixture = row.get("model_type", "llama"), "experts" in row
+    model_type, mixture = row.get("model_type", "llama"), bool(row.get("experts"))
     sizes = {
         "num_hidden_layers": row["layers"],
         "hidden_size": row["hidden"],
@@ -110,7 +116,8 @@ def model(row: dict[str, Any], *, chained: bool = False) -> Architecture:
         if mixture
     )
     adapted = () if row.get("adapted") == "experts" else linears
-    return Architecture(row["shape"], model_type, "live", adapted, decoder=decoder, stacks=stacks)
+    mlps = () if mixture else (Gated(("gate_proj", "up_proj", "down_proj"), "silu_gated"),)
+    return Architecture(row["shape"], model_type, "live", adapted, decoder=decoder, stacks=stacks, gated=mlps)
 
 
 def _is_chained(result: dict[str, Any]) -> bool:
@@ -125,11 +132,15 @@ def compared(report: dict[str, Any]) -> Iterator[Compared]:
         if row.get("model_type", "llama") not in decoder_types():
             continue
 
+        chosen = (name for result in row["results"].values() for name in result.get("chosen", {}))
+        blocks = any(name.startswith("mlp_") for name in chosen)
+
         @cache
         def guesses(adapter_dtype: str, checkpointing: bool, chained: bool) -> dict[str, Estimate]:
             tokens = (row["batch"] * row["sequence"],)  # noqa: B023  # called within this round
-            # What was measured are lone linears, and norms as Transformers has them.
-            fields = {"adapter_dtype": adapter_dtype, "device": report["profile"], "groups": "none", "norms": "none"}
+            fields = {"adapter_dtype": adapter_dtype, "device": report["profile"]}
+            if not blocks:  # noqa: B023  # what was measured are lone linears, and norms as Transformers has them
+                fields |= {"groups": "none", "norms": "none"}
             workload = Workload(tokens=tokens, **fields)
             batch = Batch(row["batch"], row["sequence"], checkpointing=checkpointing, body=True)  # noqa: B023
             return estimate(model(row, chained=chained), row["rank"], workload, batch)  # noqa: B023
@@ -152,6 +163,26 @@ def compared(report: dict[str, Any]) -> Iterator[Compared]:
                 )
 
 
+def planned(report: dict[str, Any]) -> Iterator[Compared]:
+    """Steps of plans, and frozen ones, with head and loss; peaks are of all that is there."""
+    shape = report["shape"]
+    layers = model({**shape, "shape": shape["name"]})
+    assert layers.decoder is not None
+    whole = replace(layers, decoder=replace(layers.decoder, vocab=VOCABULARY))
+    tokens = (shape["batch"] * shape["sequence"],)
+    workload = Workload(tokens=tokens, adapter_dtype="bf16", device=report["profile"])
+    for title, row in report["results"].items():
+        batch = Batch(shape["batch"], shape["sequence"], checkpointing=title.endswith("checkpointing"))
+        steps = steps_of(whole, shape["rank"], workload, batch)
+        if title.startswith("frozen"):
+            guess = steps.frozen()
+        else:
+            guess = steps.ours(Ways(row["checkpointed"], row["remade"], row["renormed"]))
+        yield Compared(
+            shape["name"], title, "eager", row["median_ms"], guess.time_s * 1e3, row["peak_bytes"], guess.memory.peak
+        )
+
+
 def table(rows: list[Compared]) -> str:
     """For people."""
     head = "| | ms, measured | estimated | off | peak MiB, measured | estimated | off |"
@@ -162,11 +193,16 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "results", type=Path, nargs="*", default=[RESULTS, RESULTS_OF_EXPERTS], help="what tools/bench_model.py wrote"
+        "results",
+        type=Path,
+        nargs="*",
+        default=[RESULTS, RESULTS_OF_EXPERTS, RESULTS_OF_BLOCKS, RESULTS_OF_PLANS],
+        help="what tools/bench_model.py wrote, or tools/bench_plans.py",
     )
     options = parser.parse_args()
     for file in options.results:
-        rows = list(compared(json.loads(file.read_text(encoding="utf-8"))))
+        report = json.loads(file.read_text(encoding="utf-8"))
+        rows = list(compared(report) if "rows" in report else planned(report))
         print(table(rows))
         for name, values in (("time", [r.time_off for r in rows]), ("peak", [r.peak_off for r in rows])):
             print(f"{name}: at most {max(map(abs, values)):.1%} off")

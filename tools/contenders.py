@@ -364,6 +364,14 @@ CONTENDERS = {
     "ours-own-norms-bf16": Contender(
         "ours, norms of Transformers, 16-bit adapters", _ours("own_norms_bf16", wide=False, norms="none")
     ),
+    "ours-groups-bf16": Contender(
+        "ours, no MLPs, norms of Transformers, 16-bit adapters",
+        _one_by_one("groups_bf16", wide=False, norms="none"),
+    ),
+    "ours-linears-bf16": Contender(
+        "ours, linears one by one, norms of Transformers, 16-bit adapters",
+        _ours("linears_bf16", wide=False, groups="none", norms="none"),
+    ),
     "ours-graph": Contender("ours for graphs", _ours("graph", launch="graph")),
     "ours-compile": Contender("ours for torch.compile", _ours("compile", launch="compile")),
     "ours-graph-bf16": Contender("ours for graphs, 16-bit adapters", _ours("graph_bf16", wide=False, launch="graph")),

@@ -1,6 +1,6 @@
 """The README's picture of the model benchmark: what a step with LoRA costs over the frozen one.
 
-    python tools/plot_model.py tools/results/model_h100.json docs/model_h100.png --shape 8b
+    python tools/plot_model.py tools/results/model_h200.json docs/model_h200.png --shape 8b
 
 Needs matplotlib (the bench extra).
 """
@@ -39,11 +39,17 @@ def main() -> None:
     for panel, mode in zip(panels, MODES, strict=True):
         extra = [100 * (row["results"][name][mode]["over_frozen"]["median"] - 1) for name in names]
         bars = panel.barh([CONTENDERS[name] for name in names], extra, color=["#2a7f62", *["#b8bcc2"] * 3])
-        panel.bar_label(bars, fmt="+%.0f %%", padding=2)
-        panel.set_xlim(0, 50)
+        panel.bar_label(bars, fmt="%+.0f %%", padding=2)
+        panel.axvline(0, color="black", linewidth=0.8)
+        panel.set_xlim(-28, 50)
         panel.set_title(mode if mode != "checkpointing" else "activation checkpointing")
-        panel.spines[["top", "right"]].set_visible(False)
-    figure.suptitle("What LoRA adds to the time of a frozen training step (Llama-3-8B layers, 16384 tokens, H100)")
+        panel.spines[["top", "right", "left"]].set_visible(False)
+        panel.tick_params(axis="y", length=0)
+    machine = report["machine"].removeprefix("NVIDIA ").split()[0]
+    figure.suptitle(
+        "What LoRA adds to the time of a frozen training step "
+        f"(Llama-3-8B layers, {row['batch'] * row['sequence']} tokens, {machine})"
+    )
     figure.savefig(options.picture, dpi=110)
 
 

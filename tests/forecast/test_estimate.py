@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
-from check_estimate import RESULTS, compared, table  # noqa: E402
+from check_estimate import RESULTS, RESULTS_OF_BLOCKS, compared, table  # noqa: E402
 
 SIZES = {
     "hidden_size": 96,
@@ -334,3 +334,17 @@ def test_the_documented_table_is_that_of_the_result_file() -> None:
     assert table(rows) in document
     assert max(abs(row.peak_off) for row in rows) < 0.1
     assert len(rows) >= 20 and max(abs(row.time_off) for row in rows) < 0.07
+
+
+def test_the_documented_table_of_blocks_is_that_of_the_result_file() -> None:
+    document = (ROOT / "docs" / "estimate.md").read_text(encoding="utf-8")
+    rows = list(compared(json.loads(RESULTS_OF_BLOCKS.read_text(encoding="utf-8"))))
+    assert table(rows) in document and len(rows) == 18
+    said = " ".join(document.split())
+    eight, thirteen = (max(abs(row.time_off) for row in rows if row.shape == shape) for shape in ("8b", "13b"))
+    off = max(abs(row.peak_off) for row in rows)
+    assert (
+        f"8B-shaped layers are at most {eight * 100:.1f} % off, of 13B-shaped ones {thirteen * 100:.1f} %, too low "
+        f"both; peaks {off * 100:.1f} %." in said
+    )
+    assert off < 0.05 and eight < 0.07

@@ -53,7 +53,7 @@ def budget(ways: Ways = WAYS, **options: Any) -> int:
 def _kept() -> Iterator[None]:
     """Kernels of 16 bits, where gradients take the place of what was kept, run on no CPU."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(estimate, "spends", lambda decision: False)
+        patch.setattr(estimate, "spending", lambda decision: None)
         yield
 
 

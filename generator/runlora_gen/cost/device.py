@@ -39,6 +39,9 @@ class DeviceProfile:
         compiled_host_s, compiled_kernel_host_s: both under torch.compile; None where that was not measured.
         multiprocessors: of a GPU: how many tiles of a kernel run at once; None where that is not known.
         compute_capability: of a GPU of NVIDIA; None where that is not known.
+        strided_bytes_per_s: what passes whose operands are broadcast or strided move; None where that was not measured.
+        throttle: the share of products in a step's time from which they take longer, as the limit of power lowers the
+            clock, and by how much of what is above it; None where that was not measured.
         digest: of all its data, also of what it takes from another profile.
         times: seconds by dtype and work, at the sizes where it was measured, in their order.
         tiles: the best constants of kernels, likewise.
@@ -58,6 +61,8 @@ class DeviceProfile:
     compiled_kernel_host_s: float | None = None
     multiprocessors: int | None = None
     compute_capability: tuple[int, int] | None = None
+    strided_bytes_per_s: float | None = None
+    throttle: tuple[float, float] | None = None
     times: Mapping[str, Times] = field(default_factory=dict, repr=False)
     tiles: Mapping[str, Tiles] = field(default_factory=dict, repr=False)
     measured_on: DeviceProfile | None = field(default=None, repr=False)
@@ -71,6 +76,13 @@ class DeviceProfile:
     def meter(self) -> DeviceProfile:
         """The profile that holds the measurements."""
         return self.measured_on or self
+
+    def throttled_s(self, products_s: float, step_s: float) -> float:
+        """Seconds that a step takes longer than its parts alone, so much of which are products."""
+        if self.throttle is None or not step_s:
+            return 0.0
+        first, more = self.throttle
+        return products_s * more * max(0.0, products_s / step_s - first)
 
     def times_for(self, dtype: str) -> Times:
         """Measured times for a dtype; 16-bit dtypes have the same size and rate, so one stands for the other."""
@@ -199,6 +211,12 @@ def device_of(name: str, data: Mapping[str, Any]) -> DeviceProfile:
             for dtype, by_work in profile.tiles.items()
         },
         measured_on=meter,
+        strided_bytes_per_s=None if profile.strided_gb_per_s is None else profile.strided_gb_per_s * 1e9,
+        throttle=(
+            None
+            if profile.throttle_from is None or profile.throttle is None
+            else (profile.throttle_from, profile.throttle)
+        ),
     )
 
 

@@ -11,6 +11,9 @@
     kernel_host_us = 109.03           # of one Triton kernel; absent where none run
     compiled_host_us = 25.91          # of one operator call under torch.compile
     compiled_kernel_host_us = 38.96   # of one Triton kernel there; absent where none run
+    strided_gb_per_s = 1417           # of passes whose operands are broadcast or strided; may be absent
+    throttle_from = 0.65              # the share of products in a step's time from which they take longer than alone,
+    throttle = 0.5                    # by this times what is above it; both may be absent: no limit of power is known
     measured_on = "h200"              # another profile whose tables stand in, as ratios to that machine's roofline
 
     [tflops]                          # by dtype; fp8 only where it is multiplied
@@ -108,6 +111,9 @@ class Profile:
     compiled_host_us: float | None = None
     compiled_kernel_host_us: float | None = None
     measured_on: str | None = None
+    strided_gb_per_s: float | None = None
+    throttle_from: float | None = None
+    throttle: float | None = None
     times: dict[str, dict[str, dict[Size, float]]] = field(default_factory=dict)
     tiles: dict[str, dict[str, dict[Size, Constants]]] = field(default_factory=dict)
 
@@ -172,6 +178,9 @@ def _profile(data: Mapping[str, Any]) -> Profile:
         compiled_host_us=_optional("compiled_host_us", data),
         compiled_kernel_host_us=_optional("compiled_kernel_host_us", data),
         measured_on=str(data["measured_on"]) if "measured_on" in data else None,
+        strided_gb_per_s=_optional("strided_gb_per_s", data),
+        throttle_from=_share(data["throttle_from"]) if "throttle_from" in data else None,
+        throttle=_optional("throttle", data),
         times={
             _dtype("times", dtype): {key: _times(key, table) for key, table in by_work.items()}
             for dtype, by_work in data.get("times", {}).items()
@@ -187,6 +196,8 @@ def _profile(data: Mapping[str, Any]) -> Profile:
         raise ValueError(
             "compiled_kernel_host_us: give it where there are kernel_host_us and compiled_host_us, and nowhere else"
         )
+    if (profile.throttle_from is None) != (profile.throttle is None):
+        raise ValueError("throttle: give it where there is throttle_from, and nowhere else")
     return profile
 
 
@@ -198,6 +209,12 @@ def _positive(key: str, value: Any) -> float:
 
 def _optional(key: str, data: Mapping[str, Any]) -> float | None:
     return _positive(key, data[key]) if key in data else None
+
+
+def _share(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise ValueError(f"throttle_from: {shorten(value)} is not allowed; give a number from 0, below 1")
+    return float(value)
 
 
 def _count(value: Any) -> int:
@@ -339,6 +356,9 @@ def render_profile(profile: Profile) -> str:
         "kernel_host_us": profile.kernel_host_us,
         "compiled_host_us": profile.compiled_host_us,
         "compiled_kernel_host_us": profile.compiled_kernel_host_us,
+        "strided_gb_per_s": profile.strided_gb_per_s,
+        "throttle_from": profile.throttle_from,
+        "throttle": profile.throttle,
         "measured_on": profile.measured_on,
     }
     parts = [

@@ -14,10 +14,13 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import NamedTuple
 
+from ..cost.device import DeviceProfile
+from ..cost.measured import tuned_constants
 from ..cost.passes import Times
 from ..cost.peft import price_peft
 from ..cost.price import spares
 from ..cost.setting import DTYPES, Setting
+from ..kernels.registry import KERNELS
 from ..request.architecture import Architecture, Projection, decoder_types
 from ..request.decoder import Decoder
 from ..request.errors import SpecError
@@ -28,7 +31,7 @@ from ..request.workload import Workload
 from ..search.choose import Decision, decide
 from ..search.grouped import Together, decide_groups_of_step
 from ..search.ranges import decide_step
-from .gain import Keeps, keeps, kept_bytes, spends
+from .gain import Keeps, keeps, kept_bytes, spending
 from .mixture import Mixture, Part
 from .plain import FLOAT, Plain
 
@@ -147,14 +150,13 @@ class Less:
 class _Linear:
     """A linear's forward and backward, what it keeps, and bytes that its backward needs beside dY and dX.
 
-    Of an MLP: how many matrices as large as what gate gives.
+    Of an MLP: also beside what is kept.
     """
 
     forward: Times
     backward: Times
     keeps: Keeps
     workspace: int = 0
-    made: int = 0
 
 
 class Remade(NamedTuple):
@@ -284,8 +286,7 @@ class Steps:
         least = decide(bound, chosen.setting, chosen.host_share)
         less, more = least.chosen.cost, chosen.chosen.cost
         spared = more.saved_bytes - less.saved_bytes
-        matrix = self._model.batch.tokens * self._model.decoder.intermediate * self._model.size
-        again = spared + (_made(least) - _made(chosen)) * matrix
+        again = spared + _made(least) - _made(chosen)
         forward = Times.of(less.forward) + Times.of(more.forward) * -1
         backward = Times.of(less.backward) + Times.of(more.backward) * -1
         return Remade(least, Less(forward, backward, spared, again))
@@ -345,12 +346,25 @@ def _ours(decision: Decision) -> _Linear:
 def _of_group(decision: Decision) -> _Linear:
     """All of its linears, without what the model and autograd are spared."""
     one, (there, back) = _ours(decision), spares(decision.setting)
-    return replace(one, forward=one.forward + there * -1, backward=one.backward + back * -1, made=_made(decision))
+    return replace(one, forward=one.forward + there * -1, backward=one.backward + back * -1, workspace=_made(decision))
 
 
 def _made(decision: Decision) -> int:
-    """Of an MLP's backward: the gradient of down's input; those of gate and up as well, but where these are kept."""
-    return 1 if spends(decision) else 3
+    """Bytes of an MLP's backward: the gradient of down's input, those of gate and up, but where these take the place of
+    what is kept, and a kernel's sums in parts, or dX; of other sites nothing is told.
+    """
+    setting = decision.setting
+    wide, size = setting.dims.get("I_down", 0), setting.dtype.bytes
+    if not wide:
+        return 0
+    matrix = setting.tokens * wide * size
+    kernel = spending(decision)
+    if kernel is None:
+        return 3 * matrix
+    record = KERNELS[kernel.kernel]
+    constants = {**record.tiles, **(tuned_constants(kernel, setting) or {})}
+    parts = record.parts_bytes(constants, setting.tokens, wide, setting.rank, size)
+    return matrix + max(parts, setting.tokens * setting.in_features * size)
 
 
 @dataclass(frozen=True)
@@ -368,6 +382,33 @@ class _Model:
     @property
     def size(self) -> int:
         return self.plain.size
+
+    @property
+    def device(self) -> DeviceProfile:
+        return self.plain.setting(1, 1).device
+
+    @property
+    def _flops_per_s(self) -> float:
+        return self.device.flops_per_s[self.workload.dtype]
+
+    def products_s(self, ways: Ways) -> float:
+        """Seconds of a step's large products, by their FLOPs: frozen linears or experts, attention, the head."""
+        d, tokens = self.decoder, self.batch.tokens
+        each = sum(p.count * p.in_features * p.out_features for p in d.projections)
+        stacks = self.architecture.known_stacks if d.router is not None else ()
+        each += sum(stack.count * stack.top_k * stack.in_features * stack.out_features for stack in stacks)
+        head = 0 if self.batch.body or d.vocab is None else d.hidden * d.vocab
+        again = ways.checkpointed / d.layers
+        linears = 2 * tokens * (each * (2 + again) + 2 * head + ways.remade * 2 * d.hidden * d.intermediate)
+        forward, backward = self._attention_s
+        return linears / self._flops_per_s + d.layers * (forward * (1 + again) + backward)
+
+    @property
+    def _attention_s(self) -> tuple[float, float]:
+        """A layer's forward and backward; half of the FLOPs: causal."""
+        product = self.batch.tokens * self.batch.length * self.decoder.heads * self.decoder.head_dim
+        forward, backward = _PRODUCTS_FORWARD / FLASH_FORWARD, _PRODUCTS_BACKWARD / FLASH_BACKWARD
+        return product * forward / self._flops_per_s, product * backward / self._flops_per_s
 
     def sum(
         self,
@@ -422,7 +463,7 @@ class _Model:
     @property
     def fused(self) -> bool:
         """Whether a norm that keeps its input as it is runs in torch's kernels, and not in its operators."""
-        return self.plain.setting(1, 1).device.kernels
+        return self.device.kernels
 
     def norm(self, features: int, lean: bool) -> tuple[Times, Times]:
         """``LlamaRMSNorm`` on all tokens, forward and backward; ``lean``: as generated packages run it."""
@@ -462,12 +503,9 @@ class _Model:
         readers = [p.input for p in d.projections if p.input in ("attn_in", "mlp_in")]
         sums = [3 * hidden * s] * (len(readers) - len(set(readers)) + 2)
         backward += self.plain.passes([*gated_back, *sums], [], [], launches=0)
-        product = self.batch.tokens * self.batch.length * d.heads * d.head_dim  # half of its FLOPs: causal
-        peak = self.plain.setting(1, 1).device.flops_per_s[self.workload.dtype]
         one = self.plain.passes([], [], [], launches=1)
-        forward += one + Times(_PRODUCTS_FORWARD * product / (FLASH_FORWARD * peak))
-        backward += one + Times(_PRODUCTS_BACKWARD * product / (FLASH_BACKWARD * peak))
-        return forward, backward
+        attention = self._attention_s
+        return forward + one + Times(attention[0]), backward + one + Times(attention[1])
 
     def _ends(self, lean: bool) -> Times:
         """The last norm, and unless only the body is run embeddings, head and loss; both ways."""
@@ -517,7 +555,7 @@ class _Model:
         if mixture is not None:
             return layer + mixture.kept, mixture.moments
         if mlps:
-            return layer, ((0, max(linears.made for linears in mlps) * inner),)
+            return layer, ((0, max(linears.workspace for linears in mlps)),)
         down = self._kept(adapted, {}, "mlp_hidden") // d.layers
         readers = self._read("mlp_hidden") if adapted else []
         workspace = max((adapted[p.in_features, p.out_features].workspace for p in readers), default=0)
@@ -597,6 +635,7 @@ class _Sum:
         times = self.forward + backward + self.ends
         times += (remade.forward + remade.backward) * ways.remade
         times += (renormed.forward + renormed.backward) * (ways.remade + ways.renormed)
+        times += Times(self.model.device.throttled_s(self.model.products_s(ways), times.device_s))
         return Estimate(
             times,
             self._memory(ways, remade + renormed, renormed),

@@ -104,10 +104,10 @@ def keeps(decision: Decision) -> Keeps:
     return Keeps(bool(saved & inputs), sum(map(setting.bytes_of, saved - inputs - there)))
 
 
-def spends(decision: Decision) -> bool:
-    """Whether what its backward makes between an MLP's linears takes the place of what was kept."""
+def spending(decision: Decision) -> Fused | None:
+    """The kernel that makes what is between an MLP's linears in its backward, in the place of what was kept."""
     fused = (op for op in decision.chosen.program.backward.operations if isinstance(op, Fused))
-    return any(KERNELS[op.kernel].spends for op in fused)
+    return next((op for op in fused if KERNELS[op.kernel].spends), None)
 
 
 def gain(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ..algebra.linear import lone_linear
-from ..cost.passes import CAST, STRIDED, Times, price_passes
+from ..cost.passes import CAST, Times, price_passes, price_strided
 from ..cost.price import price_frozen_forward
 from ..cost.setting import DTYPES, Setting
 from ..request.workload import Workload
@@ -57,6 +57,4 @@ class Plain:
         """Passes by their bytes, and operators on little or nothing."""
         device = self.setting(1, 1).device
         times = price_passes(straight, device) + price_passes([0] * launches, device)
-        return self.operators(
-            times + price_passes(strided, device, reach=STRIDED) + price_passes(casts, device, reach=CAST)
-        )
+        return self.operators(times + price_strided(strided, device) + price_passes(casts, device, reach=CAST))

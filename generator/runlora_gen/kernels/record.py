@@ -96,6 +96,8 @@ class Kernel:
         gathers: whether the rows that it reads are those of tokens, which it gathers: likewise.
         spends: whether its large results take the place of what it reads, where autograd frees that after the backward:
             the emitted code's call allows it (``spend``). So it has to be what no one else can hold, and is read last.
+        parts: bytes of the parts of sums that its launch needs, where they are many: an expression of Python over the
+            constants, T, I, R, which is the rank of all, and BYTES, of an element.
     """
 
     launches: int
@@ -119,6 +121,7 @@ class Kernel:
     largest: bool = False
     gathers: bool = False
     spends: bool = False
+    parts: str = "0"
 
     def __post_init__(self) -> None:
         for constants in (self.tiles, self.small_tiles, *self.candidates):
@@ -147,6 +150,11 @@ class Kernel:
         """What a launch makes of its constants, for so many tokens and a rank."""
         known = {**constants, "T": tokens, "BR": block_rank(rank), "min": min, "max": max}
         return {**constants, **{name: eval(text, {"__builtins__": {}}, known) for name, text in self.adapted.items()}}
+
+    def parts_bytes(self, constants: Mapping[str, int], tokens: int, features: int, rank: int, size: int) -> int:
+        """Bytes of parts of sums, of elements of so many bytes."""
+        known = {**self.at(constants, tokens, rank), "T": tokens, "I": features, "R": rank, "BYTES": size}
+        return int(eval(self.parts, {"__builtins__": {}}, known))
 
     def waves(self, rows: int, columns: int, processors: int, experts: int = 0) -> float:
         """The waves of tiles that a result takes on so many processors, over the part of a wave that would do.

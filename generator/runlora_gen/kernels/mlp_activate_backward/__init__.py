@@ -19,6 +19,8 @@ KERNEL = Kernel(
     adapted={"BI": "min(BI, 4096 // BR)", "WARPS": "min(8, WARPS * BR // 16)"},
     largest_rank=64,
     spends=True,
+    # Of both P for each tile of columns, of dA and both dB for each chunk of rows; tiles are of as many bytes.
+    parts="8 * T * R * -(-I // (BI * 2 // BYTES)) + 12 * I * R * -(-T // CHUNK)",
     helpers=frozenset(
         {"activation", "between", "mm_as", "multiprocessors", "rank_wide", "scaled_mm", "several", "spent", "sum_parts"}
     ),
