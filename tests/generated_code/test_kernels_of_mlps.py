@@ -472,12 +472,18 @@ def test_compiled_one_takes_the_place_of_the_gradient(
         assert f".{name}.default(" in source and "clone" not in source and "copy_" not in source
 
 
-def test_the_operators_are_well_formed(kernels: ModuleType) -> None:
+@pytest.mark.parametrize("layout", ["contiguous", "padded"])
+def test_the_operators_are_well_formed(kernels: ModuleType, layout: str) -> None:
+    """And what they leave in the gradient's place is gate's, however its rows lie."""
     torch.compiler.reset()
-    of = Problem().operands(torch.float32)
+    problem = Problem(layout=layout)
+    of = problem.operands(torch.float32)
+    wanted = backward(kernels, problem, of)
     read = [of[key] for key in ("gradient", "gate", "up", "P")]
     more = ([*SCALINGS], *(torch.float32,) * 3, "silu_gated")
     tiles = {"tiles": "backward"}
     torch.library.opcheck(kernels._mlp_activate_backward_operator, (*read, of["B"], of["S"], *more), tiles)
     seeded = (of["A"], of["B"], of["S"], [*SCALINGS], SEED.to(of["P"].device), RATE, *more[1:])
     torch.library.opcheck(kernels._mlp_activate_backward_dropped_operator, (*read, *seeded), tiles)
+    dA, *others = kernels._mlp_activate_backward_operator(*read, of["B"], of["S"], *more, **tiles)
+    assert all(map(torch.equal, (dA, of["gradient"], *others), wanted))
