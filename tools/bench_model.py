@@ -27,7 +27,6 @@ tools/contenders.py, a shape or a mode here.
 from __future__ import annotations
 
 import argparse
-import datetime
 import functools
 import gc
 import importlib.metadata
@@ -47,10 +46,20 @@ from typing import Any
 
 import torch
 from coded import coded, decoded
-from contenders import CONTENDERS, FROZEN, Contender, Setup, Unavailable, adapters, causal, fill_adapters, from_folder
+from contenders import (
+    CONTENDERS,
+    FROZEN,
+    Contender,
+    Setup,
+    Unavailable,
+    adapters,
+    causal,
+    fill_adapters,
+    from_folder,
+    origin,
+)
 from runlora_gen.generation import profile_of
 from runlora_gen.measure.clock import Run, captured, interleaved, repeated, seconds
-from runlora_gen.measure.machine import machine_name
 from runlora_gen.measure.memory import peak_bytes
 from runlora_gen.request.workload import CHOICES
 from torch import Tensor, nn
@@ -557,12 +566,7 @@ def main() -> None:
     device = torch.device(options.device)
     # Else it goes on in eager mode, in silence. PEFT's parametrizations of experts do: ours are of one graph.
     torch._dynamo.config.fail_on_recompile_limit_hit = not any(SHAPES[name].experts for name in options.shapes)
-    report = {
-        "date": datetime.date.today().isoformat(),
-        "machine": machine_name(device),
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "triton", "transformers", "peft")},
-        "profile": options.profile or profile_of(nn.Linear(1, 1, device=device))[0],
-    }
+    report = origin(device, options.profile)
     if options.base != "plain":
         report["base"] = options.base
         if not options.base.startswith("fp8"):

@@ -13,8 +13,6 @@ Needs transformers and peft (the bench extra), and a GPU but for the tiny shape.
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import json
 import statistics
 import sys
@@ -27,19 +25,18 @@ from typing import Any
 import runlora_gen
 import torch
 from bench_model import SHAPES, Shape, ratios
-from contenders import causal, peft_model, unformatted
+from check_estimate import VOCABULARY
+from contenders import causal, origin, peft_model, unformatted
 from runlora_gen.forecast.estimate import Batch, Estimate, steps_of
 from runlora_gen.forecast.plan import every_plan, front
 from runlora_gen.from_model.live import read_model
 from runlora_gen.generation import profile_of
 from runlora_gen.measure.clock import interleaved
-from runlora_gen.measure.machine import machine_name
 from runlora_gen.measure.memory import peak_bytes
 from runlora_gen.request.workload import Workload
 from torch import Tensor, nn
 
 FROZEN, CHECKPOINTED = "frozen", "frozen, checkpointing"
-VOCABULARY = 32000
 
 
 class Step:
@@ -157,12 +154,7 @@ def main(arguments: list[str] | None = None) -> None:
         )
     if options.json:
         report = {
-            "date": datetime.date.today().isoformat(),
-            "machine": machine_name(device),
-            "versions": {
-                name: importlib.metadata.version(name) for name in ("torch", "triton", "transformers", "peft")
-            },
-            "profile": profile,
+            **origin(device, profile),
             "rounds": options.rounds,
             "shape": {"name": options.shape, **{k: v for k, v in asdict(shape).items() if v is not None}},
             "results": rows,

@@ -7,7 +7,9 @@ The tools that measure whole models share this file.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import importlib
+import importlib.metadata
 import json
 import logging
 import sys
@@ -22,6 +24,8 @@ import runlora_gen
 import torch
 import torch.nn.functional as F
 from runlora_gen.emit.style import Style
+from runlora_gen.generation import profile_of
+from runlora_gen.measure.machine import machine_name
 from runlora_gen.measure.modules import import_file, render_module
 from runlora_gen.request.layers import Layer
 from runlora_gen.request.workload import Workload
@@ -399,6 +403,17 @@ CONTENDERS = {
 
 
 # Of all contenders
+
+
+def origin(device: torch.device, profile: str | None = None) -> dict[str, Any]:
+    """What figures of whole models depend on beside the code; ``profile``: that of the choice, or the device's own."""
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "triton", "transformers", "peft")}
+    return {
+        "date": datetime.date.today().isoformat(),
+        "machine": machine_name(device),
+        "versions": versions,
+        "profile": profile or profile_of(nn.Linear(1, 1, device=device))[0],
+    }
 
 
 def adapters(model: nn.Module) -> list[tuple[Tensor, Tensor]]:

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import datetime
-import importlib.metadata
 import json
 import re
 import subprocess
@@ -24,11 +22,8 @@ from typing import Any
 
 import torch
 from bench_model import MODES, SHAPES, Bench, checkpointed
-from contenders import CONTENDERS, FROZEN
-from runlora_gen.generation import profile_of
+from contenders import CONTENDERS, FROZEN, origin
 from runlora_gen.measure.clock import Run
-from runlora_gen.measure.machine import machine_name
-from torch import nn
 
 #: What kernels are for, by their names: the first that fits.
 GROUPS = {
@@ -145,12 +140,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{number}: {title}")
     if options.json:
         report = {
-            "date": datetime.date.today().isoformat(),
-            "machine": machine_name(device),
-            "versions": {
-                name: importlib.metadata.version(name) for name in ("torch", "triton", "transformers", "peft")
-            },
-            "profile": profile_of(nn.Linear(1, 1, device=device))[0],
+            **origin(device),
             "shape": options.shape,
             "steps": results,
         }

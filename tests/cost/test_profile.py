@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from runlora_gen.algebra.operations import Fused, dimensions
-from runlora_gen.cost.device import load_device
+from runlora_gen.cost.device import device_of, load_device
 from runlora_gen.cost.profile import Profile, parse_toml, read_profile, render_profile
 from runlora_gen.kernels.registry import KERNELS
 from runlora_gen.kernels.sites import WORKS
@@ -190,6 +190,32 @@ def test_launches_under_compile_are_positive_numbers(key: str, value: str) -> No
     text = BASE.replace("host_us = 10\n", f"host_us = 10\n{KERNEL}{COMPILED}{BOTH}")
     with pytest.raises(ValueError, match=rf"^{key}: .* is not allowed; give a number from 1e-6 to 1e12$"):
         read(re.sub(rf"(?m)^{key} = \d+$", f"{key} = {value}", text))
+
+
+POWER = "strided_gb_per_s = 1400\nthrottle_from = 0.6\nthrottle = 0.5\n"
+
+
+def test_the_limit_of_power_may_be_known() -> None:
+    """Products take longer by half of the share of a step's time that they have above 0.6."""
+    device = device_of("m", parse_toml(BASE.replace("host_us = 10\n", f"host_us = 10\n{POWER}").encode()))
+    assert device.strided_bytes_per_s == 1.4e12 and device.throttle == (0.6, 0.5)
+    assert device.throttled_s(0.8, 1.0) == pytest.approx(0.8 * 0.5 * 0.2)
+    assert device.throttled_s(0.6, 1.0) == device.throttled_s(0.1, 1.0) == device.throttled_s(0.0, 0.0) == 0.0
+    unknown = device_of("m", parse_toml(BASE.encode()))
+    assert unknown.strided_bytes_per_s is None and unknown.throttled_s(0.9, 1.0) == 0.0
+
+
+@pytest.mark.parametrize("value", ["1", "-0.1", "true", '"0.5"', "nan"])
+def test_the_share_of_products_is_one(value: str) -> None:
+    text = BASE.replace("host_us = 10\n", f"host_us = 10\n{POWER.replace('0.6', value)}")
+    with pytest.raises(ValueError, match=r"^throttle_from: .* is not allowed; give a number from 0, below 1$"):
+        read(text)
+
+
+@pytest.mark.parametrize("line", ["throttle_from = 0.6", "throttle = 0.5"])
+def test_the_limit_of_power_has_two_figures(line: str) -> None:
+    with pytest.raises(ValueError, match=r"^throttle: give it where there is throttle_from, and nowhere else$"):
+        read(BASE.replace("host_us = 10\n", f"host_us = 10\n{line}\n"))
 
 
 def test_an_older_version_s_tables_are_refused_on_one_line(tmp_path: Path) -> None:

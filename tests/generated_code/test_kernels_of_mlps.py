@@ -5,6 +5,7 @@ As those of experts: without a GPU in Triton's interpreter, with small tiles.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -14,6 +15,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from runlora_gen.kernels.registry import KERNELS
 from runlora_gen.request.activations import ACTIVATIONS
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
@@ -487,3 +489,19 @@ def test_the_operators_are_well_formed(kernels: ModuleType, layout: str) -> None
     torch.library.opcheck(kernels._mlp_activate_backward_dropped_operator, (*read, *seeded), tiles)
     dA, *others = kernels._mlp_activate_backward_operator(*read, of["B"], of["S"], *more, **tiles)
     assert all(map(torch.equal, (dA, of["gradient"], *others), wanted))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("T", "I", "rank"), [(70, 300, 16), (97, 45, 40), (33, 64, 3)])
+def test_sums_in_parts_take_what_the_record_says(
+    kernels: ModuleType, T: int, I: int, rank: int, dtype: torch.dtype  # noqa: E741
+) -> None:
+    """By which budgets of memory are planned."""
+    of = Problem(T, I, (rank,) * 3, layout="contiguous").operands(dtype)
+    read = [of[key] for key in ("gradient", "gate", "up", "P")]
+    planned = kernels._plan_mlp_activate_backward(*read, *of["B"], *of["S"], *(dtype,) * 3, "silu_gated", "backward")
+    _, (_, down), (_, sums) = planned
+    allocated = sum(4 * math.prod(shape) for shape in (*down, *sums))
+    record = KERNELS["mlp_activate_backward"]
+    constants = {**record.tiles, **TILES["backward"]}
+    assert record.parts_bytes(constants, T, I, rank, dtype.itemsize) == allocated
