@@ -19,6 +19,7 @@ import pytest
 from runlora_gen.algebra.enumerate import enumerate_programs
 from runlora_gen.algebra.experts import ACTIVATED, COMBINED, GATHERED
 from runlora_gen.algebra.linear import FLOAT8, LINEAR
+from runlora_gen.algebra.mlp import MLP
 from runlora_gen.algebra.operations import Convert, Fused, Operation, dimensions
 from runlora_gen.algebra.work import work
 from runlora_gen.cost.device import load_device
@@ -237,6 +238,20 @@ def test_kernels_are_measured_with_all_their_constants(tmp_path: Path, monkeypat
     tune._write(tmp_path / "x.toml", profile)
     device = load_device(os.fspath(tmp_path / "x.toml"))
     assert device.tiles_for("bf16") == {key: tuple(best.items()) for key, best in profile.tiles["fp16"].items()}
+
+
+@pytest.mark.parametrize(("slower", "lean"), [(1.09, True), (1.11, False)])
+def test_what_sums_in_fewer_parts_may_take_a_little_more(slower: float, lean: bool) -> None:
+    """Tiles of twice as many columns give half as many parts of P, which a step of a model holds."""
+    (operation,) = {op for op in operations_of(MLP) if isinstance(op, Fused) and op.kernel == "mlp_activate_backward"}
+    wide = tune.Trial(operation)
+    narrow = tune.Trial(operation, (("BT", 32), ("BI", 64)))
+    assert KERNELS[operation.kernel].tiles["BI"] == 128
+    point = tune.Point(16384, 4096, 14336, 16, mlp=True)
+    assert tune._best({wide: slower, narrow: 1.0}, "bf16", point) == (wide if lean else narrow)
+    merged = LINEAR.parse("merge: M = W + s * B @ A")
+    fast, slow = tune.Trial(merged, (("BO", 32),)), tune.Trial(merged)
+    assert tune._best({slow: 1.01, fast: 1.0}, "bf16", tune.Point(8, 16, 32, 4)) == fast, "which has no parts"
 
 
 def noted(name: str, real: Callable[..., Any], launched: Counter[str]) -> Callable[..., Any]:

@@ -70,8 +70,8 @@ class KernelNode:
         return f"{'(_TILES if tma else _SMALL_TILES)' if self.record.small_tiles else '_TILES'}[tiles]"
 
     def adapted(self, constant: str) -> str:
-        """What a plan makes of a constant."""
-        return re.sub(r"\b[A-Z_]+\b", self._constant, self.record.adapted[constant])
+        """What a plan makes of a constant; as it is, where its record says nothing of it."""
+        return re.sub(r"\b[A-Z_]+\b", self._constant, self.record.adapted.get(constant, constant))
 
     def _constant(self, match: re.Match[str]) -> str:
         return f'constants["{match[0]}"]' if match[0] in self.record.tiles else match[0]

@@ -246,6 +246,7 @@ def estimate_data(step: Predicted) -> dict[str, Any]:
                 "time_us": _us(one.time_s),
                 "device_us": _us(one.times.device_s),
                 "host_us": _us(one.times.host_s),
+                "start_us": _us(one.start_s),
                 "peak_bytes": one.memory.peak,
                 "memory": asdict(one.memory),
             }
@@ -269,7 +270,7 @@ def estimate_lines(step: Predicted) -> Iterable[str]:
     rows = {**step.found, **({} if plan is None else {"plan": plan.estimate})}
     for way, one in rows.items():
         memory = one.memory
-        bound = "device" if one.time_s == one.times.device_s else "host"
+        bound = "host" if one.time_s == one.times.host_s else "device"
         sizes = "".join(f"{show_bytes(size):>11}" for size in (memory.peak, memory.weights, memory.forward))
         yield (
             f"{_WAYS[way]:<6}{show_duration(one.time_s):>10}{one.time_s / frozen.time_s:>9.2f}"

@@ -42,6 +42,12 @@ FLASH_FORWARD, FLASH_BACKWARD = 0.68, 0.56
 _PRODUCTS_FORWARD, _PRODUCTS_BACKWARD = 2, 5
 
 
+#: How long the device waits in a step for launches, at most: at first none is on its way, until the host is ahead. What
+#: steps of 3 and 4 layers on an H200 took longer than their kernels, 2.4 to 3.8 ms (tools/results/profile_h200.json,
+#: profile_13b_h200.json).
+START_S = 2.5e-3
+
+
 @dataclass(frozen=True)
 class Memory:
     """Bytes at the moment of the step that takes the most.
@@ -73,16 +79,20 @@ class Memory:
 
 @dataclass(frozen=True)
 class Estimate:
-    """One way to train the model: times of a step's forward and backward, and memory."""
+    """One way to train the model: times of a step's forward and backward, and memory.
+
+    ``start_s``: how long the device waits for the step's first launches.
+    """
 
     times: Times
     memory: Memory
+    start_s: float = 0.0
     graph: bool = False
 
     @property
     def time_s(self) -> float:
         """Seconds: device and host work side by side, and under CUDA graphs the device alone."""
-        return self.times.device_s if self.graph else max(self.times.device_s, self.times.host_s)
+        return self.times.device_s if self.graph else max(self.start_s + self.times.device_s, self.times.host_s)
 
 
 @dataclass(frozen=True)
@@ -639,6 +649,7 @@ class _Sum:
         return Estimate(
             times,
             self._memory(ways, remade + renormed, renormed),
+            start_s=min(START_S, times.host_s) if self.model.device.kernels else 0.0,
             graph=self.model.workload.launch == "graph",
         )
 
