@@ -134,6 +134,7 @@ def compared(report: dict[str, Any]) -> Iterator[Compared]:
 
         chosen = (name for result in row["results"].values() for name in result.get("chosen", {}))
         blocks = any(name.startswith("mlp_") for name in chosen)
+        turned = any(result.get("rotary") for result in row["results"].values())
 
         @cache
         def guesses(adapter_dtype: str, checkpointing: bool, chained: bool) -> dict[str, Estimate]:
@@ -141,6 +142,8 @@ def compared(report: dict[str, Any]) -> Iterator[Compared]:
             fields = {"adapter_dtype": adapter_dtype, "device": report["profile"]}
             if not blocks:  # noqa: B023  # what was measured are lone linears, and norms as Transformers has them
                 fields |= {"groups": "none", "norms": "none"}
+            if not turned:  # noqa: B023  # before rotary embeddings were made in one kernel
+                fields |= {"rotary": "none"}
             workload = Workload(tokens=tokens, **fields)
             batch = Batch(row["batch"], row["sequence"], checkpointing=checkpointing, body=True)  # noqa: B023
             return estimate(model(row, chained=chained), row["rank"], workload, batch)  # noqa: B023
@@ -170,7 +173,8 @@ def planned(report: dict[str, Any]) -> Iterator[Compared]:
     assert layers.decoder is not None
     whole = replace(layers, decoder=replace(layers.decoder, vocab=VOCABULARY))
     tokens = (shape["batch"] * shape["sequence"],)
-    workload = Workload(tokens=tokens, adapter_dtype="bf16", device=report["profile"])
+    rotary = "auto" if any(row.get("rotary") for row in report["results"].values()) else "none"
+    workload = Workload(tokens=tokens, adapter_dtype="bf16", device=report["profile"], rotary=rotary)
     for title, row in report["results"].items():
         batch = Batch(shape["batch"], shape["sequence"], checkpointing=title.endswith("checkpointing"))
         steps = steps_of(whole, shape["rank"], workload, batch)

@@ -138,7 +138,7 @@ def _said(report: Any, tokens: int) -> dict[str, Any]:
         for site in (*manifest["layers"], *manifest["groups"], *manifest["mlps"], *manifest["experts"]):
             ranges = (part for part in site["ranges"] if part["last_tokens"] is None or tokens <= part["last_tokens"])
             chosen[site["module"]] = next(ranges)["chosen"]
-    return {"layers": len(report.accelerated), "chosen": chosen}
+    return {"layers": len(report.accelerated), "chosen": chosen, "rotary": report.rotary}
 
 
 def _ours(name: str, *, wide: bool = True, dropout: float = 0.0, **workload: Any) -> Build:
@@ -351,6 +351,8 @@ def _module(name: str, **attributes: Any) -> types.ModuleType:
     return module
 
 
+#: With the model's own norms and rotary embeddings: the blocks are put in one after the other.
+OWN_NORMS: dict[str, Any] = {"norms": "none", "rotary": "none"}
 #: All contenders beside the frozen model, by what the command line calls them.
 CONTENDERS = {
     "peft-bf16": Contender("PEFT, 16-bit adapters", _peft(wide=False)),
@@ -364,17 +366,20 @@ CONTENDERS = {
     "ours-none": Contender("ours none", _ours("none", wide=False, groups="none")),  # no groups
     "ours-no-mlps": Contender("ours, no MLPs", _one_by_one("no_mlps")),
     "ours-no-mlps-bf16": Contender("ours, no MLPs, 16-bit adapters", _one_by_one("no_mlps_bf16", wide=False)),
-    "ours-own-norms": Contender("ours, norms of Transformers", _ours("own_norms", norms="none")),
+    "ours-own-rotary-bf16": Contender(
+        "ours, rotary embeddings of Transformers, 16-bit adapters", _ours("own_rotary_bf16", wide=False, rotary="none")
+    ),
+    "ours-own-norms": Contender("ours, norms of Transformers", _ours("own_norms", **OWN_NORMS)),
     "ours-own-norms-bf16": Contender(
-        "ours, norms of Transformers, 16-bit adapters", _ours("own_norms_bf16", wide=False, norms="none")
+        "ours, norms of Transformers, 16-bit adapters", _ours("own_norms_bf16", wide=False, **OWN_NORMS)
     ),
     "ours-groups-bf16": Contender(
         "ours, no MLPs, norms of Transformers, 16-bit adapters",
-        _one_by_one("groups_bf16", wide=False, norms="none"),
+        _one_by_one("groups_bf16", wide=False, **OWN_NORMS),
     ),
     "ours-linears-bf16": Contender(
         "ours, linears one by one, norms of Transformers, 16-bit adapters",
-        _ours("linears_bf16", wide=False, groups="none", norms="none"),
+        _ours("linears_bf16", wide=False, groups="none", **OWN_NORMS),
     ),
     "ours-graph": Contender("ours for graphs", _ours("graph", launch="graph")),
     "ours-compile": Contender("ours for torch.compile", _ours("compile", launch="compile")),

@@ -153,6 +153,13 @@ _SPEC_OPTIONS = (
         help="Let frozen RMSNorms of 16 bits keep their input as it is, or leave them.",
     ),
     click.option(
+        "--rotary",
+        type=click.Choice(CHOICES["rotary"]),
+        default="auto",
+        show_default=True,
+        help="Make rotary embeddings of 16 bits in one kernel, or leave them.",
+    ),
+    click.option(
         "--memory-budget",
         metavar="SIZE",
         help="Most that a step of the whole model may take, such as 38GiB: which layers keep what is planned by it.",
@@ -178,6 +185,7 @@ def _spec_options(command: Command) -> Command:
 _AS_GIVEN = (
     *("dtype", "adapter_dtype", "train", "criterion", "max_saved_bytes", "allow_lossy_merge", "merge_rounding"),
     *("base", "bias", "device", "dropout", "float8", "groups", "launch", "memory_budget", "model_type", "norms"),
+    "rotary",
 )
 
 

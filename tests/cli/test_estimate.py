@@ -34,7 +34,8 @@ def test_json_says_what_was_asked_and_what_came_out(data: dict) -> None:
     assert (data["batch"], data["sequence"], data["checkpointing"]) == (2, 2048, False)
     for way in ("frozen", "peft", "ours"):
         one = data[way]
-        assert one["time_us"] == max(one["device_us"], one["host_us"])
+        assert one["time_us"] == pytest.approx(max(one["start_us"] + one["device_us"], one["host_us"]))
+        assert one["start_us"] == 2500
         assert one["peak_bytes"] == sum(one["memory"][key] for key in ("weights", "adapters", "kept", "transient"))
     times, peaks = ([data[way][key] for way in ("ours", "frozen", "peft")] for key in ("time_us", "peak_bytes"))
     assert times == sorted(times) and peaks[0] < peaks[2] > peaks[1]

@@ -48,7 +48,7 @@ def process(*arguments: str, cwd: Path, code: str | None = None, seed: str = "ra
     [
         (
             ("--arch", "llama-13b", "--rank", "8", "--target-modules", "q_proj", *WIDE, "-o", "out"),
-            f"out/llama_13b_r8: 1 modules, wrote {len(OF_MODELS) + 4} files",
+            f"out/llama_13b_r8: 1 modules, wrote {len(OF_MODELS) + 5} files",
         ),
         (("explain", "--arch", "llama-13b", "--rank", "8"), "decides  the device ("),
         (("archs",), "llama-13b"),

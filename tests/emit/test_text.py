@@ -24,6 +24,7 @@ from typing import Any
 import black
 import pytest
 from runlora_gen.cost import device
+from runlora_gen.cost.device import load_device
 from runlora_gen.emit.package import OF_EXPERTS, OF_MODELS
 from runlora_gen.emit.render import MARKER, OUTPUT_LICENCE, SHARED, template_folder
 from runlora_gen.emit.style import DEFAULT_LINE_LENGTH, Style
@@ -137,12 +138,15 @@ def test_files_are_those_of_the_contract(made: Path) -> None:
     modules |= {f"{group['module']}.py" for group in groups}
     assert all(re.fullmatch(r"[a-z][a-z_]*_\d+x\d+(_\d+)*_r4", group["module"]) for group in groups)
     rest = {"manifest.json", "py.typed", "test_equivalence.py", *(f"{name}.py" for name in OF_MODELS)}
+    workload = manifest["workload"]
+    if workload["kernels"] and load_device(workload["device"]).kernels:
+        rest.add("rotary.py")
     if groups:
         rest.add("groups.py")
     if experts:
         rest |= {"test_experts.py", *(f"{name}.py" for name in OF_EXPERTS)}
     if is_folder(made):
-        has_kernels = any("@triton.jit" in text for text in sources(made).values())
+        has_kernels = any("@triton.jit" in text for name, text in sources(made).items() if name != "rotary.py")
         has = {"kernels": has_kernels, "quantized": False, "routing": bool(experts)}
         rest |= {f"{name}.py" for name in SHARED if has.get(name, True)}
     assert {path.name for path in made.iterdir()} == modules | rest
@@ -348,7 +352,7 @@ def test_every_module_says_what_it_is(made: Path, request: pytest.FixtureRequest
 
 
 def test_the_specs_have_kernels_and_have_none(made: Path, request: pytest.FixtureRequest) -> None:
-    text = "".join(sources(made).values())
+    text = "".join(text for name, text in sources(made).items() if name != "rotary.py")
     if request.node.callspec.id in ("kernels", "folder with kernels", "plain"):
         assert ("@triton.jit" in text) == (request.node.callspec.id != "plain")
 

@@ -344,7 +344,7 @@ def test_the_documented_table_of_blocks_is_that_of_the_result_file() -> None:
     eight, thirteen = (max(abs(row.time_off) for row in rows if row.shape == shape) for shape in ("8b", "13b"))
     off = max(abs(row.peak_off) for row in rows)
     assert (
-        f"8B-shaped layers are at most {eight * 100:.1f} % off, of 13B-shaped ones {thirteen * 100:.1f} %, too low "
-        f"both; peaks {off * 100:.1f} %." in said
+        f"8B-shaped layers are at most {eight * 100:.1f} % off, of 13B-shaped ones {thirteen * 100:.1f} %; "
+        f"peaks {off * 100:.1f} %." in said
     )
-    assert off < 0.05 and eight < 0.07
+    assert off < 0.05 and max(eight, thirteen) < 0.05

@@ -282,14 +282,12 @@ def test_the_documented_plans_are_those_of_the_result_file() -> None:
     report = json.loads(RESULTS_OF_PLANS.read_text(encoding="utf-8"))
     rows = list(planned(report))
     assert table(rows) in document and len(rows) == 8
-    before = max(1 - row["predicted"]["ms"] / row["median_ms"] for row in report["results"].values())
-    assert f"before, its times were up to {before * 100:.1f} % too low" in " ".join(document.split())
     time_off, peak_off = (max(abs(getattr(row, off)) for row in rows) for off in ("time_off", "peak_off"))
     last = rows[-1].measured_ms / rows[1].measured_ms
     said = " ".join(document.split())
     assert (
         f"peaks are at most {peak_off * 100:.1f} % off, and never above the plan's; "
-        f"times at most {time_off * 100:.1f} %" in said
+        f"times at most {time_off * 100:.1f} %" in said and time_off < 0.05
     )
     assert f"takes {last:.2f} of the frozen step under checkpointing, at a peak that is no higher." in said
     assert rows[-1].measured_bytes <= rows[1].measured_bytes and peak_off < 0.05

@@ -142,6 +142,11 @@ def device_for(workload: Workload) -> DeviceProfile:
     return _compiled(device) if workload.launch == "compile" else device
 
 
+def has_kernels(workload: Workload) -> bool:
+    """Whether fused kernels are wished, and the workload's device runs them; raises as :func:`device_for`."""
+    return workload.kernels and device_for(workload).kernels
+
+
 @lru_cache
 def _compiled(device: DeviceProfile) -> DeviceProfile:
     if device.compiled_host_s is None:

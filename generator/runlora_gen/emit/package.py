@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from .. import __version__
+from ..cost.device import has_kernels
 from ..forecast.plan import Plan, plan_for
 from ..request.architecture import GENERATOR, LIVE, Architecture
 from ..request.files import read_text
@@ -36,7 +37,8 @@ from .report import SCHEMA_VERSION, choice_data, plan_data, plan_lines, planned_
 from .style import Style, style_of
 
 #: The files of a package that put its modules into a model, ``norms`` unless they are not wished, and ``copies`` for
-#: these and MLPs; ``groups`` and ``mlps`` are more where there are some, ``plan`` where there is a budget.
+#: these, MLPs and ``rotary``, which is one more where there are kernels; ``groups`` and ``mlps`` are where there are
+#: some, ``plan`` where there is a budget.
 OF_MODELS = (
     "__init__",
     "adapters",
@@ -182,6 +184,7 @@ def build_package(
         "quantized": workload.quantized,
         "base": workload.stored,
         "norms": workload.norms == "auto",
+        "rotary": workload.rotary == "auto" and has_kernels(workload),
         "plan": plan,
         # Whether norms make again what they gave.
         "renorms": plan is not None and steps.renormed is not None and plan.ways.remade + plan.ways.renormed > 0,
@@ -194,11 +197,12 @@ def build_package(
     }
     rendered |= {f"{name}.py": text for name, text in shared.items()}
     unneeded = {"norms"} if workload.norms == "none" else set()
-    unneeded |= {"copies"} if unneeded and not mlps else set()
+    unneeded |= {"copies"} if unneeded and not (mlps or context["rotary"]) else set()
     in_models = (
         *(name for name in OF_MODELS if name not in unneeded),
         *(["groups"] if groups or mlps else []),
         *(["mlps"] if mlps else []),
+        *(["rotary"] if context["rotary"] else []),
         *(["plan"] if plan is not None else []),
         *(OF_EXPERTS if stacks else ()),
     )
@@ -275,6 +279,7 @@ def _command(
         "merge_rounding",
         "groups",
         "norms",
+        "rotary",
         "bias",
     ):
         if getattr(workload, name) != getattr(default, name):

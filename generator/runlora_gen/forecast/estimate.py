@@ -14,7 +14,7 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import NamedTuple
 
-from ..cost.device import DeviceProfile
+from ..cost.device import DeviceProfile, has_kernels
 from ..cost.measured import tuned_constants
 from ..cost.passes import Times
 from ..cost.peft import price_peft
@@ -273,11 +273,17 @@ class Steps:
         """Whether norms keep their input as it is."""
         return self._model.workload.norms == "auto" and self._model.size < FLOAT
 
+    @property
+    def turned(self) -> bool:
+        """Whether rotary embeddings are made in one kernel."""
+        workload = self._model.workload
+        return workload.rotary == "auto" and self._model.size < FLOAT and has_kernels(workload)
+
     @cached_property
     def _ours(self) -> _Sum:
         adapted = {shape: _ours(decision) for shape, decision in self._adapted.items()}
         grouped = {site: _of_group(decision) for site, decision in self._grouped.items()}
-        return self._model.sum(adapted, self._experts[2], grouped, lean=self.lean)
+        return self._model.sum(adapted, self._experts[2], grouped, lean=self.lean, turned=self.turned)
 
     @cached_property
     def remade(self) -> Remade | None:
@@ -428,12 +434,13 @@ class _Model:
         *,
         frozen: bool = False,
         lean: bool = False,
+        turned: bool = False,
     ) -> _Sum:
         """One way: ``mixture`` has its experts of a layer, ``frozen`` says that nothing has an adapter.
 
-        ``lean``: whether norms keep their input as it is.
+        ``lean``: whether norms keep their input as it is; ``turned``: whether rotary embeddings are made in one kernel.
         """
-        forward, backward = self._layers(adapted, mixture, grouped, lean)
+        forward, backward = self._layers(adapted, mixture, grouped, lean, turned)
         layer, moments = self._layer(adapted, mixture, grouped, lean)
         return _Sum(self, forward, backward, self._ends(lean), layer, moments, 0 if frozen else self._adapters(), lean)
 
@@ -445,6 +452,7 @@ class _Model:
         mixture: Part | None,
         grouped: Mapping[Together, _Linear],
         lean: bool,
+        turned: bool,
     ) -> tuple[Times, Times]:
         """All layers, forward and backward."""
         forward, backward = Times(), Times()
@@ -461,7 +469,7 @@ class _Model:
                 linear = self._frozen(projection.in_features, projection.out_features, projection.bias)
             forward += linear.forward * projection.count
             backward += linear.backward * projection.count
-        between = self._between_linears(lean)
+        between = self._between_linears(lean, turned)
         if mixture is not None:
             forward += mixture.forward * self.decoder.layers
             backward += mixture.backward * self.decoder.layers
@@ -492,7 +500,7 @@ class _Model:
         )
         return forward, backward
 
-    def _between_linears(self, lean: bool) -> tuple[Times, Times]:
+    def _between_linears(self, lean: bool, turned: bool) -> tuple[Times, Times]:
         """What a layer does beside its linears, forward and backward."""
         d, tokens, s = self.decoder, self.batch.tokens, self.size
         hidden, inner = tokens * d.hidden, tokens * d.intermediate
@@ -502,7 +510,10 @@ class _Model:
         for features in (*normed, *(heads if d.head_norms else ())):
             there, back = self.norm(features, lean)
             forward, backward = forward + there, backward + back
-        for features in heads:  # rotary: x * cos + rotate_half(x) * sin
+        if turned:  # by an autograd function, as norms
+            once = self.plain.passes([2 * tokens * sum(heads) * s], launches=2)
+            forward, backward = forward + once, backward + once
+        for features in heads if not turned else ():  # rotary: x * cos + rotate_half(x) * sin
             n = tokens * features * s
             forward += self.plain.passes([], [2 * n, n, 2 * n, 2 * n, 3 * n], [], launches=0)
             halves = [3 * n // 2, 3 * n // 2]

@@ -25,6 +25,7 @@ CHOICES = {
     "launch": ("eager", "compile", "graph"),
     "groups": ("auto", "none"),
     "norms": ("auto", "none"),
+    "rotary": ("auto", "none"),
     "bias": ("none", "all", "lora_only", "lora_bias"),
     "base": tuple(BASES),
     "float8": ("both", "forward", "none"),
@@ -61,6 +62,8 @@ class Workload:
             ones; ``none`` for lone linears alone. With dropout there are none.
         norms: ``auto`` for RMSNorms of 16 bits that keep their input as it is, where a model has frozen ones; ``none``
             to leave them as they are.
+        rotary: ``auto`` for rotary embeddings of 16 bits that are made in one kernel, where there are kernels; ``none``
+            to leave them as they are.
         bias: which biases train, in PEFT's words: ``none``; ``all`` or ``lora_only``, of the linears that have one; or
             ``lora_bias``, of an adapter on every linear. It is priced: modules give the gradient in any case.
         dropout: the probability with which the adapter's input is dropped while training, from 0 up to but not 1. Above
@@ -93,6 +96,7 @@ class Workload:
     model_type: str | None = None
     groups: str = "auto"
     norms: str = "auto"
+    rotary: str = "auto"
     bias: str = "none"
     dropout: float = 0.0
     base: str = "plain"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 
-from ..cost.device import device_for
+from ..cost.device import device_for, has_kernels
 from ..cost.price import price
 from ..cost.setting import DTYPES, Setting
 from ..request.architecture import Architecture
@@ -58,7 +58,7 @@ def check_merge_rounding(workload: Workload) -> None:
         needs = "--allow-lossy-merge: without it nothing is merged into 16 bits"
     elif not DTYPES[workload.dtype].half:
         needs = "--dtype bf16 or fp16: fp32 keeps small updates"
-    elif not (workload.kernels and device_for(workload).kernels):
+    elif not has_kernels(workload):
         needs = "fused kernels: a --device that has them, and no --no-kernels"
     else:
         return
