@@ -178,11 +178,6 @@ def test_models_of_4_bits() -> None:
         label = f"**{name}**" if name == "ours" else name
         assert f"| {label} | {cells} | {result['eager']['peak_total_bytes'] / 2**20:.0f} MiB |" in README
     ours, theirs = (row["results"][name] for name in ("ours", "PEFT default (fp32 adapters, autocast)"))
-    shown, others = (
-        "{}, {} and {}".format(*(over_frozen(r, mode) for mode in ("eager", "compiled", "checkpointing")))
-        for r in (ours, theirs)
-    )
-    assert f"ours takes {shown} of the frozen NF4 step, PEFT's default {others} (" in said
     pair = [(over_frozen(ours, mode), over_frozen(theirs, mode)) for mode in ("eager", "checkpointing")]
     assert (
         f"took {pair[0][0]} of the frozen step in eager mode and {pair[1][0]} with checkpointing, PEFT's default "
@@ -533,6 +528,11 @@ def test_the_other_shape_of_the_readme_s_table() -> None:
     )
     least, most = (f"{ours['eager']['over_frozen'][end]:.2f}" for end in ("min", "max"))
     pairs = [" and ".join(over_frozen(each, m) for m in modes) for each in (axolotl, peft)]
+    compiled, narrow = ours["compiled"]["over_frozen"], row["results"]["ours, 16-bit adapters"]
+    assert (
+        f"Compiled it takes {compiled['median']:.2f} (least {compiled['min']:.2f}, most {compiled['max']:.2f}: the host "
+        f"jitters), with 16-bit adapters {over_frozen(narrow, 'compiled')}." in said
+    )
     assert (
         f'"ours" takes {over_frozen(ours, "eager")} of the frozen step in eager mode (least {least}, most {most}) and '
         f"{over_frozen(ours, 'checkpointing')} with checkpointing, axolotl's kernels {pairs[0]}, PEFT with 16-bit "
@@ -540,6 +540,36 @@ def test_the_other_shape_of_the_readme_s_table() -> None:
         f"of the frozen step {mib(row['results']['frozen']['eager'])} and "
         f"{mib(row['results']['frozen']['checkpointing'])}." in said
     )
+
+
+def test_peaks_of_compiled_steps() -> None:
+    def peaks(shape: str) -> list[int]:
+        (found,) = (row["results"] for row in results("model_h200.json")["rows"] if row["shape"] == shape)
+        names = ("ours, 16-bit adapters", "PEFT, 16-bit adapters", "frozen")
+        return [found[name]["compiled"]["peak_bytes"] for name in names]
+
+    said = " ".join(README.split())
+    (ours, theirs, frozen), (ours13, theirs13, frozen13) = peaks("8b"), peaks("13b")
+    assert (
+        f"the peak of ours with 16-bit adapters is {ours / frozen:.2f} times the frozen step's, of 13B-shaped layers "
+        f"{ours13 / frozen13:.2f} times; PEFT's is {theirs / frozen:.2f} and {theirs13 / frozen13:.2f} times." in said
+    )
+    first = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"adapters is {ours / 2**20:.0f} MiB, the frozen step's {frozen / 2**20:.0f}." in first
+
+
+def test_models_of_4_bits_with_blocks() -> None:
+    (row,) = results("model_nf4_h200.json")["rows"]
+    modes = ("eager", "checkpointing")
+    ours, theirs = (row["results"][f"{name}, 16-bit adapters"] for name in ("ours", "PEFT"))
+    of = [over_frozen(each, mode) for each in (ours, theirs) for mode in modes]
+    text = "takes {} of the frozen NF4 step in eager mode and {} with checkpointing, PEFT {} and {}".format(*of)
+    for document in (README, (ROOT / "README.md").read_text(encoding="utf-8")):
+        assert text in " ".join(document.split())
+    peaks = [mib(each[mode]) for each in (ours, row["results"]["frozen"]) for mode in modes]
+    assert "peaks are {} and {} MiB above what lies there before, of the frozen step {} and {} (".format(
+        *peaks
+    ) in " ".join(README.split())
 
 
 def test_the_table_of_blocks() -> None:
@@ -590,6 +620,11 @@ def test_where_the_time_goes() -> None:
         f"takes {of[2][backward.replace('backward', 'backward_dropped')]:.1f} ms in place of {of[1][backward]:.1f}, "
         f"and dX of groups a pass more for what is under masks ({of[2]['_dx_das_kernel']:.1f} ms)" in said
     )
+    (row,) = (row["results"] for row in results("model_h200.json")["rows"] if row["shape"] == "8b")
+    with_it, without = (
+        row[f"ours, 16-bit adapters{more}"]["eager"]["over_frozen"]["median"] for more in (", dropout 0.05", "")
+    )
+    assert f"with dropout is {with_it - without:.3f} of the frozen one longer" in said
     assert dropped["ms"] > ours["ms"]
 
 
@@ -673,17 +708,22 @@ def test_small_and_compiled_models() -> None:
 
     said, peft = " ".join(README.split()), "PEFT, 16-bit adapters"
     wide, narrow = "generated for graphs", "generated for graphs, 16-bit adapters"
-    eager, compiled = (
+    ours, graphs = "ours, 16-bit adapters", "ours for graphs, 16-bit adapters"
+    eager, later, compiled = (
         [over(name, "1b", contender, mode) for contender in contenders]
         for name, mode, contenders in (
             ("model_1b_h100.json", "eager", (narrow, wide, peft)),
-            ("model_1b_h200.json", "compiled", (narrow, peft)),
+            ("model_1b_h200.json", "eager", (ours, graphs, peft)),
+            ("model_1b_h200.json", "compiled", (ours, peft)),
         )
     )
     text = "then took {} of the frozen step with 16-bit adapters, {} with fp32 ones, and PEFT {} with 16-bit ones"
     assert text.format(*eager) in said
-    assert "took {} of the compiled frozen one on modules for graphs, PEFT's {} ".format(*compiled) in said
+    assert "ours took {} of the compiled frozen one, PEFT's {} (their spreads overlap)".format(*compiled) in said
     (row,) = results("model_1b_h200.json")["rows"]
+    peaks = [mib(row["results"][name]["eager"]) for name in (ours, graphs, peft, "frozen")]
+    text = "takes {} in eager mode, on modules for graphs {}, and PEFT {}; peaks are {}, {} and {} MiB, the frozen step's {}"
+    assert text.format(*later, *peaks) in said
     gain = row["results"]["frozen"]["compiled"]["over_frozen_eager"]["median"]
     assert f"compiled it takes {gain:.2f} of the eager one" in said
     large = (over("model_graph_h200.json", s, narrow, m) for s in ("13b", "8b") for m in ("eager", "compiled"))
