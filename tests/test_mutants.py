@@ -29,7 +29,7 @@ NAMED = (
 CATEGORIES = {
     *("torch", "dropout", "triton", "launch", "strides", "guards", "casts", "saved", "selection"),
     *("templates", "prices", "biases", "groups", "masks", "schedule", "search", "files", "codes", "eights"),
-    *("experts", "mlps", "norms", "plans"),
+    *("experts", "mlps", "norms", "plans", "rotary"),
 }
 #: Quick ones: of the text that torch runs, of a kernel, of a source file.
 SAMPLE = ("a negative scaling wrong", "every tile is the first one", "a product has half its FLOPs")

@@ -136,7 +136,12 @@ def main(arguments: list[str] | None = None) -> None:
             )
             title = f"plan {number + 1}"
             runs[title] = Step(model, ids)
-            rows[title] = {**asdict(plan.ways), "norms": report.norms, "rotary": report.rotary, "predicted": predicted(plan.estimate)}
+            rows[title] = {
+                **asdict(plan.ways),
+                "norms": report.norms,
+                "rotary": report.rotary,
+                "predicted": predicted(plan.estimate),
+            }
     for run in runs.values():
         run()
         run()

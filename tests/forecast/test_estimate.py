@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from runlora_gen.cost.device import load_device
 from runlora_gen.cost.price import spares
-from runlora_gen.forecast.estimate import Batch, Estimate, estimate
+from runlora_gen.forecast.estimate import START_S, Batch, Estimate, estimate
 from runlora_gen.forecast.gain import gain, keeps
 from runlora_gen.measure.memory import peak_bytes, saved_bytes
 from runlora_gen.request.architecture import Architecture, load_architecture
@@ -146,7 +147,6 @@ def test_the_operators_of_a_layer() -> None:
         )
         return estimate(model, 8, Workload(tokens=(64,)), Batch(1, 64))["frozen"].times.host_s
 
-    from runlora_gen.cost.device import load_device
     from runlora_gen.forecast.plain import PLAIN_HOST
 
     launches = (host_s(3) - host_s(2)) / load_device("h100").host_s / PLAIN_HOST
@@ -196,6 +196,34 @@ def test_norms_that_keep_their_input_as_it_is() -> None:
     assert plain["ours"].memory.forward - lean["ours"].memory.forward == 81 * 4096 * (5120 * 2 + 4)
     wide = Workload(tokens=(4096,), dtype="fp32")
     assert estimate(architecture, 8, wide, batch) == estimate(architecture, 8, replace(wide, norms="none"), batch)
+
+
+def test_rotary_embeddings_in_one_kernel() -> None:
+    """Ours alone, where there are kernels and 16 bits: two passes over queries and keys each way in place of 26."""
+    architecture, batch = load_architecture("llama-13b"), Batch(2, 2048)
+    turned, plain = (
+        estimate(architecture, 8, Workload(tokens=(4096,), rotary=rotary), batch) for rotary in ("auto", "none")
+    )
+    assert turned["frozen"] == plain["frozen"] and turned["peft"] == plain["peft"]
+    assert turned["ours"].memory == plain["ours"].memory
+    assert turned["ours"].times.host_s < plain["ours"].times.host_s
+    h100, both = load_device("h100"), 2 * 4096 * 5120 * 2  # of queries and keys, bytes
+    strided = 26 * both / (0.58 * h100.bytes_per_s)
+    less = (plain["ours"].times.device_s - turned["ours"].times.device_s) / 40
+    assert less == pytest.approx(strided - 4 * both / h100.bytes_per_s, rel=0.1)
+    for fields in ({"dtype": "fp32"}, {"device": "cpu"}, {"kernels": False}):
+        here = Workload(tokens=(4096,), **fields)
+        assert estimate(architecture, 8, here, batch) == estimate(architecture, 8, replace(here, rotary="none"), batch)
+
+
+def test_the_start_of_a_step() -> None:
+    """The device waits for its first launches, but never longer than the host takes; not in a graph, nor on a CPU."""
+    for one in guess(batch={"size": 64}).values():
+        assert one.start_s == START_S and one.time_s == START_S + one.times.device_s > one.times.host_s
+    assert all(one.time_s == one.times.device_s for one in guess(launch="graph").values())
+    assert all(one.start_s == 0 for one in guess(device="cpu", dtype="fp32").values())
+    few = estimate(load_architecture("llama-60m"), 8, Workload(tokens=(8,)), Batch(1, 8))["frozen"]
+    assert few.start_s == min(START_S, few.times.host_s)
 
 
 def test_only_the_targets_have_adapters() -> None:

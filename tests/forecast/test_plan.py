@@ -287,7 +287,8 @@ def test_the_documented_plans_are_those_of_the_result_file() -> None:
     said = " ".join(document.split())
     assert (
         f"peaks are at most {peak_off * 100:.1f} % off, and never above the plan's; "
-        f"times at most {time_off * 100:.1f} %" in said and time_off < 0.05
+        f"times at most {time_off * 100:.1f} %" in said
+        and time_off < 0.05
     )
     assert f"takes {last:.2f} of the frozen step under checkpointing, at a peak that is no higher." in said
     assert rows[-1].measured_bytes <= rows[1].measured_bytes and peak_off < 0.05

@@ -384,6 +384,30 @@ def test_compiled_they_are_the_models_own(package: Any, tokens: Tensor) -> None:
     bitwise(found, compiled_gradients(plain, tokens, fullgraph=True, backend="aot_eager"))
 
 
+def test_compiled_they_are_made_again(package: Any, tokens: Tensor) -> None:
+    """What they give is not kept for the linears that read it: but for the first, before which nothing trains."""
+    model, plain = in_half(), in_half()
+    kept = []
+    for each in (model, plain):
+        package.accelerate(each, strict=True)
+        if each is plain:
+            for norm in norms(each):
+                norm.__class__ = type(norm).replaces
+        torch._dynamo.reset()
+        compiled: Any = torch.compile(each, fullgraph=True, backend="aot_eager")
+        kept.append(saved_bytes(lambda run=compiled: run(tokens, labels=tokens).loss, each.parameters()))
+    assert kept[1] - kept[0] >= 3 * tokens.numel() * HIDDEN * HALF.itemsize
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_exported_they_are_the_models_own(package: Any, strict: bool) -> None:
+    norm: Any = Plain().to(HALF).requires_grad_(False)
+    package.norms.form(nn.Sequential(norm))
+    x = torch.randn(3, HIDDEN, dtype=HALF)
+    exported = torch.export.export(norm, (x,), strict=strict)
+    assert torch.equal(exported.module()(x), Plain.forward(norm, x))
+
+
 def test_an_injected_model(package: Any, tokens: Tensor) -> None:
     model = llama(HALF).train()
     report = package.inject_lora(model, RANK, 8)

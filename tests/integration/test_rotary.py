@@ -179,6 +179,11 @@ IMPOSTORS: dict[str, Callable[..., Any]] = {
     "queries alone": _otherwise(lambda q, k, cos, sin: _turned(q, q, cos, sin)),
     "clamped": _otherwise(lambda q, k, cos, sin: tuple(x.clamp(-4, 4) for x in _turned(q, k, cos, sin))),
     "in float32": _otherwise(lambda q, k, cos, sin: tuple(x.to(q) for x in _turned(q.float(), k.float(), cos, sin))),
+    "with one rounding": _otherwise(
+        lambda q, k, *by: tuple(
+            x.to(torch.promote_types(q.dtype, by[0].dtype)) for x in _turned(*(each.float() for each in (q, k, *by)))
+        )
+    ),
     "wider": _otherwise(lambda q, k, cos, sin: tuple(x.float() for x in _turned(q, k, cos, sin))),
     "a list": _otherwise(lambda q, k, cos, sin: list(_turned(q, k, cos, sin))),
     "half of a head": _otherwise(
@@ -404,7 +409,7 @@ def test_a_kernel_that_errs_is_not_used(package: Any, monkeypatch: pytest.Monkey
         assert package.rotary._agrees(device, HALF) is not bool(changed)
     monkeypatch.setattr(package.rotary, "_AGREES", {})
     monkeypatch.setattr(package.rotary, "_launch", None)
-    assert not package.rotary._agrees(device, HALF) and package.rotary._AGREES == {(device, HALF): False}
+    assert not package.rotary._agrees(device, HALF) and {(device, HALF): False} == package.rotary._AGREES
 
 
 def test_none_are_wished(tmp_path: Path, tokens: Tensor) -> None:

@@ -182,6 +182,17 @@ def test_an_mlp_is_chosen_where_it_takes_no_longer(
     assert (GATE_UP in chosen) is (grouped and factor > 1)
 
 
+@pytest.mark.parametrize("criterion", ["time", "memory"])
+def test_an_mlp_that_takes_longer_is_chosen_for_its_memory(monkeypatch: pytest.MonkeyPatch, criterion: str) -> None:
+    """A group keeps what its linears keep: it is chosen by time all the same."""
+    monkeypatch.setattr(module, "_spared", lambda decision: Times())
+    monkeypatch.setattr(module, "_apart", lambda *_: Times())
+    workload = replace(ON_A100, criterion=criterion)
+    chosen = [site for site, _ in decide_groups_of_step(workload, ARCHITECTURE, 8, 4096)]
+    assert chosen == ([MLP] if criterion == "memory" else [])
+    assert [choice.layer for choice in decide_groups(workload, ARCHITECTURE, 8)] == chosen
+
+
 def test_what_pays_at_some_counts_alone_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """An MLP must pay at all of them; where it does not, its group is kept, which did as well at every one."""
     workload = replace(ON_A100, tokens=(2048, 4096))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 from collections.abc import Callable, Iterable
 
@@ -46,6 +47,7 @@ def held_bytes(forward: Callable[[], object]) -> int:
 
 def _live(step: Callable[[], object]) -> list[int]:
     """Bytes that torch's allocator has handed out on a CPU, above the start, after each time that it does."""
+    gc.collect()  # what else is freed meanwhile would be counted
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     assert profiler.profiler is not None and profiler.profiler.kineto_results is not None

@@ -82,7 +82,7 @@ AT_REST = 1.3
 PATIENCE_S = 60.0
 #: A timing lasts at least so long: shorter ones are repeated.
 LEAST_S = 2e-4
-#: Constants with which a kernel takes so much more are better, where it sums in fewer parts: these are memory of a step.
+#: Constants with which a kernel takes so much more are better, if it sums in fewer parts: these are memory of a step.
 LEAN = 0.1
 #: The largest number of sets of buffers that an operation goes through.
 MOST_SETS = 8

@@ -28,7 +28,8 @@ _Decided: TypeAlias = Callable[[Workload, Sequence[Site], int, int], Sequence[De
 def decide_groups(workload: Workload, architecture: Architecture, rank: int) -> tuple[LayerChoice, ...]:
     """The choice for all that takes no longer together than apart, at all asked token counts: groups, then MLPs.
 
-    It is sought by time, whatever the criterion is of what is chosen then. Of the linears of an MLP there is no group.
+    It is sought by time, whatever the criterion is of what is chosen then; but an MLP keeps less than its linears apart,
+    and is taken where memory is the criterion. Of the linears of an MLP there is no group.
 
     None with ``groups="none"``.
 
@@ -92,14 +93,18 @@ def _paying(
     decided: _Decided,
     apart: Callable[[_Site], Times],
 ) -> dict[_Site, Decision]:
-    """Those that take no longer than what ``apart`` says of them, together with what they spare the model."""
+    """Those that take no longer than what ``apart`` says of them, together with what they spare the model.
+
+    Where memory is what counts also an MLP that takes longer: what they spare would be kept, too.
+    """
     if not found:
         return {}
     decisions = decided(workload, (*found, *alone(architecture, found)), rank, tokens)[: len(found)]
     paying = {}
     for site, decision in zip(found, decisions, strict=True):
         rivals, share = apart(site) + _spared(decision), decision.host_share
-        if decision.chosen.cost.weighted_s(share) <= weighted(rivals.device_s, rivals.host_s, share):
+        spares_memory = workload.criterion == "memory" and isinstance(site, Mlp)
+        if spares_memory or decision.chosen.cost.weighted_s(share) <= weighted(rivals.device_s, rivals.host_s, share):
             paying[site] = decision
     return paying
 
