@@ -362,9 +362,38 @@ def test_wrapped_forwards(package: Any, launches: list[bool]) -> None:
         def forward(self, *given: Any) -> Any:
             return super().forward(*given)
 
-    lost = Lost()
-    package.rotary.form(nn.Sequential(lost))
-    assert type(lost) is Lost
+    class Called:
+        __wrapped__ = Attention.forward
+
+        def __call__(self, *given: Any) -> Any:
+            return given
+
+    class Odd(Attention):
+        forward = Called()
+
+    for kind in (Lost, Odd):
+        module = kind()
+        package.rotary.form(nn.Sequential(module))
+        assert type(module) is kind
+
+
+def test_a_wrapper_whose_cell_is_empty(package: Any) -> None:
+    def hollow(forward: Any) -> Any:
+        if forward is None:
+            later = forward
+
+        @functools.wraps(forward)
+        def wrapper(self: Any, *given: Any) -> Any:
+            return (forward if given else later)(self, *given)
+
+        return wrapper
+
+    class Hollow(Attention):
+        forward = hollow(Attention.forward)
+
+    module = Hollow().to(HALF).to(DEVICE)
+    package.rotary.form(nn.Sequential(module))
+    assert type(module) is not Hollow and module(*operands())
 
 
 def test_hooks_and_forwards_of_their_own(package: Any, launches: list[bool]) -> None:
