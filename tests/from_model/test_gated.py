@@ -62,7 +62,48 @@ def test_of_transformers(model_type: str) -> None:
     assert (mlp.name, mlp.count, mlp.bias, mlp.projections) == ("mlp_64x96", 2, False, (NAMES,))
 
 
-@pytest.mark.parametrize("model_type", ["phi3", "glm4", "gpt2", "opt", "roberta", "starcoder2", "nemotron", "gpt_neox"])
+@pytest.mark.parametrize("model_type", ["phi3", "glm", "glm4"])
+def test_gate_and_up_in_one(model_type: str) -> None:
+    read = live.read_model(build(model_type)).architecture
+    halves = ("gate_up_proj", "gate_up_proj", "down_proj")
+    assert read.gated == (Gated(halves, "silu_gated", (64, 96, 64)),)
+    (mlp,) = mlps(read)
+    assert (mlp.name, mlp.count, mlp.fused, mlp.projections) == ("mlp_64x96", 2, True, (halves,))
+
+
+def _as_they_are(gate: Any, up: Any) -> tuple[Any, Any]:
+    return gate, up
+
+
+class Halves(nn.Module):  # type: ignore[misc]
+    """As Phi-3's."""
+
+    def __init__(self, change: Any = None) -> None:
+        super().__init__()
+        self.gate_up_proj, self.down_proj = nn.Linear(8, 12), nn.Linear(6, 8)
+        self.change = change or _as_they_are
+
+    def forward(self, x: Any) -> Any:
+        gate, up = self.change(*self.gate_up_proj(x).chunk(2, -1))
+        return self.down_proj(F.silu(gate) * up)
+
+
+def _interleaved(gate: Any, up: Any) -> tuple[Any, Any]:
+    both = torch.cat((gate, up), -1)
+    return both[..., ::2], both[..., 1::2]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda gate, up: (up, gate), lambda gate, up: (gate, up + 1), lambda gate, up: (gate, gate), _interleaved],
+    ids=["up first", "shifted", "gate alone", "interleaved"],
+)
+def test_halves_that_are_something_else(change: Any) -> None:
+    assert live._activation_of_mlp(Halves()) == "silu_gated"
+    assert live._activation_of_mlp(Halves(change)) == ""
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "opt", "roberta", "starcoder2", "nemotron", "gpt_neox"])
 def test_others_are_left(model_type: str) -> None:
     assert live.read_model(build(model_type)).architecture.gated == ()
 
@@ -322,7 +363,9 @@ def test_what_does_the_same_is_found(name: str) -> None:
 
 
 def test_names_of_linears() -> None:
-    for names in gated.TRIPLES:
+    *apart, halves = gated.TRIPLES
+    assert halves[0] == halves[1]
+    for names in apart:
         forward = "lambda m, x: m.{2}(F.silu(m.{0}(x)) * m.{1}(x))".format(*names)
         made = type("Named", (nn.Module,), {"forward": eval(forward, {"F": F})})()
         for name in names:
@@ -331,7 +374,7 @@ def test_names_of_linears() -> None:
         assert live._activation_of_mlp(made) == "silu_gated"
         delattr(made, names[2])
         assert gated.triple_of(made) is None and gated.tried_mlp(made) is None
-    assert tuple(names[:2] for names in gated.TRIPLES) == groups._GATE_UP
+    assert tuple(names[:2] for names in apart) == groups._GATE_UP
 
 
 def test_of_an_accelerated_class_what_it_stands_for_is_tried() -> None:

@@ -19,13 +19,14 @@ from runlora_gen.request.architecture import (
     load_architecture,
 )
 from runlora_gen.request.errors import SpecError
+from runlora_gen.request.groups import ungrouped
 from runlora_gen.request.mlps import Mlp, mlps
 from runlora_gen.request.workload import make_workload
 
 NAMES = ("gate_proj", "up_proj", "down_proj")
 OTHER_NAMES = ("w1", "w3", "w2")
-#: Of the catalogue, those without a gate, or with gate and up in one linear.
-WITHOUT = {"gpt2", "opt-350m", "phi-3-mini", "roberta-base", "roberta-large", "vit-base"}
+#: Of the catalogue, those without a gate.
+WITHOUT = {"gpt2", "opt-350m", "roberta-base", "roberta-large", "vit-base"}
 
 
 def triple(
@@ -58,6 +59,29 @@ def architecture(*projections: Projection, gated: tuple[Gated, ...] = (Gated(NAM
 )
 def test_of_models(arch: str, mlp: Mlp) -> None:
     assert mlps(load_architecture(arch)) == (mlp,)
+
+
+def fused(*, wide: int = 48, between: int = 24) -> list[Projection]:
+    both, down = ("gate_up_proj", 16, wide, "mlp"), ("down_proj", between, 16, "mlp hidden")
+    return [Projection(name, i, o, False, 4, read) for name, i, o, read in (both, down)]
+
+
+HALVES = ("gate_up_proj", "gate_up_proj", "down_proj")
+
+
+def test_gate_and_up_may_be_the_halves_of_one_linear() -> None:
+    gated = (Gated(HALVES, "silu_gated"),)
+    model = architecture(*fused(), gated=gated)
+    (mlp,) = mlps(model)
+    assert mlp == Mlp(16, 24, 16, "silu_gated", False, 4, (HALVES,), fused=True)
+    assert mlp.shapes == ((16, 24), (16, 24), (24, 16)) and mlp.held == ((16, 48), (24, 16))
+    assert all(map(mlp.has, model.projections)) and list(map(mlp.reads, model.projections)) == [True, False]
+    assert ungrouped(model, [mlp]) == {(16, 48): 0, (24, 16): 0}
+    assert mlps(architecture(*fused(wide=24), gated=gated)) == mlps(architecture(*fused(wide=46), gated=gated)) == ()
+    assert mlps(replace(model, gated=(Gated(HALVES, "silu_gated", (16, 24, 16)),))) == (mlp,)
+    assert mlps(replace(model, gated=(Gated(HALVES, "silu_gated", (16, 48, 16)),))) == ()
+    (apart,) = mlps(architecture(*triple()))
+    assert apart.held == apart.shapes
 
 
 def test_the_rest_of_the_catalogue() -> None:
@@ -208,7 +232,8 @@ def activations(model_type: str, **fields: object) -> list[str]:
         ("gemma", {"hidden_act": "gelu"}, "gelu_tanh_gated"),
         ("gemma", {"hidden_act": "silu"}, "silu_gated"),
         ("gemma3_text", {"hidden_activation": "silu"}, "silu_gated"),
-        ("phi3", {"hidden_act": "silu"}, None),
+        ("phi3", {"hidden_act": "silu"}, "silu_gated"),
+        ("phi3", {"hidden_act": "relu"}, None),
         ("starcoder2", {"hidden_act": "silu"}, None),
     ],
 )
@@ -240,7 +265,8 @@ def test_what_is_read_as_another_type_must_do_the_same_there(tmp_path: Path) -> 
 @pytest.mark.parametrize("model_type", sorted(data._families()))
 def test_families_with_gate_and_up_say_what_is_between(model_type: str) -> None:
     family = data._families()[model_type]
-    gates = {"gate_proj", "up_proj"} <= {rule.name for rule in family.projections}
+    names = {rule.name for rule in family.projections}
+    gates = {"gate_proj", "up_proj"} <= names or "gate_up_proj" in names
     rules = [rule for rule in family.gated if not rule.model_types or model_type in rule.model_types]
     assert len(rules) == gates
     assert {name for rule in family.gated for name in rule.model_types} <= set(family.model_types)

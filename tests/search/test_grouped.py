@@ -193,6 +193,18 @@ def test_an_mlp_that_takes_longer_is_chosen_for_its_memory(monkeypatch: pytest.M
     assert [choice.layer for choice in decide_groups(workload, ARCHITECTURE, 8)] == chosen
 
 
+def test_of_gate_and_up_in_one_linear() -> None:
+    """Its rivals are that linear and down; with dropout, and on codes, it is not tried."""
+    model = load_architecture("phi-3-mini")
+    (mlp,) = mlps(model)
+    assert mlp.fused and [site for site, _ in decide_groups_of_step(ON_A100, model, 8, 4096)] == [mlp]
+    known = each_alone(model, ON_A100)
+    wide, down = mlp.held
+    assert module._apart(mlp, known) == known[wide] + known[down]
+    for changes in ({"dropout": 0.1}, {"base": "nf4"}):
+        assert decide_groups_of_step(replace(ON_A100, **changes), model, 8, 4096) == ()
+
+
 def test_what_pays_at_some_counts_alone_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """An MLP must pay at all of them; where it does not, its group is kept, which did as well at every one."""
     workload = replace(ON_A100, tokens=(2048, 4096))

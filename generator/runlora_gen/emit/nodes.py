@@ -452,7 +452,7 @@ def _notes(site: Site) -> tuple[str, ...]:
             notes.append(f"Models store {names} as experts x in_features x out_features: pass weight.mT.")
         return tuple(notes)
     else:
-        kinds = "; ".join(listed(names) for names in site.projections)
+        kinds = "; ".join(listed(tuple(dict.fromkeys(names))) for names in site.projections)
         of = "MLPs" if isinstance(site, Mlp) else "groups"
         notes = [f"Serves {kinds} ({site.count} such {of} in the model)."]
         if isinstance(site, Mlp):

@@ -362,7 +362,7 @@ def explain_table(site: Site, rank: int, decision: Decision, *, show_all: bool) 
     setting = decision.setting
     frozen = price_frozen(setting, decision.host_share)
     if isinstance(site, Group | Mlp):
-        served = "; ".join(" with ".join(names) for names in site.projections)
+        served = "; ".join(" with ".join(dict.fromkeys(names)) for names in site.projections)
     else:
         served = ", ".join(site.projections)
     yield Text(

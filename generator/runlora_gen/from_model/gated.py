@@ -53,8 +53,11 @@ class MlpTrial(NamedTuple):
             return _alike(made, (self.y, *self.gradients))
 
 
-#: What models call gate, up and down.
-TRIPLES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"), ("wi_0", "wi_1", "wo"))
+#: What models call gate, up and down; the same where gate and up are the halves of one linear.
+TRIPLES = (
+    *(("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"), ("wi_0", "wi_1", "wo")),
+    ("gate_up_proj", "gate_up_proj", "down_proj"),
+)
 #: In features of the tiny linears, which are the out features, too, and what is between.
 _WIDE, _BETWEEN = 6, 5
 #: Rows go beyond what something may be cut off at.
@@ -132,10 +135,11 @@ def _tried_on(module: Any, names: tuple[str, str, str], device: Any) -> MlpTrial
 
     scales = torch.tensor(_SCALES * 4, dtype=torch.float64, device="cpu")[:, None]
     x, dy = ((draw(len(scales), _WIDE) * scale).to(device) for scale in (scales, 1.0))
-    sizes = ((_BETWEEN, _WIDE), (_BETWEEN, _WIDE), (_WIDE, _BETWEEN))
+    fused = names[0] == names[1]
+    sizes = (*([(2 * _BETWEEN, _WIDE)] if fused else [(_BETWEEN, _WIDE)] * 2), (_WIDE, _BETWEEN))
     tiny = [_Tiny(draw(*size).to(device), draw(size[0]).to(device)) for size in sizes]
     weights = [tensor for linear in tiny for tensor in (linear.weight, linear.bias)]
-    small = copied(module, dict(zip(names, tiny, strict=True)))
+    small = copied(module, dict(zip(dict.fromkeys(names), tiny, strict=True)))
     others = _parts(small, names)
     before = copy.deepcopy([lasting(part) for part in others])
     random = _random_state(device)
@@ -153,14 +157,22 @@ def _tried_on(module: Any, names: tuple[str, str, str], device: Any) -> MlpTrial
                 made.append((y.detach().reshape(x.shape), back[0].reshape(x.shape), *back[1:]))
     with torch.no_grad():
         again = type(small).forward(small, x.clone())
-    if [linear.calls for linear in tiny] != [len(made) + 1] * 3 or not torch.equal(random, _random_state(device)):
+    calls = {linear.calls for linear in tiny}
+    if calls != {len(made) + 1} or not torch.equal(random, _random_state(device)):
         return None
     if not all(_alike(one, made[0]) for one in (*made[1:], (again, *made[0][1:]))):
         return None
     if [lasting(part) for part in others] != before:
         return None
-    y, *gradients = made[0]
-    return MlpTrial(x, dy, tuple(weight.detach() for weight in weights), y, tuple(gradients))
+    y, dx, *gradients = made[0]
+    own, back = tuple(weight.detach() for weight in weights), tuple(gradients)
+    return MlpTrial(x, dy, _apart(own) if fused else own, y, (dx, *(_apart(back) if fused else back)))
+
+
+def _apart(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Those of gate, up and down, of those of both in one and of down."""
+    (gate, up), (gate_bias, up_bias) = (tensor.chunk(2) for tensor in tensors[:2])
+    return gate, gate_bias, up, up_bias, *tensors[2:]
 
 
 def _random_state(device: Any) -> Tensor:

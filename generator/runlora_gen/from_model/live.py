@@ -636,8 +636,9 @@ def _gated(linears: Sequence[_Linear], mlps: Mapping[str, _Mlp]) -> tuple[Gated,
         mlp = mlps.get(parent)
         if mlp is not None and all(name in held for name in mlp.projections):
             gate, up, down = members = [held[name] for name in mlp.projections]
-            sizes = gate.in_features, gate.out_features, down.out_features
-            if (up.in_features, up.out_features, down.in_features) == (*sizes[:2], sizes[1]):
+            sizes = gate.in_features, down.in_features, down.out_features
+            wide = gate.in_features, down.in_features * (2 if gate is up else 1)
+            if all((linear.in_features, linear.out_features) == wide for linear in (gate, up)):
                 alike.setdefault(Gated(mlp.projections, mlp.activation, sizes), []).extend(members)
     of_name = Counter((linear.name, linear.in_features, linear.out_features) for linear in linears)
     return tuple(

@@ -67,10 +67,10 @@ class Gated:
     """MLPs that compute ``down(activate(gate(x), up(x)))`` and nothing else.
 
     Attributes:
-        projections: the names of gate, up and down.
+        projections: the names of gate, up and down; gate and up have one where they are the halves of a linear.
         activation: a key of :data:`~.activations.ACTIVATIONS`.
-        sizes: I of gate and up, their O, and that of down: all linears of these names and sizes are of such MLPs. None
-            where all of these names are.
+        sizes: I of gate and up, I of down and its O: all linears of these names and sizes are of such MLPs. None where
+            all of these names are.
     """
 
     projections: tuple[str, str, str]
@@ -713,7 +713,7 @@ def _gated(family: _Family, config: _Config, model_type: str, linears: Sequence[
             function = rule.default if said is None else said
             activation = activation_of_mlps(rule.read_as.get(function, function))
             if activation is not None and sizes:
-                found.append(Gated((gate, up, down), activation, (*sizes[gate], sizes[down][1])))
+                found.append(Gated((gate, up, down), activation, (sizes[gate][0], *sizes[down])))
     return tuple(found)
 
 

@@ -74,6 +74,11 @@ class Group:
         return f"{self.kind}_{self.in_features}x{'_'.join(map(str, widths))}"
 
     @property
+    def held(self) -> tuple[tuple[int, int], ...]:
+        """The same of the linears that the model has: here they are these."""
+        return self.shapes
+
+    @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
         """(in_features, out_features) of each linear."""
         return tuple((self.in_features, width) for width in self.out_features)
@@ -115,7 +120,7 @@ def ungrouped(architecture: Architecture, grouped: Sequence[Group | Mlp]) -> Map
         shape = projection.in_features, projection.out_features
         left[shape] = left.get(shape, 0) + projection.count
     for group in grouped:
-        for shape in group.shapes:
+        for shape in group.held:
             left[shape] -= group.count
     return left
 

@@ -24,6 +24,7 @@ class Mlp:
         count: how many such MLPs the whole model has.
         projections: the names in the model of gate, up and down, without repeats.
         transposed_weight: names of those whose checkpoint stores the weight as I×O (GPT-2's Conv1D).
+        fused: whether gate and up are the halves of one linear, whose name both have then.
     """
 
     in_features: int
@@ -34,6 +35,7 @@ class Mlp:
     count: int
     projections: tuple[tuple[str, str, str], ...]
     transposed_weight: tuple[str, ...] = ()
+    fused: bool = False
 
     #: What the linears are called in its module.
     linears: ClassVar[tuple[str, str, str]] = ("gate", "up", "down")
@@ -52,6 +54,12 @@ class Mlp:
         return wide, wide, (self.intermediate_features, self.out_features)
 
     @property
+    def held(self) -> tuple[tuple[int, int], ...]:
+        """The same of the linears that the model has."""
+        (in_features, between), up, down = self.shapes
+        return ((in_features, 2 * between), down) if self.fused else ((in_features, between), up, down)
+
+    @property
     def activated(self) -> Activation:
         """What is between."""
         return ACTIVATIONS[self.activation]
@@ -61,7 +69,7 @@ class Mlp:
         return any(
             (projection.name, projection.in_features, projection.out_features) == (name, *shape)
             for names in self.projections
-            for name, shape in zip(names, self.shapes, strict=True)
+            for name, shape in zip(dict.fromkeys(names), self.held, strict=True)
         )
 
     def reads(self, projection: Projection) -> bool:
@@ -79,18 +87,21 @@ def mlps(architecture: Architecture) -> tuple[Mlp, ...]:
     for gated in architecture.gated:
         for linears in _triples(architecture, gated):
             said.setdefault(linears, set()).add(gated.activation)
-    times = Counter(linear for linears in said for linear in linears)
-    found: dict[tuple[int, int, int, str], list[Sequence[Sequence[Projection]]]] = {}
+    times = Counter(linear for linears in said for linear in dict.fromkeys(linears))
+    found: dict[_Key, list[Sequence[Sequence[Projection]]]] = {}
     for linears, activations in said.items():
         activation, *others = activations
         known = not others and activation in ACTIVATIONS and ACTIVATIONS[activation].of_mlps
         members = _members(architecture, linears)
         if known and members and all(times[linear] == 1 for linear in linears):
-            (_, in_features, between), _, (_, _, out_features) = linears
-            found.setdefault((in_features, between, out_features, activation), []).append(members)
+            (_, in_features, _), _, (_, between, out_features) = linears
+            fused = linears[0] == linears[1]
+            found.setdefault((in_features, between, out_features, activation, fused), []).append(members)
     return tuple(_mlp(key, rows) for key, rows in found.items())
 
 
+#: in_features, what is between, out_features, activation; whether gate and up are one linear.
+_Key = tuple[int, int, int, str, bool]
 #: A name, in_features and out_features: a model may have several such linears, which read other things.
 _Linear = tuple[str, int, int]
 
@@ -101,9 +112,10 @@ def _triples(architecture: Architecture, gated: Gated) -> Iterator[tuple[_Linear
     shapes: dict[str, dict[tuple[int, int], None]] = {gate: {}, down: {}}  # in order
     for p in architecture.projections:
         shapes.setdefault(p.name, {})[p.in_features, p.out_features] = None
+    parts = 2 if gate == up else 1
     for first in shapes[gate]:
         for between, out_features in shapes[down]:
-            if between == first[1] and gated.sizes in (None, (*first, out_features)):
+            if parts * between == first[1] and gated.sizes in (None, (first[0], between, out_features)):
                 yield (gate, *first), (up, *first), (down, between, out_features)
 
 
@@ -116,10 +128,15 @@ def _members(architecture: Architecture, linears: tuple[_Linear, _Linear, _Linea
     return members if read[0] == read[1] and sum(p.count for p in gates) == sum(p.count for p in downs) else ()
 
 
-def _mlp(key: tuple[int, int, int, str], rows: Sequence[Sequence[Sequence[Projection]]]) -> Mlp:
+def _mlp(key: _Key, rows: Sequence[Sequence[Sequence[Projection]]]) -> Mlp:
     members = [member for row in rows for some in row for member in some]
+    in_features, between, out_features, activation, fused = key
     return Mlp(
-        *key,
+        in_features,
+        between,
+        out_features,
+        activation,
+        fused=fused,
         bias=any(member.bias for member in members),
         count=sum(gate.count for gates, _, _ in rows for gate in gates),
         projections=tuple(dict.fromkeys((gate[0].name, up[0].name, down[0].name) for gate, up, down in rows)),

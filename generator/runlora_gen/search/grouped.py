@@ -28,7 +28,7 @@ _Decided: TypeAlias = Callable[[Workload, Sequence[Site], int, int], Sequence[De
 def decide_groups(workload: Workload, architecture: Architecture, rank: int) -> tuple[LayerChoice, ...]:
     """The choice for all that takes no longer together than apart, at all asked token counts: groups, then MLPs.
 
-    It is sought by time, whatever the criterion is of what is chosen then; but an MLP keeps less than its linears apart,
+    It is sought by time, whatever the criterion is of what is chosen then; but an MLP keeps less than its linears do,
     and is taken where memory is the criterion. Of the linears of an MLP there is no group.
 
     None with ``groups="none"``.
@@ -114,10 +114,14 @@ def _candidates(workload: Workload, architecture: Architecture) -> tuple[Group, 
 
 
 def _mlps(workload: Workload, architecture: Architecture) -> tuple[Mlp, ...]:
-    """None where a limit on saved bytes is one of each linear."""
+    """None where a limit on saved bytes is one of each linear.
+
+    One linear of gate and up has one mask, or one matrix of codes: with dropout, and on such bases, it is left.
+    """
     if workload.groups == "none" or workload.max_saved_bytes is not None:
         return ()
-    found = mlps(architecture)
+    cut = not (workload.dropout or workload.quantized)
+    found = [mlp for mlp in mlps(architecture) if cut or not mlp.fused]
     # A file is called by the shapes of its module.
     shapes = [mlp.shapes for mlp in found]
     return tuple(mlp for mlp in found if shapes.count(mlp.shapes) == 1)
@@ -135,7 +139,7 @@ def _is_of(group: Together, mlp: Together) -> bool:
 
 def _apart(site: Together, by_shape: Mapping[tuple[int, int], Times]) -> Times:
     """What its linears take where each is computed by itself."""
-    return sum((by_shape[shape] for shape in site.shapes), Times())
+    return sum((by_shape[shape] for shape in site.held), Times())
 
 
 def _spared(decision: Decision) -> Times:

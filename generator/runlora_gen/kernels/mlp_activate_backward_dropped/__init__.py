@@ -17,7 +17,7 @@ KERNEL = replace(
     tiles={"BT": 64, "BI": 64, "CHUNK": 1024, "WARPS": 4, "STAGES": 3},
     candidates=(),
     # A mask and a product more are held, and tiles wait in shared memory.
-    adapted=BACKWARD.adapted | {"BT": "max(16, min(BT, 1024 // BR))"},
+    adapted={**BACKWARD.adapted, "BT": "max(16, min(BT, 1024 // BR))"},
     helpers=BACKWARD.helpers | {"drop"},
     priced_as="mlp_activate_backward",
     drops=True,
