@@ -438,6 +438,7 @@ def test_a_kernel_that_errs_is_not_used(package: Any, monkeypatch: pytest.Monkey
         assert package.rotary._agrees(device, HALF) is not bool(changed)
     monkeypatch.setattr(package.rotary, "_AGREES", {})
     monkeypatch.setattr(package.rotary, "_launch", None)
+    assert package.rotary.count(in_half()) == 0, "none runs so"
     assert not package.rotary._agrees(device, HALF) and {(device, HALF): False} == package.rotary._AGREES
 
 
