@@ -542,6 +542,14 @@ def test_the_other_shape_of_the_readme_s_table() -> None:
     )
 
 
+def test_how_long_a_device_waits_for_a_step_s_first_launches() -> None:
+    steps = [*results("profile_h200.json")["steps"].items(), *results("profile_13b_h200.json")["steps"].items()]
+    waits = [step["ms"] - step["busy_ms"] for name, step in steps if name.endswith("eager")]
+    source = ROOT / "generator" / "runlora_gen" / "forecast" / "estimate.py"
+    said = " ".join(source.read_text(encoding="utf-8").replace("#:", "").split())
+    assert f"took {min(waits):.1f} to {max(waits):.1f} ms longer than their kernels (" in said
+
+
 def test_peaks_of_compiled_steps() -> None:
     def peaks(shape: str) -> list[int]:
         (found,) = (row["results"] for row in results("model_h200.json")["rows"] if row["shape"] == shape)

@@ -29,6 +29,7 @@ from .request.workload import (
     CHOICES,
     DTYPE_NAMES,
     MAX_TOKENS,
+    Workload,
     parse_counts,
     parse_dtype,
     parse_shapes,
@@ -48,6 +49,12 @@ EXIT_BAD_INPUT = 2
 PLAIN_WIDTH, REPORT_WIDTH = 80, 180
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def _chosen(field: str, text: str | None = None) -> Callable[[Command], Command]:
+    """The option of a field of workloads that allows some names; its default is theirs."""
+    names, default = click.Choice(CHOICES[field]), getattr(Workload(), field)
+    return click.option(f"--{field.replace('_', '-')}", type=names, default=default, show_default=True, help=text)
 
 
 _DTYPES = f"[{'|'.join(DTYPE_NAMES)}]"
@@ -111,54 +118,18 @@ _SPEC_OPTIONS = (
         show_default=True,
         help="Of the adapter's input while training: above 0 modules take any rate below 1.",
     ),
-    click.option(
-        "--bias",
-        type=click.Choice(CHOICES["bias"]),
-        default="none",
-        show_default=True,
-        help="Which biases train, as PEFT calls it; lora_bias is that of an adapter.",
-    ),
+    _chosen("bias", "Which biases train, as PEFT calls it; lora_bias is that of an adapter."),
     click.option("--no-input-grad", is_flag=True, help="The input needs no gradient (a first layer)."),
-    click.option("--criterion", type=click.Choice(CHOICES["criterion"]), default="time", show_default=True),
+    _chosen("criterion"),
     click.option("--max-saved-bytes", metavar="N", help="Most that one linear may keep for its backward."),
     click.option(
         "--allow-lossy-merge", is_flag=True, help="Allow merging into 16-bit weights, which drops small updates."
     ),
-    click.option(
-        "--merge-rounding",
-        type=click.Choice(CHOICES["merge_rounding"]),
-        default="nearest",
-        show_default=True,
-        help="Of a weight merged in 16 bits; stochastic keeps small updates on average.",
-    ),
-    click.option(
-        "--launch",
-        type=click.Choice(CHOICES["launch"]),
-        default="eager",
-        show_default=True,
-        help="How steps are launched: compile for torch.compile, graph for CUDA graphs.",
-    ),
-    click.option(
-        "--groups",
-        type=click.Choice(CHOICES["groups"]),
-        default="auto",
-        show_default=True,
-        help="Compute q, k, v and gate, up together where that is priced no higher, or never.",
-    ),
-    click.option(
-        "--norms",
-        type=click.Choice(CHOICES["norms"]),
-        default="auto",
-        show_default=True,
-        help="Let frozen RMSNorms of 16 bits keep their input as it is, or leave them.",
-    ),
-    click.option(
-        "--rotary",
-        type=click.Choice(CHOICES["rotary"]),
-        default="auto",
-        show_default=True,
-        help="Make rotary embeddings of 16 bits in one kernel, or leave them.",
-    ),
+    _chosen("merge_rounding", "Of a weight merged in 16 bits; stochastic keeps small updates on average."),
+    _chosen("launch", "How steps are launched: compile for torch.compile, graph for CUDA graphs."),
+    _chosen("groups", "Compute q, k, v and gate, up together where that is priced no higher, or never."),
+    _chosen("norms", "Let frozen RMSNorms of 16 bits keep their input as it is, or leave them."),
+    _chosen("rotary", "Make rotary embeddings of 16 bits in one kernel, or leave them."),
     click.option(
         "--memory-budget",
         metavar="SIZE",
@@ -184,8 +155,8 @@ def _spec_options(command: Command) -> Command:
 #: Options that are fields of a workload as they are.
 _AS_GIVEN = (
     *("dtype", "adapter_dtype", "train", "criterion", "max_saved_bytes", "allow_lossy_merge", "merge_rounding"),
-    *("base", "bias", "device", "dropout", "float8", "groups", "launch", "memory_budget", "model_type", "norms"),
-    "rotary",
+    *("base", "bias", "device", "dropout", "float8", "groups", "launch", "memory_budget", "model_type"),
+    *("norms", "rotary"),
 )
 
 
@@ -419,7 +390,7 @@ def _without_tokens(command: Command) -> Command:
     """The options of the spec, but for the tokens."""
     for option in reversed(_SPEC_OPTIONS):
         applied = option(command)
-        parameters: list[click.Parameter] = applied.__click_params__  # type: ignore[attr-defined]
+        parameters: list[click.Parameter] = applied.__click_params__
         if parameters[-1].name == "tokens":
             parameters.pop()
     return command

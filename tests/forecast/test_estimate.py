@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
-from check_estimate import RESULTS, RESULTS_OF_BLOCKS, compared, table  # noqa: E402
+from check_estimate import RESULTS, RESULTS_OF_BLOCKS, compared, model, table  # noqa: E402
 
 SIZES = {
     "hidden_size": 96,
@@ -376,3 +376,14 @@ def test_the_documented_table_of_blocks_is_that_of_the_result_file() -> None:
         f"peaks {off * 100:.1f} %." in said
     )
     assert off < 0.05 and max(eight, thirteen) < 0.05
+
+
+def test_what_is_expected_of_rotary_embeddings_in_one_kernel() -> None:
+    workload = Workload(tokens=(16384,), adapter_dtype="bf16", device="h200")
+    (row,) = (row for row in json.loads(RESULTS_OF_BLOCKS.read_text(encoding="utf-8"))["rows"] if row["shape"] == "8b")
+    turned, plain = (
+        estimate(model(row), row["rank"], replace(workload, rotary=rotary), Batch(4, 4096, body=True))["ours"].time_s
+        for rotary in ("auto", "none")
+    )
+    text = f"expects {(plain - turned) * 1e3:.0f} ms of {plain * 1e3:.0f} in"
+    assert text in " ".join((ROOT / "docs" / "with-peft.md").read_text(encoding="utf-8").split())

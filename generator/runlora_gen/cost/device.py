@@ -147,6 +147,11 @@ def has_kernels(workload: Workload) -> bool:
     return workload.kernels and device_for(workload).kernels
 
 
+def turns(workload: Workload) -> bool:
+    """Whether packages make rotary embeddings of 16 bits in one kernel."""
+    return workload.rotary == "auto" and has_kernels(workload)
+
+
 @lru_cache
 def _compiled(device: DeviceProfile) -> DeviceProfile:
     if device.compiled_host_s is None:

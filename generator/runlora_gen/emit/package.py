@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from .. import __version__
-from ..cost.device import has_kernels
+from ..cost.device import turns
 from ..forecast.plan import Plan, plan_for
 from ..request.architecture import GENERATOR, LIVE, Architecture
 from ..request.files import read_text
@@ -184,7 +184,7 @@ def build_package(
         "quantized": workload.quantized,
         "base": workload.stored,
         "norms": workload.norms == "auto",
-        "rotary": workload.rotary == "auto" and has_kernels(workload),
+        "rotary": turns(workload),
         "plan": plan,
         # Whether norms make again what they gave.
         "renorms": plan is not None and steps.renormed is not None and plan.ways.remade + plan.ways.renormed > 0,

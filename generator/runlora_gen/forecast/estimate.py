@@ -14,7 +14,7 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import NamedTuple
 
-from ..cost.device import DeviceProfile, has_kernels
+from ..cost.device import DeviceProfile, turns
 from ..cost.measured import tuned_constants
 from ..cost.passes import Times
 from ..cost.peft import price_peft
@@ -42,9 +42,9 @@ FLASH_FORWARD, FLASH_BACKWARD = 0.68, 0.56
 _PRODUCTS_FORWARD, _PRODUCTS_BACKWARD = 2, 5
 
 
-#: How long the device waits in a step for launches, at most: at first none is on its way, until the host is ahead. What
-#: steps of 3 and 4 layers on an H200 took longer than their kernels, 2.4 to 3.8 ms (tools/results/profile_h200.json,
-#: profile_13b_h200.json).
+#: How long the device waits in a step for launches, at most: at first none is on its way, until the host is ahead.
+#: Eager steps of 3 and 4 layers on an H200 took 2.4 to 4.1 ms longer than their kernels
+#: (tools/results/profile_h200.json, profile_13b_h200.json).
 START_S = 2.5e-3
 
 
@@ -276,8 +276,7 @@ class Steps:
     @property
     def turned(self) -> bool:
         """Whether rotary embeddings are made in one kernel."""
-        workload = self._model.workload
-        return workload.rotary == "auto" and self._model.size < FLOAT and has_kernels(workload)
+        return self._model.size < FLOAT and turns(self._model.workload)
 
     @cached_property
     def _ours(self) -> _Sum:

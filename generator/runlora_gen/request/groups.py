@@ -74,14 +74,14 @@ class Group:
         return f"{self.kind}_{self.in_features}x{'_'.join(map(str, widths))}"
 
     @property
-    def held(self) -> tuple[tuple[int, int], ...]:
-        """The same of the linears that the model has: here they are these."""
-        return self.shapes
-
-    @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
         """(in_features, out_features) of each linear."""
         return tuple((self.in_features, width) for width in self.out_features)
+
+    @property
+    def held(self) -> tuple[tuple[int, int], ...]:
+        """The same of the linears that the model has: here they are these."""
+        return self.shapes
 
     def reads(self, projection: Projection) -> bool:
         """Whether a linear of its reads what it keeps of its input: all do."""
