@@ -465,21 +465,23 @@ def test_on_a_gpu(package: Any, dtype: torch.dtype, rows: int, features: int) ->
     module = Attention().to("cuda", dtype)
     package.rotary.form(nn.Sequential(module))
     assert package.rotary._agrees(torch.device("cuda", 0), dtype)
-    q, k = (
-        torch.randn(3, rows, heads, features, device="cuda", dtype=dtype).transpose(1, 2).requires_grad_()
-        for heads in (5, 2)
-    )
-    angle = torch.randn(3, rows, features, device="cuda") * 9
-    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):  # a capture must not wait for what ran elsewhere, as a backward does for its inputs
+        q, k = (
+            torch.randn(3, rows, heads, features, device="cuda", dtype=dtype).transpose(1, 2).requires_grad_()
+            for heads in (5, 2)
+        )
+        angle = torch.randn(3, rows, features, device="cuda") * 9
+        cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
 
-    def run(turn: Any) -> list[Tensor]:
-        turned = turn(q, k, cos, sin)
-        return [*turned, *torch.autograd.grad(turned, (q, k), [torch.ones_like(each) / 3 for each in turned])]
+        def run(turn: Any) -> list[Tensor]:
+            turned = turn(q, k, cos, sin)
+            return [*turned, *torch.autograd.grad(turned, (q, k), [torch.ones_like(each) / 3 for each in turned])]
 
-    wanted = run(apply_rotary_pos_emb)
-    assert all(torch.equal(one, other) for one, other in zip(run(module), wanted, strict=True))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = run(module)
-    graph.replay()
-    assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+        wanted = run(apply_rotary_pos_emb)
+        assert all(torch.equal(one, other) for one, other in zip(run(module), wanted, strict=True))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            found = run(module)
+        graph.replay()
+        assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
