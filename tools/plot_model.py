@@ -41,7 +41,7 @@ def main() -> None:
         bars = panel.barh([CONTENDERS[name] for name in names], extra, color=["#2a7f62", *["#b8bcc2"] * 3])
         panel.bar_label(bars, fmt="%+.0f %%", padding=2)
         panel.axvline(0, color="black", linewidth=0.8)
-        panel.set_xlim(-28, 50)
+        panel.set_xlim(-40, 50)
         panel.set_title(mode if mode != "checkpointing" else "activation checkpointing")
         panel.spines[["top", "right", "left"]].set_visible(False)
         panel.tick_params(axis="y", length=0)

@@ -134,7 +134,7 @@ def test_a_budget_has_a_plan(run, data: dict) -> None:
     row = next(line.split() for line in lines if line.startswith("plan"))
     assert row[1] == f"{plan['time_us'] / 1e3:.0f}"
     text = " ".join(lines)
-    assert f"The plan, for 33 GiB: {plan['checkpointed']} of 40 layers keep their input alone, in " in text
+    assert f"The plan, for 33 GiB: in {plan['checkpointed']} of 40 layers the input alone is kept, in " in text
     assert f"in {plan['renormed']} more what norms give is made again. " in text
     assert re.search("16 of [0-9]+ plans that no other beats in both, and how many layers do what:", text)
     points = [line.split() for line in lines[-16:]]

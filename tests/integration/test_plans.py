@@ -103,7 +103,7 @@ def test_a_planned_model_computes_what_it_did(planned: Any, tokens: Tensor) -> N
     report = planned.accelerate(model, strict=True)
     assert report.mlps == LAYERS and kinds(model) == PLANNED
     assert report.planned == f"planned: {planned.plan.WAYS}" and str(report).endswith(report.planned)
-    assert "1 of 5 layers keep their input alone, in 2 more gate and up are made again, in 1 more" in report.planned
+    assert "in 1 of 5 layers the input alone is kept, in 2 more gate and up are made again, in 1 more" in report.planned
     same(gradients(model, tokens), wanted)
     assert planned.accelerate(model, strict=True).planned == report.planned and kinds(model) == PLANNED
 

@@ -6,6 +6,7 @@ import copy
 import functools
 import pickle
 import sys
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -113,15 +114,23 @@ def test_it_is_tried_within_a_checkpoint(package: Any, tokens: Tensor, monkeypat
     bitwise(found, gradients(own(copy.deepcopy(model)), tokens))
 
 
-def test_compiled_they_are_the_models_own(package: Any, tokens: Tensor, launches: list[bool]) -> None:
+@pytest.mark.parametrize("long", [True, False])
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
+def test_compiled(
+    package: Any, tokens: Tensor, launches: list[bool], monkeypatch: pytest.MonkeyPatch, long: bool
+) -> None:
+    """They are the kernel's where heads are long, and the model's own where they are short."""
     model = in_half()
     package.accelerate(model, strict=True)
     plain = own(copy.deepcopy(model))
+    assert package.rotary._MOST_FUSED == 2**23
+    if long:
+        monkeypatch.setattr(package.rotary, "_MOST_FUSED", 2 * 9 * 4 * FEATURES - 1)
     torch._dynamo.reset()
     found = compiled_gradients(model, tokens, fullgraph=True, backend="aot_eager")
     torch._dynamo.reset()
     bitwise(found, compiled_gradients(plain, tokens, fullgraph=True, backend="aot_eager"))
-    assert not launches
+    assert launches == ([False, False, True, True] if long else [])
 
 
 #: Of StableLM's heads a quarter is turned.
@@ -261,6 +270,85 @@ def test_of_all_layouts(attention: Any, launches: list[bool], case: str) -> None
         assert torch.equal(one, other) and one.shape == other.shape
     if case != "last is apart":
         assert [each.stride() for each in found] == [each.stride() for each in wanted]
+
+
+def test_patched_after_it_was_compiled(package: Any, attention: Any, launches: list[bool], monkeypatch: Any) -> None:
+    """torch.compile asks what stands there now, and compiles anew."""
+    monkeypatch.setattr(package.rotary, "_MOST_FUSED", 0)
+    monkeypatch.setattr(package.rotary, "_AGREES", {})
+    torch._dynamo.reset()
+    run = torch.compile(lambda *given: attention(*given), fullgraph=True, backend="eager")
+    given = [each.detach() for each in operands()]
+    wanted = apply_rotary_pos_emb(*given)
+    assert all(map(torch.equal, run(*given), wanted)) and launches.pop() is False and package.rotary._AGREES
+    launches.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules[__name__], "apply_rotary_pos_emb", lambda q, k, cos, sin: (k, q))
+        assert torch.equal(run(*given)[0], given[1]) and not launches
+    assert all(map(torch.equal, run(*given), wanted)) and launches
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_exported_they_are_the_models_own(
+    package: Any, attention: Any, launches: list[bool], monkeypatch: Any, strict: bool
+) -> None:
+    """It runs where this package is not."""
+    monkeypatch.setattr(package.rotary, "_MOST_FUSED", 0)
+    given = [each.detach() for each in operands()]
+    exported = torch.export.export(attention, tuple(given), strict=strict)
+    assert not any("rotary" in str(node.target) for node in exported.graph.nodes if node.op == "call_function")
+    assert all(map(torch.equal, exported.module()(*given), apply_rotary_pos_emb(*given))) and not launches
+
+
+def test_a_name_that_is_an_attribute_s_too(package: Any) -> None:
+    """Then the forward is left: one name of its code is for both."""
+
+    class Both(Attention):
+        def forward(self, *given: Any) -> Any:
+            return apply_rotary_pos_emb(*given), getattr(self.apply_rotary_pos_emb, "x", None)
+
+    class Elsewhere(Attention):
+        forward = types.FunctionType(Attention.forward.__code__, {**globals(), "__name__": "elsewhere"})
+
+    for kind in (Both, Elsewhere):
+        module = kind()
+        package.rotary.form(nn.Sequential(module))
+        assert type(module) is kind
+
+
+def test_what_was_compiled_is_launched(package: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By all that Triton looks at; with its arguments in the kernel's order."""
+    module, names = package.rotary, package.rotary._rotary_kernel.arg_names
+    compiled: list[tuple[int, ...]] = []
+    launched: list[dict[str, Any]] = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *given, **options: compiled.append(grid) or Compiled()
+
+    class Compiled:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *given: launched.append({"grid": grid, **dict(zip(names, given, strict=True))})
+
+    monkeypatch.setattr(module, "_rotary_kernel", Kernel())
+    monkeypatch.setattr(module, "_LAUNCHES", {})
+    given = [each.detach() for each in operands(rows=9)]
+    for back in (False, False, True):
+        outputs = module._launch(*given, back)
+    module._launch(*given, True)
+    assert compiled == [(2, 5, 2)] * 2 and [each["BACK"] for each in launched] == [False, True]
+    assert launched[0]["grid"] == compiled[0] and (launched[0]["rows"], launched[0]["heads"]) == (9, 3)
+    assert [launched[0][name] for name in ("HALF", "ROWS", "COLUMNS")] == [FEATURES // 2, 8, FEATURES // 2]
+    for name, tensor in zip(("q", "k", "q_out", "k_out"), (*given[:2], *outputs), strict=True):
+        assert [launched[0][f"{name}_{axis}"] for axis in ("batch", "head", "row")] == [*tensor.stride()[:3]]
+    others = [operands(rows=8), operands(rows=9, batch=1), operands(rows=9, dtype=torch.bfloat16)]
+    shifted = torch.cat((given[2].flatten()[:1], given[2].flatten()))[1:].view_as(given[2])
+    for other in (*others, [*given[:2], shifted, given[3]]):
+        module._launch(*(each.detach() for each in other), False)
+    assert len(compiled) == 6 and len(launched) == 2
+    monkeypatch.setattr(module, "_MOST_LAUNCHES", 6)
+    module._launch(*(each.detach() for each in operands(rows=10)), False)
+    assert len(module._LAUNCHES) == 1
 
 
 def test_second_derivatives(attention: Any, launches: list[bool]) -> None:

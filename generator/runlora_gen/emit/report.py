@@ -290,7 +290,7 @@ def show_ways(plan: Plan) -> str:
     """What layers keep, in words."""
     ways, parts = plan.ways, list[str]()
     for number, does in (
-        (ways.checkpointed, "{} keep their input alone"),
+        (ways.checkpointed, "in {} the input alone is kept"),
         (ways.remade, "in {} gate and up are made again"),
         (ways.renormed, "in {} what norms give is made again"),
     ):

@@ -260,7 +260,10 @@ class Steps:
     def peft(self, ways: Ways | None = None) -> Estimate:
         """In PEFT's order."""
         adapted = {shape: _by_peft(decision.setting) for shape, decision in self._adapted.items()}
-        return self._model.sum(adapted, self._experts[1]).step(ways)
+        # Its adapters keep what they read, after the linear itself has run.
+        last = self._model.last
+        stops = last is not None and last.name not in {p.name for p in self._model.architecture.projections}
+        return self._model.sum(adapted, self._experts[1], stops=stops).step(ways)
 
     def ours(self, ways: Ways | None = None) -> Estimate:
         """On generated modules; ``ways``: which layers keep less, where it is not the batch that says so."""
@@ -406,7 +409,13 @@ class _Model:
     def _flops_per_s(self) -> float:
         return self.device.flops_per_s[self.workload.dtype]
 
-    def products_s(self, ways: Ways) -> float:
+    @property
+    def last(self) -> Projection | None:
+        """The last linear of a layer, whose output nothing keeps; None in a mixture of experts, whose sum keeps it."""
+        wanted = (p for p in self.decoder.projections if p.input == "mlp_hidden")
+        return None if self.decoder.router is not None else next(wanted, None)
+
+    def products_s(self, ways: Ways, stops: bool) -> float:
         """Seconds of a step's large products, by their FLOPs: frozen linears or experts, attention, the head."""
         d, tokens = self.decoder, self.batch.tokens
         each = sum(p.count * p.in_features * p.out_features for p in d.projections)
@@ -414,7 +423,10 @@ class _Model:
         each += sum(stack.count * stack.top_k * stack.in_features * stack.out_features for stack in stacks)
         head = 0 if self.batch.body or d.vocab is None else d.hidden * d.vocab
         again = ways.checkpointed / d.layers
-        linears = 2 * tokens * (each * (2 + again) + 2 * head + ways.remade * 2 * d.hidden * d.intermediate)
+        last = self.last if stops else None
+        computed = each - (0 if last is None else last.count * last.in_features * last.out_features)
+        products = each * 2 + computed * again + 2 * head + ways.remade * 2 * d.hidden * d.intermediate
+        linears = 2 * tokens * products
         forward, backward = self._attention_s
         return linears / self._flops_per_s + d.layers * (forward * (1 + again) + backward)
 
@@ -434,14 +446,28 @@ class _Model:
         frozen: bool = False,
         lean: bool = False,
         turned: bool = False,
+        stops: bool = True,
     ) -> _Sum:
         """One way: ``mixture`` has its experts of a layer, ``frozen`` says that nothing has an adapter.
 
-        ``lean``: whether norms keep their input as it is; ``turned``: whether rotary embeddings are made in one kernel.
+        ``lean``: whether norms keep their input as it is; ``turned``: whether rotary embeddings are made in one kernel;
+        ``stops``: whether a checkpoint that computes a layer again stops before its last linear.
         """
         forward, backward = self._layers(adapted, mixture, grouped, lean, turned)
         layer, moments = self._layer(adapted, mixture, grouped, lean)
-        return _Sum(self, forward, backward, self._ends(lean), layer, moments, 0 if frozen else self._adapters(), lean)
+        adapters = 0 if frozen else self._adapters()
+        return _Sum(self, forward, backward, self._ends(lean), layer, moments, adapters, lean, stops)
+
+    def skipped(self) -> Times:
+        """The last linear and the residual sum of all layers: nothing of them is missing in the backward.
+
+        torch's checkpoints that are not reentrant stop before them, as those of frozen layers and of ours do.
+        """
+        if self.last is None:
+            return Times()
+        linear = self._frozen(self.last.in_features, self.last.out_features, self.last.bias)
+        one = linear.forward + self.plain.passes([3 * self.batch.tokens * self.decoder.hidden * self.size], [], [])
+        return one * self.decoder.layers
 
     # Time
 
@@ -646,16 +672,18 @@ class _Sum:
     moments: tuple[tuple[int, int], ...]
     adapters: int
     lean: bool
+    stops: bool
 
     def step(self, ways: Ways | None = None, remade: Less = Less(), renormed: Less = Less()) -> Estimate:
         """A step; ``ways``: which layers keep less, None for what the batch says; the rest: what they do."""
         count = self.model.decoder.layers
         ways = ways or Ways(checkpointed=count if self.model.batch.checkpointing else 0)
-        backward = self.backward + self.forward * (ways.checkpointed / count)
+        again = self.forward + (self.model.skipped() * -1 if self.stops else Times())
+        backward = self.backward + again * (ways.checkpointed / count)
         times = self.forward + backward + self.ends
         times += (remade.forward + remade.backward) * ways.remade
         times += (renormed.forward + renormed.backward) * (ways.remade + ways.renormed)
-        times += Times(self.model.device.throttled_s(self.model.products_s(ways), times.device_s))
+        times += Times(self.model.device.throttled_s(self.model.products_s(ways, self.stops), times.device_s))
         return Estimate(
             times,
             self._memory(ways, remade + renormed, renormed),
