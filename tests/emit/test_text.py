@@ -385,7 +385,7 @@ def test_two_modules_never_share_operators(with_kernels: Path) -> None:
 def test_no_two_names_give_one_namespace(with_kernels: Path) -> None:
     (value,) = (
         statement.value
-        for statement in ast.parse(with_kernels.read_text(encoding="utf-8")).body
+        for statement in ast.walk(ast.parse(with_kernels.read_text(encoding="utf-8")))
         if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "_NAMESPACE"
     )
     namespace = compile(ast.Expression(value), "namespace", "eval")

@@ -524,6 +524,15 @@ def test_a_kernel_that_errs_is_not_used(package: Any, monkeypatch: pytest.Monkey
         monkeypatch.setattr(package.rotary, "_AGREES", {})
         monkeypatch.setattr(package.rotary, "_launch", lambda *given, by=changed: tuple(x + by for x in real(*given)))
         assert package.rotary._agrees(device, HALF) is not bool(changed)
+    calls: list[bool] = []
+
+    def errs_later(*given: Any) -> Any:
+        calls.append(given[-1])
+        return tuple(x + 2.0**-10 * (len(calls) > 2) for x in real(*given))
+
+    monkeypatch.setattr(package.rotary, "_AGREES", {})
+    monkeypatch.setattr(package.rotary, "_launch", errs_later)
+    assert not package.rotary._agrees(device, HALF), "what was compiled is launched another way than at first"
     monkeypatch.setattr(package.rotary, "_AGREES", {})
     monkeypatch.setattr(package.rotary, "_launch", None)
     assert package.rotary.count(in_half()) == 0, "none runs so"
