@@ -25,7 +25,7 @@ import black
 import pytest
 from runlora_gen.cost import device
 from runlora_gen.cost.device import load_device
-from runlora_gen.emit.package import OF_EXPERTS, OF_MODELS
+from runlora_gen.emit.package import OF_EXPERTS, OF_KERNELS, OF_MODELS
 from runlora_gen.emit.render import MARKER, OUTPUT_LICENCE, SHARED, template_folder
 from runlora_gen.emit.style import DEFAULT_LINE_LENGTH, Style
 from runlora_gen.request.architecture import Projection
@@ -121,6 +121,8 @@ def is_folder(made: Path) -> bool:
 
 #: What proves a package.
 TESTS = ("test_equivalence.py", "test_experts.py")
+#: Of norms and of rotary embeddings.
+KERNELS = {f"{name}.py" for name in OF_KERNELS}
 
 
 def shared_files(made: Path) -> set[str]:
@@ -140,13 +142,13 @@ def test_files_are_those_of_the_contract(made: Path) -> None:
     rest = {"manifest.json", "py.typed", "test_equivalence.py", *(f"{name}.py" for name in OF_MODELS)}
     workload = manifest["workload"]
     if workload["kernels"] and load_device(workload["device"]).kernels:
-        rest.add("rotary.py")
+        rest |= KERNELS
     if groups:
         rest.add("groups.py")
     if experts:
         rest |= {"test_experts.py", *(f"{name}.py" for name in OF_EXPERTS)}
     if is_folder(made):
-        has_kernels = any("@triton.jit" in text for name, text in sources(made).items() if name != "rotary.py")
+        has_kernels = any("@triton.jit" in text for name, text in sources(made).items() if name not in KERNELS)
         has = {"kernels": has_kernels, "quantized": False, "routing": bool(experts)}
         rest |= {f"{name}.py" for name in SHARED if has.get(name, True)}
     assert {path.name for path in made.iterdir()} == modules | rest
@@ -352,7 +354,7 @@ def test_every_module_says_what_it_is(made: Path, request: pytest.FixtureRequest
 
 
 def test_the_specs_have_kernels_and_have_none(made: Path, request: pytest.FixtureRequest) -> None:
-    text = "".join(text for name, text in sources(made).items() if name != "rotary.py")
+    text = "".join(text for name, text in sources(made).items() if name not in KERNELS)
     if request.node.callspec.id in ("kernels", "folder with kernels", "plain"):
         assert ("@triton.jit" in text) == (request.node.callspec.id != "plain")
 

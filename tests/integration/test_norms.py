@@ -423,17 +423,17 @@ class Kernels:
 
     def __init__(self, package: Any, monkeypatch: pytest.MonkeyPatch, factor: float = 1.0) -> None:
         self.calls, self.norms, self.factor = [], package.norms, factor
-        monkeypatch.setattr(package.norms, "_is_fused", lambda x: x.is_contiguous())
+        monkeypatch.setattr(package.norms, "_is_fused", lambda x, kind: not kind.offset and x.is_contiguous())
         monkeypatch.setattr(package.norms, "_fused", self.forward)
         monkeypatch.setattr(package.norms, "_fused_backward", self.backward)
 
-    def forward(self, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, weight: Tensor, kind: Any) -> tuple[Tensor, Tensor]:
         self.calls.append("forward")
-        y, rstd = torch.ops.aten._fused_rms_norm(x, weight.shape, weight, eps)
+        y, rstd = torch.ops.aten._fused_rms_norm(x, weight.shape, weight, kind.eps)
         assert rstd.dtype == torch.float32 and rstd.shape == (*x.shape[:-1], 1)
         return y, rstd
 
-    def backward(self, dY: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
+    def backward(self, dY: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, kind: Any) -> Tensor:
         self.calls.append("backward")
         normed, gradient = x.float() * rstd, dY.float() * weight.float() * self.factor
         return ((gradient - normed * (gradient * normed).mean(-1, keepdim=True)) * rstd).to(x.dtype)
@@ -463,13 +463,13 @@ def test_kernels_that_err_are_not_used(package: Any, monkeypatch: pytest.MonkeyP
         with monkeypatch.context() as patch:
             Kernels(package, patch, factor)
             patch.setattr(package.norms, "_AGREE", {})
-            assert package.norms._agree(cpu, HALF) is agrees
-            assert {(cpu, HALF): agrees} == package.norms._AGREE
+            assert package.norms._agree(cpu, HALF, 0.0) is agrees
+            assert {(cpu, HALF, 0.0): agrees} == package.norms._AGREE
     with monkeypatch.context() as patch:
         Kernels(package, patch)
         patch.setattr(package.norms, "_fused_backward", torch.ops.aten._fused_rms_norm_backward)  # for no CPU
         patch.setattr(package.norms, "_AGREE", {})
-        assert not package.norms._agree(cpu, HALF)
+        assert not package.norms._agree(cpu, HALF, 0.0)
 
 
 def test_none_are_wished(tmp_path: Path, tokens: Tensor) -> None:
@@ -504,7 +504,7 @@ def test_torchs_own_kernels(package: Any, dtype: torch.dtype, features: int) -> 
     x = (torch.randn(scales.shape[0], features, device="cuda") * scales).to(dtype).requires_grad_()
     dY = torch.randn_like(x)
     y, own = norm(x), plain(x)
-    assert package.norms._is_fused(x) and "_RMSNorm" in type(y.grad_fn).__name__
+    assert package.norms._is_fused(x, package.norms.Kind(norm.eps, 0.0)) and "_RMSNorm" in type(y.grad_fn).__name__
     wide = x.detach().double().requires_grad_()
     exact = norm.weight.double() * wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.eps)
     (exact_back,) = torch.autograd.grad(exact, wide, dY.double())

@@ -331,7 +331,7 @@ def test_what_was_compiled_is_launched(package: Any, monkeypatch: pytest.MonkeyP
             return lambda *given: launched.append({"grid": grid, **dict(zip(names, given, strict=True))})
 
     monkeypatch.setattr(module, "_rotary_kernel", Kernel())
-    monkeypatch.setattr(module, "_LAUNCHES", {})
+    monkeypatch.setattr(package.launches, "LAUNCHES", {})
     given = [each.detach() for each in operands(rows=9)]
     for back in (False, False, True):
         outputs = module._launch(*given, back)
@@ -346,9 +346,9 @@ def test_what_was_compiled_is_launched(package: Any, monkeypatch: pytest.MonkeyP
     for other in (*others, [*given[:2], shifted, given[3]]):
         module._launch(*(each.detach() for each in other), False)
     assert len(compiled) == 6 and len(launched) == 2
-    monkeypatch.setattr(module, "_MOST_LAUNCHES", 6)
+    monkeypatch.setattr(package.launches, "MOST_LAUNCHES", 6)
     module._launch(*(each.detach() for each in operands(rows=10)), False)
-    assert len(module._LAUNCHES) == 1
+    assert len(package.launches.LAUNCHES) == 1
 
 
 def test_second_derivatives(attention: Any, launches: list[bool]) -> None:

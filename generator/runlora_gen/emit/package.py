@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from .. import __version__
-from ..cost.device import turns
+from ..cost.device import has_kernels, turns
 from ..forecast.plan import Plan, plan_for
 from ..request.architecture import GENERATOR, LIVE, Architecture
 from ..request.files import read_text
@@ -37,8 +37,7 @@ from .report import SCHEMA_VERSION, choice_data, plan_data, plan_lines, planned_
 from .style import Style, style_of
 
 #: The files of a package that put its modules into a model, ``norms`` unless they are not wished, and ``copies`` for
-#: these, MLPs and ``rotary``, which is one more where there are kernels; ``groups`` and ``mlps`` are where there are
-#: some, ``plan`` where there is a budget.
+#: these, MLPs and ``rotary``; ``groups`` and ``mlps`` are where there are some, ``plan`` where there is a budget.
 OF_MODELS = (
     "__init__",
     "adapters",
@@ -51,6 +50,8 @@ OF_MODELS = (
     "warmup",
     "with_peft",
 )
+#: The same where there are kernels: of norms and of rotary embeddings, and what both have in common.
+OF_KERNELS = ("launches", "norm_kernels", "rotary")
 #: The same of stacks of experts.
 OF_EXPERTS = ("experts", "experts_with_peft", "inject_experts")
 #: Where the manifest's JSON Schema is published, beside this file.
@@ -169,6 +170,8 @@ def build_package(
     rendered = {f"{node.name}.py": render_module(node, header) for node in every}
     shared = _shared(every, header) if layout == FOLDER else {}
     chained = any(node.handing for node in stacks)
+    # A kernel is for norms whose weight has an offset; torch has one for those without.
+    norm_kernels, rotary = workload.norms == "auto" and has_kernels(workload), turns(workload)
     context = {
         "header": header,
         "title": architecture.slug,
@@ -184,7 +187,9 @@ def build_package(
         "quantized": workload.quantized,
         "base": workload.stored,
         "norms": workload.norms == "auto",
-        "rotary": turns(workload),
+        "rotary": rotary,
+        "norm_kernels": norm_kernels,
+        "launches": norm_kernels or rotary,
         "plan": plan,
         # Whether norms make again what they gave.
         "renorms": plan is not None and steps.renormed is not None and plan.ways.remade + plan.ways.renormed > 0,
@@ -197,12 +202,12 @@ def build_package(
     }
     rendered |= {f"{name}.py": text for name, text in shared.items()}
     unneeded = {"norms"} if workload.norms == "none" else set()
-    unneeded |= {"copies"} if unneeded and not (mlps or context["rotary"]) else set()
+    unneeded |= {"copies"} if unneeded and not (mlps or rotary) else set()
     in_models = (
         *(name for name in OF_MODELS if name not in unneeded),
         *(["groups"] if groups or mlps else []),
         *(["mlps"] if mlps else []),
-        *(["rotary"] if context["rotary"] else []),
+        *(name for name in OF_KERNELS if context[name]),
         *(["plan"] if plan is not None else []),
         *(OF_EXPERTS if stacks else ()),
     )
