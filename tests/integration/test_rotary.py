@@ -336,9 +336,9 @@ def test_what_was_compiled_is_launched(package: Any, monkeypatch: pytest.MonkeyP
     for back in (False, False, True):
         outputs = module._launch(*given, back)
     module._launch(*given, True)
-    assert compiled == [(2, 5, 2)] * 2 and [each["BACK"] for each in launched] == [False, True]
+    assert compiled == [(1, 5, 2)] * 2 and [each["BACK"] for each in launched] == [False, True]
     assert launched[0]["grid"] == compiled[0] and (launched[0]["rows"], launched[0]["heads"]) == (9, 3)
-    assert [launched[0][name] for name in ("HALF", "ROWS", "COLUMNS")] == [FEATURES // 2, 8, FEATURES // 2]
+    assert [launched[0][name] for name in ("HALF", "ROWS", "COLUMNS")] == [FEATURES // 2, 32, FEATURES // 2]
     for name, tensor in zip(("q", "k", "q_out", "k_out"), (*given[:2], *outputs), strict=True):
         assert [launched[0][f"{name}_{axis}"] for axis in ("batch", "head", "row")] == [*tensor.stride()[:3]]
     others = [operands(rows=8), operands(rows=9, batch=1), operands(rows=9, dtype=torch.bfloat16)]
