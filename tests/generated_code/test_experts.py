@@ -153,7 +153,7 @@ def test_every_kernel_is_proved(tmp_path: Path, site: str) -> None:
     launched = {name for name in KERNELS if hasattr(module, f"_launch_{name}")}
     assert launched == {op.kernel for op in operations_of(setting.derivation) if isinstance(op, Fused)}
     (path,) = (path for path in (tmp_path / site).iterdir() if path.suffix == ".py")
-    assert proved(path, proof.KERNELS, 4, covering) == 4
+    assert proved(path, proof.KERNELS, 3, covering) == 4
 
 
 @pytest.mark.skipif(not os.environ.get("RUNLORA_LONG"), reason="takes minutes: set RUNLORA_LONG=1")
