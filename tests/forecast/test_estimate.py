@@ -62,7 +62,7 @@ RENAMED = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is depre
 
 
 @RENAMED
-@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma", "gemma3_text"])
 def test_what_the_forward_keeps(model_type: str, tmp_path: Path) -> None:
     """Frozen and with PEFT: the bytes that autograd saves, but for the tables of sines and a few numbers."""
     peft = pytest.importorskip("peft")
@@ -79,10 +79,11 @@ def test_what_the_forward_keeps(model_type: str, tmp_path: Path) -> None:
 
 
 @RENAMED
+@pytest.mark.parametrize("model_type", ["llama", "gemma", "gemma3_text"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_peak_of_a_step(checkpointing: bool, tmp_path: Path) -> None:
+def test_the_peak_of_a_step(model_type: str, checkpointing: bool, tmp_path: Path) -> None:
     """Forward and backward of a whole model with head and loss, as torch's allocator sees it."""
-    model = built("llama")
+    model = built(model_type)
     step = forward(model)
     if checkpointing:
         model.train()
@@ -90,12 +91,12 @@ def test_the_peak_of_a_step(checkpointing: bool, tmp_path: Path) -> None:
     step().loss.backward()
     peak = peak_bytes(lambda: step().loss.backward(), torch.device("cpu"))
     batch = replace(BATCH, checkpointing=checkpointing)
-    found = estimate(read("llama", tmp_path), 4, Workload(tokens=(80,)), batch)
+    found = estimate(read(model_type, tmp_path), 4, Workload(tokens=(80,)), batch)
     assert found["frozen"].memory.step == pytest.approx(peak, rel=0.1)
 
 
 def test_weights_and_adapters(tmp_path: Path) -> None:
-    for model_type in ("llama", "qwen3", "qwen2", "mistral"):
+    for model_type in ("llama", "qwen3", "qwen2", "mistral", "gemma", "gemma3_text"):
         found = estimate(read(model_type, tmp_path), 4, Workload(tokens=(80,)), BATCH)
         model = built(model_type)
         assert found["frozen"].memory.weights == sum(p.numel() for p in model.parameters()) * 2
@@ -118,14 +119,15 @@ class _Operators(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_the_operators_of_a_layer() -> None:
+@pytest.mark.parametrize("model_type", ["llama", "gemma", "gemma3_text"])
+def test_the_operators_of_a_layer(model_type: str, tmp_path: Path) -> None:
     """As many as the dispatcher sees in one more layer, forward and backward."""
-    pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers")
 
     def counted(count: int) -> tuple[int, int]:
-        transformers = pytest.importorskip("transformers")
-        config = transformers.LlamaConfig(**{**SIZES, "num_hidden_layers": count}, use_cache=False)
-        model = transformers.LlamaModel(config).to(torch.bfloat16).requires_grad_(False)
+        sizes = {**SIZES, "num_hidden_layers": count}
+        config = transformers.AutoConfig.for_model(model_type, **sizes, attn_implementation="sdpa", use_cache=False)
+        model = transformers.AutoModel.from_config(config).to(torch.bfloat16).requires_grad_(False)
         x = torch.randn(2, 8, SIZES["hidden_size"], dtype=torch.bfloat16, requires_grad=True)
         with _Operators() as there:
             y = model(inputs_embeds=x).last_hidden_state
@@ -134,7 +136,7 @@ def test_the_operators_of_a_layer() -> None:
         return there.count, back.count
 
     two, three = counted(2), counted(3)
-    architecture = load_architecture("llama-250m")
+    architecture = read(model_type, tmp_path)
     decoder = architecture.decoder
     assert decoder is not None
 
@@ -224,6 +226,13 @@ def test_that_a_checkpoint_stops_is_counted() -> None:
     flops = 2 * 4096 * down.count * down.in_features * down.out_features
     product = flops / load_device("h100").flops_per_s["bf16"]
     more = {way: again(way, "q_proj", "down_proj") - again(way, "q_proj") for way in ("frozen", "peft", "ours")}
+    normed = replace(whole, decoder=replace(whole.decoder, post_norms=True))
+    stopped, through = (
+        estimate(each, 8, workload, replace(batch, checkpointing=True))["frozen"].times.device_s
+        - estimate(each, 8, workload, batch)["frozen"].times.device_s
+        for each in (whole, normed)
+    )
+    assert through - stopped > product, "a norm reads what down gave"
     assert more["frozen"] == 0 and 0 < more["ours"] < 0.2 * product and 1 < more["peft"] / product < 1.5
 
 

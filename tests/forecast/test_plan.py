@@ -206,18 +206,20 @@ HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24}
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.* is deprecated:FutureWarning")
 @pytest.mark.parametrize(
-    ("budget", "ways", "dtype"),
+    ("budget", "ways", "dtype", "family"),
     [
-        ("20MiB", Ways(), "bfloat16"),
-        ("7MiB", Ways(0, 2, 1), "bfloat16"),
-        ("6MiB", Ways(0, 4), "bfloat16"),
-        ("5MiB", Ways(1, 4, 1), "bfloat16"),
-        ("20MiB", Ways(), "float16"),
-        ("5MiB", Ways(0, 5), "float16"),
+        ("20MiB", Ways(), "bfloat16", "Llama"),
+        ("7MiB", Ways(0, 2, 1), "bfloat16", "Llama"),
+        ("6MiB", Ways(0, 4), "bfloat16", "Llama"),
+        ("5MiB", Ways(1, 4, 1), "bfloat16", "Llama"),
+        ("20MiB", Ways(), "float16", "Llama"),
+        ("5MiB", Ways(0, 5), "float16", "Llama"),
+        ("8MiB", Ways(0, 2, 1), "bfloat16", "Gemma3Text"),
+        ("6MiB", Ways(0, 4), "bfloat16", "Gemma"),
     ],
 )
 def test_the_peak_of_a_planned_step(
-    budget: str, ways: Ways, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    budget: str, ways: Ways, dtype: str, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a model of Transformers, as torch's allocator sees it."""
     if dtype == "bfloat16":  # whose kernels run on no CPU: there gradients take the place of nothing that was kept
@@ -226,17 +228,19 @@ def test_the_peak_of_a_planned_step(
         pytest.importorskip("triton", minversion="3.4")
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(**SIZES, **HEADS, use_cache=False, attn_implementation="sdpa")
-    model = transformers.LlamaForCausalLM(config).to(getattr(torch, dtype))
+    config = getattr(transformers, f"{family}Config")(**SIZES, **HEADS, use_cache=False, attn_implementation="sdpa")
+    kind = getattr(transformers, f"{family.removesuffix('Text')}ForCausalLM")
+    model = kind(config).to(getattr(torch, dtype))
     model = peft.get_peft_model(
         model, peft.LoraConfig(r=4, target_modules="all-linear"), autocast_adapter_dtype=False
     ).train()
     options = {"tokens": 256, "sequence": 64, "device": "a100", "launch": "graph"}
     report = runlora_gen.accelerate(model, tmp_path, memory_budget=budget, **options)
     assert report.planned.endswith(f" of {budget[:-3]} MiB at 256 tokens, without the optimizer")
-    package = runlora_gen.into_model.packages.imported(tmp_path / "llama_r4")
+    (folder,) = report.folders
+    package = runlora_gen.into_model.packages.imported(folder)
     plan = package.plan
-    assert ways is None or (ways.checkpointed, ways.remade) == (plan.CHECKPOINTED, plan.REMADE)
+    assert (ways.checkpointed, ways.remade) == (plan.CHECKPOINTED, plan.REMADE)
     ids = torch.randint(SIZES["vocab_size"], (4, 64))
 
     def step() -> None:

@@ -305,7 +305,7 @@ def test_norms_that_keep_more_are_said(planned: Any) -> None:
                 module.to(dtype)
         for norm in norms_of(layers(model)[2]) if running else ():
             norm.weight.requires_grad_(True)
-        said = f"counts on norms that keep their input as it is, two a layer, and {running + bool(running)} do"
+        said = f"counts on norms that keep their input as it is, 2 a layer, and {running + bool(running)} do"
         with pytest.warns(UserWarning, match=said):
             planned.accelerate(model, strict=True)
     model = with_lora(llama(torch.bfloat16, num_hidden_layers=LAYERS), autocast_adapter_dtype=False)

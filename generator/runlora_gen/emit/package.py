@@ -193,7 +193,8 @@ def build_package(
         "plan": plan,
         # Whether norms make again what they gave.
         "renorms": plan is not None and steps.renormed is not None and plan.ways.remade + plan.ways.renormed > 0,
-        # Whether it counts on norms that keep their input as it is.
+        # Whether it counts on norms that keep their input as it is, and how many a layer has.
+        "norms_of_layer": 0 if architecture.decoder is None else architecture.decoder.norms,
         "lean": plan is not None and steps.lean,
         "plan_lines": [] if plan is None else plan_lines(plan, workload),
         "plan_ways": "" if plan is None else planned_ways(plan, workload),

@@ -14,7 +14,7 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import NamedTuple
 
-from ..cost.device import DeviceProfile, turns
+from ..cost.device import DeviceProfile, has_kernels, turns
 from ..cost.measured import tuned_constants
 from ..cost.passes import Times
 from ..cost.peft import price_peft
@@ -411,9 +411,10 @@ class _Model:
 
     @property
     def last(self) -> Projection | None:
-        """The last linear of a layer, whose output nothing keeps; None in a mixture of experts, whose sum keeps it."""
+        """The last linear of a layer, whose output nothing keeps; None where a norm, or the sum of experts, does."""
         wanted = (p for p in self.decoder.projections if p.input == "mlp_hidden")
-        return None if self.decoder.router is not None else next(wanted, None)
+        keeps = self.decoder.router is not None or self.decoder.post_norms
+        return None if keeps else next(wanted, None)
 
     def products_s(self, ways: Ways, stops: bool) -> float:
         """Seconds of a step's large products, by their FLOPs: frozen linears or experts, attention, the head."""
@@ -505,21 +506,23 @@ class _Model:
 
     @property
     def fused(self) -> bool:
-        """Whether a norm that keeps its input as it is runs in torch's kernels, and not in its operators."""
-        return self.device.kernels
+        """Whether a norm that keeps its input as it is runs in kernels: torch's, or a package's."""
+        return has_kernels(self.workload) if self.decoder.wide_norms else self.device.kernels
 
     def norm(self, features: int, lean: bool) -> tuple[Times, Times]:
-        """``LlamaRMSNorm`` on all tokens, forward and backward; ``lean``: as generated packages run it."""
+        """``LlamaRMSNorm``, or Gemma's, on all tokens, forward and backward; ``lean``: as generated packages run it."""
         n, s, f = self.batch.tokens * features, self.size, FLOAT
         if lean and self.fused:  # an autograd function around each takes the host as long as two operators
             return self.plain.passes([2 * s * n], launches=2), self.plain.passes([3 * s * n], launches=2)
         cast = [n * (s + f)] if s != f else []
+        wide = self.decoder.wide_norms
+        weighed = 2 * (f if wide else s) * n
         forward = self.plain.passes(
-            [2 * f * n, f * n], [2 * f * n, 2 * s * n], [*cast, *cast], launches=2
+            [2 * f * n, f * n], [2 * f * n, weighed], [*cast, *cast], launches=4 if wide else 2
         )  # pow, mean; * rsqrt, weight *
         backward = self.plain.passes(
             [3 * f * n, f * n, 2 * f * n, 2 * f * n, 3 * f * n, 3 * f * n],  # to rsqrt; pow's; the sum
-            [2 * s * n, 2 * f * n, f * n],  # to weight *, to * rsqrt, mean's
+            [weighed, 2 * f * n, f * n],  # to weight *, to * rsqrt, mean's
             [*cast, *cast],
             launches=3,
         )
@@ -530,7 +533,7 @@ class _Model:
         d, tokens, s = self.decoder, self.batch.tokens, self.size
         hidden, inner = tokens * d.hidden, tokens * d.intermediate
         forward, backward = Times(), Times()
-        normed = [d.hidden, d.hidden]
+        normed = [d.hidden] * d.norms
         heads = [d.heads * d.head_dim, d.kv_heads * d.head_dim]
         for features in (*normed, *(heads if d.head_norms else ())):
             there, back = self.norm(features, lean)
@@ -573,7 +576,7 @@ class _Model:
         """What a frozen layer keeps for its backward: of what its modules save each storage once."""
         d, tokens, s = self.decoder, self.batch.tokens, self.size
         q, kv = d.heads * d.head_dim, d.kv_heads * d.head_dim
-        norms = 2 * self.norm_bytes(d.hidden, lean)
+        norms = d.norms * self.norm_bytes(d.hidden, lean)
         if d.head_norms:
             norms += self.norm_bytes(q, lean, d.heads) + self.norm_bytes(kv, lean, d.kv_heads)
         attention = s * tokens * (2 * q + 2 * kv) + FLOAT * tokens * d.heads  # q, k, v, output; logsumexp
@@ -583,7 +586,13 @@ class _Model:
     def norm_bytes(self, features: int, lean: bool, rows: int = 1) -> int:
         """What a norm keeps, of so many rows a token: its input in float32, or as it is, and of each row its rsqrt."""
         each = self.size * features if lean else FLOAT * features
-        return self.batch.tokens * (each + (0 if lean and not self.fused else FLOAT * rows))
+        weight = FLOAT * features // rows if self.decoder.wide_norms and not lean else 0  # 1 + weight
+        return self.batch.tokens * (each + (0 if lean and not self.fused else FLOAT * rows)) + weight
+
+    def norm_made(self, lean: bool) -> int:
+        """Bytes of a norm's backward beside what it has kept: five tensors in float32; or three, or its gradient."""
+        hidden = self.batch.tokens * self.decoder.hidden
+        return 5 * FLOAT * hidden if not lean else self.size * hidden if self.fused else 3 * FLOAT * hidden
 
     def _layer(
         self,
@@ -601,14 +610,21 @@ class _Model:
         if mixture is not None:
             return layer + mixture.kept, mixture.moments
         if mlps:
-            return layer, ((0, max(linears.workspace for linears in mlps)),)
+            return layer, self._normed(lean, (0, max(linears.workspace for linears in mlps)))
         down = self._kept(adapted, {}, "mlp_hidden") // d.layers
         readers = self._read("mlp_hidden") if adapted else []
         workspace = max((adapted[p.in_features, p.out_features].workspace for p in readers), default=0)
         # Of a quantized base the weight is there while it is read.
         made = s * d.intermediate * d.hidden if self.workload.quantized else 0
         # dX of the last linear, and the gradients of gate and up before silu's.
-        return layer, ((down, 3 * inner + made), (0, inner + max(workspace, made)))
+        return layer, self._normed(lean, (down, 3 * inner + made), (0, inner + max(workspace, made)))
+
+    def _normed(self, lean: bool, *moments: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+        """Moments of a layer's backward, after that of the norm of what its MLP gives, where there is one."""
+        if not self.decoder.post_norms:
+            return moments
+        kept = self.norm_bytes(self.decoder.hidden, lean)
+        return (0, self.norm_made(lean)), *((kept + gone, beside) for gone, beside in moments)
 
     def _read(self, name: str) -> list[Projection]:
         return [projection for projection in self.architecture.projections if projection.input == name]
@@ -632,7 +648,7 @@ class _Model:
     def weights(self) -> int:
         """Bytes of the base model."""
         d = self.decoder
-        norms = (2 * d.layers + 1) * d.hidden + (2 * d.layers * d.head_dim if d.head_norms else 0)
+        norms = (d.norms * d.layers + 1) * d.hidden + (2 * d.layers * d.head_dim if d.head_norms else 0)
         ends = 0 if d.vocab is None else d.vocab * d.hidden * (1 if d.tied else 2)
         weights = sum(p.count * p.out_features * p.in_features for p in d.projections)
         biases = sum(p.count * p.out_features * p.bias for p in d.projections)
@@ -707,9 +723,7 @@ class _Sum:
             kinds += [(kept, less.again)] if number else []
         output = s * (hidden + logits)  # the model's, which whoever called it holds
         last = model.norm_bytes(d.hidden, self.lean)
-        # The last norm's backward: five tensors in float32 beside what it has kept; or three, or its gradient alone.
-        beside = 5 * FLOAT * hidden if not self.lean else s * hidden if model.fused else 3 * FLOAT * hidden
-        moments = [(kept + last, output + beside)]
+        moments = [(kept + last, output + model.norm_made(self.lean))]
         for within, again in kinds:
             moments += [(within - gone, output + s * hidden + again + more) for gone, more in self.moments]
         if logits:  # the loss's backward: log_softmax, its gradient and that of its input

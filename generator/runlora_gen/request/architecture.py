@@ -315,6 +315,8 @@ def _decoder_of_manifest(config: _Config) -> Decoder | None:
             layers=row.size("layers", MAX_LAYERS),
             **{name: row.size(name) for name in sizes},
             head_norms=row.values.get("head_norms") is True,
+            post_norms=row.values.get("post_norms") is True,
+            wide_norms=row.values.get("wide_norms") is True,
             vocab=None if vocab is None else row.size("vocab"),
             tied=row.values.get("tied") is True,
             projections=linears,
@@ -435,6 +437,9 @@ class _DecoderRule:
 
     model_types: Sequence[str]  # the family's others have something more
     head_norms: bool = False
+    post_norms: bool = False
+    wide_norms: bool = False
+    tied: bool = False  # whether the head's weight is the embedding's, where a config says nothing
     router: _RouterRule | None = None
 
 
@@ -722,12 +727,15 @@ def _decoder(family: _Family, config: _Config, model_type: str, linears: tuple[P
     if family.decoder is None or model_type not in family.decoder.model_types:
         return None
     sizes, vocab = _read_sizes(family, config), config.values.get("vocab_size")
-    names, router = ("layers", "hidden", "intermediate", "heads", "kv_heads", "head_dim"), family.decoder.router
+    rule, names = family.decoder, ("layers", "hidden", "intermediate", "heads", "kv_heads", "head_dim")
+    router = rule.router
     return Decoder(
         **{name: sizes[name] for name in names},
-        head_norms=family.decoder.head_norms,
+        head_norms=rule.head_norms,
+        post_norms=rule.post_norms,
+        wide_norms=rule.wide_norms,
         vocab=vocab if type(vocab) is int and 1 <= vocab <= MAX_FEATURES else None,
-        tied=config.values.get("tie_word_embeddings") is True,
+        tied=config.values.get("tie_word_embeddings", rule.tied) is True,
         projections=linears,
         router=None if router is None else Router(_flag(family, config, router.normed), router.float32),
     )

@@ -35,6 +35,8 @@ class Decoder:
         tied: whether the head's weight is the embedding's.
         projections: all linears of the layers, also those without LoRA.
         router: of a mixture of experts, which are in the MLP's place in all layers.
+        post_norms: whether what the attention and the MLP give is normed, too, before the residual sums.
+        wide_norms: whether norms multiply by 1 + weight, in float32, as Gemma's.
     """
 
     layers: int
@@ -48,3 +50,10 @@ class Decoder:
     tied: bool
     projections: tuple[Projection, ...]
     router: Router | None = None
+    post_norms: bool = False
+    wide_norms: bool = False
+
+    @property
+    def norms(self) -> int:
+        """How many of the residual stream's width a layer has."""
+        return 4 if self.post_norms else 2
