@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from runlora_gen.emit.package import OF_MODELS
+from runlora_gen.emit.package import OF_KERNELS, OF_MODELS
 
 #: Runs the command with everything beyond the generator's own dependencies refused.
 WITHOUT_TORCH = """
@@ -48,7 +48,7 @@ def process(*arguments: str, cwd: Path, code: str | None = None, seed: str = "ra
     [
         (
             ("--arch", "llama-13b", "--rank", "8", "--target-modules", "q_proj", *WIDE, "-o", "out"),
-            f"out/llama_13b_r8: 1 modules, wrote {len(OF_MODELS) + 5} files",
+            f"out/llama_13b_r8: 1 modules, wrote {len(OF_MODELS) + len(OF_KERNELS) + 4} files",
         ),
         (("explain", "--arch", "llama-13b", "--rank", "8"), "decides  the device ("),
         (("archs",), "llama-13b"),
