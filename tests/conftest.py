@@ -19,6 +19,8 @@ from pathlib import Path
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Hypothesis makes a folder where it is first used: not in one that a test looks into.
+os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(Path(__file__).parents[1] / ".hypothesis"))
 # What is proved here of the committed sample, the catalogue of mutants proves with all examples.
 os.environ.setdefault("RUNLORA_EXAMPLES", "5")
 # Workers share the cores: with a thread for each core in each of them, a run takes three times as long.

@@ -212,8 +212,8 @@ HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24}
         ("7MiB", Ways(0, 2, 1), "bfloat16", "Llama"),
         ("6MiB", Ways(0, 4), "bfloat16", "Llama"),
         ("5MiB", Ways(1, 4, 1), "bfloat16", "Llama"),
-        ("20MiB", Ways(), "float16", "Llama"),
-        ("5MiB", Ways(0, 5), "float16", "Llama"),
+        ("4MiB", Ways(), "float16", "Llama"),
+        ("3MiB", Ways(0, 5), "float16", "Llama"),
         ("8MiB", Ways(0, 2, 1), "bfloat16", "Gemma3Text"),
         ("6MiB", Ways(0, 4), "bfloat16", "Gemma"),
     ],
@@ -226,6 +226,7 @@ def test_the_peak_of_a_planned_step(
         monkeypatch.setattr(estimate, "spending", lambda decision: None)
     else:
         pytest.importorskip("triton", minversion="3.4")
+    sequences = 4 if dtype == "bfloat16" else 1  # Triton's interpreter is slow
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(**SIZES, **HEADS, use_cache=False, attn_implementation="sdpa")
@@ -234,14 +235,14 @@ def test_the_peak_of_a_planned_step(
     model = peft.get_peft_model(
         model, peft.LoraConfig(r=4, target_modules="all-linear"), autocast_adapter_dtype=False
     ).train()
-    options = {"tokens": 256, "sequence": 64, "device": "a100", "launch": "graph"}
+    options = {"tokens": 64 * sequences, "sequence": 64, "device": "a100", "launch": "graph"}
     report = runlora_gen.accelerate(model, tmp_path, memory_budget=budget, **options)
-    assert report.planned.endswith(f" of {budget[:-3]} MiB at 256 tokens, without the optimizer")
+    assert report.planned.endswith(f" of {budget[:-3]} MiB at {64 * sequences} tokens, without the optimizer")
     (folder,) = report.folders
     package = runlora_gen.into_model.packages.imported(folder)
     plan = package.plan
     assert (ways.checkpointed, ways.remade) == (plan.CHECKPOINTED, plan.REMADE)
-    ids = torch.randint(SIZES["vocab_size"], (4, 64))
+    ids = torch.randint(SIZES["vocab_size"], (sequences, 64))
 
     def step() -> None:
         model.zero_grad(set_to_none=True)

@@ -47,9 +47,12 @@ def held_bytes(forward: Callable[[], object]) -> int:
 
 def _live(step: Callable[[], object]) -> list[int]:
     """Bytes that torch's allocator has handed out on a CPU, above the start, after each time that it does."""
-    gc.collect()  # what else is freed meanwhile would be counted
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
+    gc.freeze()  # what else is freed meanwhile would be counted; to collect it first takes seconds in a large process
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+            step()
+    finally:
+        gc.unfreeze()
     assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
