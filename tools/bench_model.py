@@ -5,7 +5,7 @@
         --modes eager --alone --json tools/results/step_h100.json
 
 Frozen layers with random weights get adapters in all linears, in each contender's way, the same in all of them: of
-Llama, or of mixtures of experts, with the experts' stacks (``-experts``: in these alone).
+Llama, of Gemma, or of mixtures of experts, with the experts' stacks (``-experts``: in these alone).
 A step is forward and backward, with the gradient of the layers' input, as in the middle of a model. All contenders
 have one attention, and are timed in rounds, in random order, on the same inputs; what is reported is the ratio to the
 frozen step of the same round and mode (median, least, most), and the peak memory of a step. How far outputs and
@@ -72,8 +72,8 @@ MOST_DEVIATION = {"fp8": 0.2}
 _MOST_DEVIATION = 0.1
 #: What the titles of generated contenders begin with.
 OURS = ("ours", "generated")
-#: Of a shape, what is of experts alone.
-_OF_EXPERTS = ("model_type", "head_dim", "experts", "top_k", "adapted")
+#: Of a shape, what Llamas do without.
+_BESIDE_LLAMAS = ("model_type", "head_dim", "experts", "top_k", "adapted")
 _START = time.perf_counter()
 #: The frozen model, eager and without checkpointing, in the rounds of the other modes.
 _PLAIN = "frozen, eager"
@@ -117,6 +117,9 @@ SHAPES = {
     "13b": Shape(5120, 13824, 40, 40, layers=3, batch=2, sequence=2048, rank=8),
     "8b": Shape(4096, 14336, 32, 8, layers=4, batch=4, sequence=4096, rank=16),
     "1b": Shape(2048, 8192, 32, 8, layers=8, batch=1, sequence=1024, rank=16),
+    "gemma-7b": Shape(
+        3072, 24576, 16, 16, layers=3, batch=4, sequence=2048, rank=16, model_type="gemma", head_dim=256,
+    ),
     "tiny": Shape(64, 160, 4, 2, layers=2, batch=2, sequence=16, rank=4),
     "qwen3-30b-a3b": Shape(
         2048, 768, 32, 4, layers=2, batch=2, sequence=2048, rank=8, model_type="qwen3_moe", head_dim=128, experts=128,
@@ -346,8 +349,8 @@ class Bench:
         self.name, self.options, self.device = name, options, device
         self.shape, self.dtype = SHAPES[name], torch.bfloat16
         self.results: dict[str, Any] = {}
-        of_experts = {} if self.shape.experts else dict.fromkeys(_OF_EXPERTS)
-        facts = {key: value for key, value in asdict(self.shape).items() if key not in of_experts}
+        usual = {} if self.shape.experts else {key: getattr(Shape, key) for key in _BESIDE_LLAMAS}
+        facts = {key: value for key, value in asdict(self.shape).items() if value != usual.get(key, ...)}
         self.row: dict[str, Any] = {"shape": name, **facts, "results": self.results}
         torch.manual_seed(1)
         size = self.shape.batch, self.shape.sequence, self.shape.hidden

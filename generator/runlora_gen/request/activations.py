@@ -51,7 +51,7 @@ class Activation:
         return 2 if self.gated else 1
 
     def forward(self, fn: str) -> tuple[str, ...]:
-        """Assignments that end with that to ``x``; ``fn`` is torch or tl."""
+        """Assignments that end with that to ``x``; ``fn`` is torch or tl, whose sigmoid is kernels' own."""
         return self._lines(fn, ("x",), (self.value,))
 
     def backward(self, fn: str) -> tuple[str, ...]:
@@ -67,7 +67,10 @@ class Activation:
             if name in needed:
                 taken.insert(0, (name, text))
                 needed |= _names(text)
-        return tuple(f"{name} = {text.replace('{fn}', fn)}" for name, text in (*taken, *wanted.items()))
+        lines = [f"{name} = {text}" for name, text in (*taken, *wanted.items())]
+        if fn == "tl":
+            lines = [line.replace("{fn}.sigmoid", "_sigmoid") for line in lines]
+        return tuple(line.replace("{fn}", fn) for line in lines)
 
 
 def _names(text: str) -> set[str]:

@@ -13,8 +13,8 @@ KERNEL = Kernel(
     call="{between0}, {between1}, {between2}, {left0T}, {*right1}, {*right2}, {*scaling1}, ({dtypes}), ({needs}), "
     "ACTIVATION",
     # What `tune` found on an H200 at 4096 and 16384 tokens of 13824 and 14336 features: see the profile.
-    tiles={"BT": 16, "BI": 128, "CHUNK": 1024, "WARPS": 2, "STAGES": 3},
-    candidates=({"WARPS": 4}, {"BT": 32, "BI": 64}),
+    tiles={"BT": 32, "BI": 128, "CHUNK": 1024, "WARPS": 4, "STAGES": 3},
+    candidates=({"BT": 16, "WARPS": 2}, {"BT": 16, "WARPS": 2, "CHUNK": 512}, {"BI": 64, "WARPS": 2}),
     # A higher rank takes the registers: three sums of BI x BR are held.
     adapted={"BI": "min(BI, 4096 // BR)", "WARPS": "min(8, WARPS * BR // 16)"},
     largest_rank=64,
