@@ -187,6 +187,21 @@ def test_runs_of_the_model_benchmark_are_put_together() -> None:
     assert merged(None, row) == row
 
 
+def test_what_was_measured_on_another_day_says_so(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    bench = imported("bench_model")
+    path, report = tmp_path / "model.json", {"date": "2026-01-01", "machine": "one"}
+    results = {"peft": {"eager": {"over_frozen": {}}, "host_ms": 1}, "alone": {"host_ms": 2}}
+    path.write_text(json.dumps({**report, "rows": [{"shape": "8b", "results": results}]}))
+    assert bench.measured_before(path, report) == {"8b": {"shape": "8b", "results": results}}
+    former = bench.measured_before(path, {**report, "date": "2026-02-02"})["8b"]
+    dated = {"peft": {"eager": {"over_frozen": {}, "date": "2026-01-01"}, "host_ms": 1}}
+    assert former["results"] == {**dated, "alone": {"host_ms": 2, "date": "2026-01-01"}}
+    anew = bench.merged(former, {"shape": "8b", "results": {"peft": {"eager": {"over_frozen": {"median": 1}}}}})
+    assert anew["results"]["peft"]["eager"] == {"over_frozen": {"median": 1}}
+    assert bench.measured_before(path, {**report, "machine": "other"}) == {}
+
+
 def test_the_model_benchmark_finds_what_computes_something_else() -> None:
     pytest.importorskip("transformers")
     import torch

@@ -9,8 +9,8 @@ Llama, of Gemma, or of mixtures of experts, with the experts' stacks (``-experts
 A step is forward and backward, with the gradient of the layers' input, as in the middle of a model. All contenders
 have one attention, and are timed in rounds, in random order, on the same inputs; what is reported is the ratio to the
 frozen step of the same round and mode (median, least, most), and the peak memory of a step. How far outputs and
-gradients are from PEFT's says whether a contender computes the same. Rows of the same day, machine and versions that a
-result file has already are kept, so that a long measurement can be made in several runs.
+gradients are from PEFT's says whether a contender computes the same. What a result file has already of the same machine
+and versions is kept, with its date if that is another one, so that a long measurement can be made in several runs.
 
 ``--base nf4``: linears that bitsandbytes quantized, to 4 bits or to int8, in all contenders and in the frozen step.
 ``--base fp8``: generated modules on linears of float8; the others, and the frozen step, on the same weights in bf16, as
@@ -519,10 +519,18 @@ def merged(former: dict[str, Any] | None, row: dict[str, Any]) -> dict[str, Any]
 
 
 def measured_before(path: Path | None, report: dict[str, Any], *, key: str = "shape") -> dict[str, dict[str, Any]]:
-    """Rows of the same day, machine and versions, by their names: a run of some rows keeps the others."""
+    """Rows of the same machine and versions, by their names: a run of some rows keeps the others.
+
+    Measurements of another day than the report's get its date.
+    """
     former = json.loads(path.read_text(encoding="utf-8")) if path and path.exists() else {"rows": []}
-    if any(former.get(name) != value for name, value in report.items()):
+    if any(former.get(name) != value for name, value in report.items() if name != "date"):
         return {}
+    for row in former["rows"] if former.get("date") != report["date"] else ():
+        for result in row["results"].values():
+            modes = [found for found in result.values() if isinstance(found, dict) and "over_frozen" in found]
+            for measured in modes or [result]:
+                measured.setdefault("date", former["date"])
     return {row[key]: row for row in former["rows"]}
 
 
