@@ -18,7 +18,7 @@ from typing import Any
 
 from runlora_gen.algebra.experts import ACTIVATED, COMBINED
 from runlora_gen.forecast.estimate import Batch, Estimate, Ways, estimate, steps_of
-from runlora_gen.request.architecture import Architecture, Gated, decoder_types, family_projections
+from runlora_gen.request.architecture import Architecture, architecture_of, decoder_types, family_projections
 from runlora_gen.request.decoder import Decoder, Router
 from runlora_gen.request.experts import Stack
 from runlora_gen.request.workload import Workload
@@ -28,6 +28,8 @@ RESULTS = Path(__file__).parent / "results" / "model_h100.json"
 RESULTS_OF_EXPERTS = RESULTS.with_name("model_experts_h100.json")
 #: With groups, MLPs as a whole and norms that keep their input as it is.
 RESULTS_OF_BLOCKS = RESULTS.with_name("model_h200.json")
+#: Gemma's, whose norms have an offset.
+RESULTS_OF_GEMMA = RESULTS.with_name("model_gemma_h200.json")
 #: Of tools/bench_plans.py.
 RESULTS_OF_PLANS = RESULTS.with_name("plans_h200.json")
 #: Contenders of the benchmark: how the estimate calls them, and their adapters' dtype.
@@ -84,6 +86,8 @@ def model(row: dict[str, Any], *, chained: bool = False) -> Architecture:
         "num_key_value_heads": row["kv_heads"],
         "head_dim": row.get("head_dim") or row["hidden"] // row["heads"],
     }
+    if not mixture:
+        return replace(architecture_of({**sizes, "model_type": model_type}), name=row["shape"])
     linears = family_projections(sizes, model_type)
     decoder = Decoder(
         layers=row["layers"],
@@ -92,11 +96,11 @@ def model(row: dict[str, Any], *, chained: bool = False) -> Architecture:
         heads=row["heads"],
         kv_heads=row["kv_heads"],
         head_dim=sizes["head_dim"],
-        head_norms=mixture,
+        head_norms=True,
         vocab=None,
         tied=False,
         projections=linears,
-        router=Router(normed=False, float32=False) if mixture else None,
+        router=Router(normed=False, float32=False),
     )
     stacks = tuple(
         Stack(
@@ -113,11 +117,9 @@ def model(row: dict[str, Any], *, chained: bool = False) -> Architecture:
             ("gate_up_proj", (row["hidden"], 2 * row["intermediate"])),
             ("down_proj", (row["intermediate"], row["hidden"])),
         )
-        if mixture
     )
     adapted = () if row.get("adapted") == "experts" else linears
-    mlps = () if mixture else (Gated(("gate_proj", "up_proj", "down_proj"), "silu_gated"),)
-    return Architecture(row["shape"], model_type, "live", adapted, decoder=decoder, stacks=stacks, gated=mlps)
+    return Architecture(row["shape"], model_type, "live", adapted, decoder=decoder, stacks=stacks)
 
 
 def _is_chained(result: dict[str, Any]) -> bool:
@@ -200,7 +202,7 @@ def main() -> None:
         "results",
         type=Path,
         nargs="*",
-        default=[RESULTS, RESULTS_OF_EXPERTS, RESULTS_OF_BLOCKS, RESULTS_OF_PLANS],
+        default=[RESULTS, RESULTS_OF_EXPERTS, RESULTS_OF_BLOCKS, RESULTS_OF_GEMMA, RESULTS_OF_PLANS],
         help="what tools/bench_model.py wrote, or tools/bench_plans.py",
     )
     options = parser.parse_args()

@@ -30,7 +30,7 @@ GROUPS = {
     "attention": r"cudnn|fmha|flash|attention",
     "between gate, up and down": r"mlp_activate|silu",
     "products": r"fused_gemm|nvjet|gemm",
-    "LoRA's own passes": r"_p_db|_pt_x|_x_at|_dx_da|_sum_parts|_add_parts",
+    "LoRA's own passes": r"^_(p_db|pt_x|x_at|dx_da|sum_parts|add_parts)",
     "norms, rotary embeddings, sums": r"",
 }
 #: Of those that take the most.

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
-from check_estimate import RESULTS, RESULTS_OF_BLOCKS, compared, table  # noqa: E402
+from check_estimate import RESULTS, RESULTS_OF_BLOCKS, RESULTS_OF_GEMMA, compared, table  # noqa: E402
 
 SIZES = {
     "hidden_size": 96,
@@ -444,3 +444,12 @@ def test_the_documented_table_of_blocks_is_that_of_the_result_file() -> None:
         f"peaks {off * 100:.1f} %." in said
     )
     assert off < 0.05 and max(eight, thirteen) < 0.05
+
+
+def test_the_documented_table_of_gemma_is_that_of_the_result_file() -> None:
+    document = (ROOT / "docs" / "estimate.md").read_text(encoding="utf-8")
+    rows = list(compared(json.loads(RESULTS_OF_GEMMA.read_text(encoding="utf-8"))))
+    assert table(rows) in document and len(rows) == 6
+    time, peak = (max(abs(getattr(row, name)) for row in rows) for name in ("time_off", "peak_off"))
+    assert f"Times are at most {time * 100:.1f} % off, peaks {peak * 100:.1f} %." in " ".join(document.split())
+    assert time < 0.05 and peak < 0.05

@@ -43,7 +43,7 @@ _PRODUCTS_FORWARD, _PRODUCTS_BACKWARD = 2, 5
 
 
 #: How long the device waits in a step for launches, at most: at first none is on its way, until the host is ahead.
-#: Eager steps of 3 and 4 layers on an H200 took 2.4 to 4.1 ms longer than their kernels
+#: Eager steps of 3 and 4 layers on an H200 took 2.2 to 4.9 ms longer than their kernels
 #: (tools/results/profile_h200.json, profile_13b_h200.json).
 START_S = 2.5e-3
 
