@@ -664,8 +664,8 @@ def test_where_the_time_goes() -> None:
     rest = "norms, rotary embeddings, sums"
     angles = sum(ms for name, ms in of[3].items() if "cos" in name)
     assert (
-        f"In kernels for rotary embeddings Inductor spends {angles:.1f} ms of its group, as it computes cos and sin anew "
-        f"for each element: [ours](with-peft.md#rotary-embeddings) takes {of[4]['_rotary_kernel']:.1f}, "
+        f"In kernels for rotary embeddings Inductor spends {angles:.1f} ms of its group, as it computes cos and sin "
+        f"anew for each element: [ours](with-peft.md#rotary-embeddings) takes {of[4]['_rotary_kernel']:.1f}, "
         f"and gives back {compiled['groups_ms'][rest] - both['groups_ms'][rest]:.1f} in its group." in said
     )
     slower = both["groups_ms"]["attention"] - compiled["groups_ms"]["attention"]
