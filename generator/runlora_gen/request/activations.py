@@ -51,7 +51,7 @@ class Activation:
         return 2 if self.gated else 1
 
     def forward(self, fn: str) -> tuple[str, ...]:
-        """Assignments that end with that to ``x``; ``fn`` is torch or tl, whose sigmoid is kernels' own."""
+        """Assignments that end with that to ``x``; ``fn`` is torch or tl."""
         return self._lines(fn, ("x",), (self.value,))
 
     def backward(self, fn: str) -> tuple[str, ...]:
@@ -67,10 +67,14 @@ class Activation:
             if name in needed:
                 taken.insert(0, (name, text))
                 needed |= _names(text)
-        lines = [f"{name} = {text}" for name, text in (*taken, *wanted.items())]
-        if fn == "tl":
-            lines = [line.replace("{fn}.sigmoid", "_sigmoid") for line in lines]
-        return tuple(line.replace("{fn}", fn) for line in lines)
+        lines = [f"{name} = {text.replace('{fn}', fn)}" for name, text in (*taken, *wanted.items())]
+        for theirs, own in _OF_KERNELS.items():
+            lines = [line.replace(theirs, own) for line in lines]
+        return tuple(lines)
+
+
+#: What kernels have in place of Triton's: see kernels/tiles.jinja.
+_OF_KERNELS = {"tl.sigmoid": "_sigmoid"}
 
 
 def _names(text: str) -> set[str]:

@@ -10,6 +10,7 @@ from ..x_ats import KERNEL as X_ATS
 KERNEL = replace(
     X_ATS,
     call="{dropped0}, {*right0T}, {*scaling0}, {*seed0}, dropout",
+    # The fastest of those tried on an H200, at 4096 and 16384 tokens.
     tiles={"BT": 64, "BI": 64, "BESIDE": 4, "WARPS": 4, "STAGES": 3},
     small_tiles=X_AT_DROPPED.small_tiles,
     candidates=(),
