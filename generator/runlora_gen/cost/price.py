@@ -32,6 +32,16 @@ def price_operation(operation: Operation, setting: Setting) -> OperationCost:
     return sum((price_operation(part, setting) for part in then), replace(cost, device_s=cost.device_s * factor))
 
 
+def price_in(operation: Operation, setting: Setting, *, forward: bool) -> OperationCost:
+    """Price an operation where it runs: in the forward of several linears one launch makes all casts of adapters."""
+    cost = price_operation(operation, setting)
+    _, *others = setting.casts_together or (None,)
+    if not forward or operation.outputs[0] not in others:
+        return cost
+    launched_s = cost.launches * setting.device.launch_s
+    return replace(cost, launches=0, device_s=max(0.0, cost.device_s - launched_s), host_s=0.0)
+
+
 @lru_cache(maxsize=65536)
 def price_phase(phase: Phase, setting: Setting) -> PhaseCost:
     """Price a forward, or the part of a backward that the wanted gradients need."""
@@ -59,7 +69,7 @@ def phase_times(phase: Phase, setting: Setting, kernels: tuple[Fused, ...] = ())
 def _costs(phase: Phase, setting: Setting, kernels: tuple[Fused, ...]) -> list[OperationCost]:
     taken: dict[Operation, Operation] = {kernel.parts[0]: kernel for kernel in kernels}
     return [
-        price_operation(taken.get(operation, operation), setting)
+        price_in(taken.get(operation, operation), setting, forward=phase.is_forward)
         for operation in wanted_operations(phase, setting.gradients)
     ]
 

@@ -90,6 +90,12 @@ class Setting:
         return self.adapter_dtype != self.dtype
 
     @cached_property
+    def casts_together(self) -> tuple[Symbol, ...]:
+        """Casts that a forward makes in one launch: those of the adapters of several linears."""
+        casts = tuple(self.derivation.casts) if self.casts and not self.experts else ()
+        return casts if len(casts) > 2 else ()
+
+    @cached_property
     def in_evaluation(self) -> Setting:
         """The same where nothing is trained: nothing is dropped there."""
         evaluated = self.derivation.evaluated

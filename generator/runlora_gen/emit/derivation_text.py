@@ -13,7 +13,7 @@ from ..algebra.mlp import OF_MLPS
 from ..algebra.operations import Contract, Operation, products
 from ..algebra.schedule import schedule
 from ..cost.measured import by_bare_roofline, is_measured_itself
-from ..cost.price import price_frozen, price_operation, price_phase
+from ..cost.price import price_frozen, price_in, price_phase
 from ..cost.rounding import FLOAT8_MANTISSA_BITS, rounding_error
 from ..cost.setting import Setting
 from ..cost.vector import DEVICE_BOUND, HOST_BOUND, OperationCost, PhaseCost
@@ -81,7 +81,7 @@ def _price_table(title: str, phase: Phase, total: PhaseCost, setting: Setting) -
     wanted = wanted_operations(phase, setting.gradients)
     ordered: list[Operation] = [s.operation for s in schedule(phase, setting.bytes_of).steps if s.operation in wanted]
     prices: list[tuple[str, OperationCost | PhaseCost]] = [
-        (operation.formula, price_operation(operation, setting)) for operation in ordered
+        (operation.formula, price_in(operation, setting, forward=phase.is_forward)) for operation in ordered
     ]
     # What yields several results has a line for each, and its price on the last.
     columns = max(len(line) for formula, _ in prices for line in _lines(formula))

@@ -43,7 +43,7 @@ from ..algebra.enumerate import (
 from ..algebra.operations import Fused, Operation, Symbol
 from ..algebra.schedule import independent_peaks, workspace
 from ..cost.lower import with_kernels
-from ..cost.price import price, price_operation, update_error
+from ..cost.price import price, price_in, update_error
 from ..cost.setting import Setting
 from ..cost.vector import DEVICE_BOUND, weighted
 from ..kernels.sites import draws
@@ -217,10 +217,10 @@ class _Search:
         made: tuple[frozenset[Symbol], ...] = (frozenset(), self.site.deltas, self.site.lossy)
         self.errors = [update_error(symbols, setting, stochastic=stochastic) for symbols in made]
         self.sums = {part: goal for goal in self.goals for part in self.site.parts_of(goal)}
-        self.costs: dict[Operation, tuple[int, ...]] = {}
+        self.costs: dict[tuple[Operation, bool], tuple[int, ...]] = {}  # of a forward, or not
         operations = dict.fromkeys(self.taken.get(op, op) for way in self.table for op in way.operations)
         #: Times of programs that differ by less may be equal: what they are rounded by, of the time of all rows twice.
-        self.tie = sum(max(self._cost(op)[:3]) for op in operations) * 2 // 10**11
+        self.tie = sum(max(self._cost(op, False)[:3]) for op in operations) * 2 // 10**11
         self.parts, self.shared_rows = self._divided()
         own = frozenset[Symbol]().union(*(part.symbols for part in self.parts))
         self.shared = frozenset(_targets(self.shared_rows)) - own
@@ -343,7 +343,8 @@ class _Search:
     ) -> _Choice:
         """Ways in one phase, with their costs: of a part, or of the shared rows; ``kept``: what a forward keeps."""
         operations = [self.taken.get(op, op) for way in ways for op in way.operations]
-        costs = [self._cost(op) for op in operations] if part is None or part.wanted or phase == 0 else []
+        priced = part is None or part.wanted or phase == 0
+        costs = [self._cost(op, phase == 0) for op in operations] if priced else []
         time, device, host, flops, moved, launches = map(sum, zip(*costs, strict=True)) if costs else (0,) * 6
         saved = sum(map(self.setting.bytes_of, _targets(way for way in ways if way.saved)))
         made = _targets(ways)
@@ -399,18 +400,18 @@ class _Search:
     def _bit(self, use: tuple[object, ...]) -> int:
         return 1 << self.bits.setdefault(use, len(self.bits))
 
-    def _cost(self, operation: Operation) -> tuple[int, ...]:
+    def _cost(self, operation: Operation, forward: bool) -> tuple[int, ...]:
         """What adds up: ticks that count, of the device and of the host; FLOPs, bytes moved and launches."""
-        if operation not in self.costs:
-            cost = price_operation(operation, self.setting)
+        if (operation, forward) not in self.costs:
+            cost = price_in(operation, self.setting, forward=forward)
             times = (weighted(cost.device_s, cost.host_s, self.host_share), cost.device_s, cost.host_s)
-            self.costs[operation] = (
+            self.costs[operation, forward] = (
                 *(round(time * _TICKS) for time in times),
                 cost.flops,
                 cost.bytes_moved,
                 cost.launches,
             )
-        return self.costs[operation]
+        return self.costs[operation, forward]
 
     def _undominated(self, found: Iterable[_Choice]) -> list[_Choice]:
         """Those that no other dominates, whatever the rest of the program is."""
