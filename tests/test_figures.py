@@ -48,7 +48,7 @@ def test_the_gpu_tables(mode: str, ours: str) -> None:
 
 def test_the_table_of_dropout() -> None:
     ours = ("generated, torch only", "generated, 16-bit adapters")
-    for row in results("linear_h100_dropout.json")["rows"]:
+    for row in results("linear_h200_dropout.json")["rows"]:
         cells = [over_frozen(row["results"][name], "graph") for name in ("peft fp32 adapters, autocast", "peft", *ours)]
         line = " | ".join([f"| {row['tokens']}, {row['shape'].replace('x', '→')}", *cells])
         assert f"{line} | **{over_frozen(row['results']['generated'], 'graph')}** |" in README
@@ -116,6 +116,23 @@ def test_the_tables_of_models_with_experts() -> None:
         assert f"{line} | {', '.join(peaks)} MiB |" in README
 
 
+def test_experts_on_an_h200() -> None:
+    modes, said = ("eager", "compiled", "checkpointing"), " ".join((ROOT / "README.md").read_text("utf-8").split())
+    rows = [row["results"] for row in results("model_experts_h200.json")["rows"]]
+    for found, shape in zip(rows, ("Qwen3-30B-A3B", "gpt-oss-20b"), strict=True):
+        peft, narrow, wide = (found[name] for name in ("PEFT, 16-bit adapters", "ours, 16-bit adapters", "ours"))
+        assert f"| {shape}: PEFT | {' | '.join(over_frozen(peft, mode) for mode in modes)} | |" in README
+        cells = [f"**{over_frozen(narrow, mode)} ({over_frozen(wide, mode)})**" for mode in modes]
+        peaks = ", ".join(mib(each["eager"]) for each in (found["frozen"], peft, narrow))
+        assert f"| … **ours** | {' | '.join(cells)} | {peaks} MiB |" in README
+    eager, compiled = (
+        " and ".join(over_frozen(found["ours, 16-bit adapters"], mode) for found in rows) for mode in modes[:2]
+    )
+    assert f"ours takes {eager} eagerly, {compiled} compiled" in said
+    spread = rows[0]["ours, 16-bit adapters"]["compiled"]["over_frozen"]
+    assert f"which scatters ({spread['min']:.2f} to {spread['max']:.2f})" in " ".join(README.split())
+
+
 def test_the_table_of_options_of_groups() -> None:
     options = ((16, "bf16", 0.0), (16, "fp32", 0.0), (16, "bf16", 0.05), (128, "bf16", 0.0))
     cells: dict[str, dict[tuple[int, str, float], str]] = {}
@@ -140,6 +157,11 @@ def test_ranks_with_dropout() -> None:
         for rank in (8, 64, 128)
     ]
     assert f"with 16-bit adapters: {', '.join(ranks)} (" in said
+    former = [
+        over_frozen(row["results"]["generated, 16-bit adapters"], "graph")
+        for row in results("linear_h100_dropout.json")["rows"]
+    ]
+    assert "(at rank 16 {}, {} and {} there: ".format(*former) in said
 
 
 def test_models_with_groups() -> None:
@@ -345,7 +367,7 @@ def test_models_with_dropout() -> None:
     assert f"The peak is {share('13b', 'eager')} of PEFT's for the 13B-shaped model in eager mode and " in text
     assert f" and {share('13b', 'compiled')} compiled, for the 8B-shaped one {share('8b', 'eager')} and " in text
     assert f"one {share('8b', 'eager')} and {share('8b', 'compiled')}." in text
-    first, *_ = results("linear_h100_dropout.json")["rows"]
+    first, *_ = results("linear_h200_dropout.json")["rows"]
     kept = {name: f"{result['saved_bytes'] / 2**20:.1f}" for name, result in first["results"].items()}
     assert f"At 4096 tokens {kept['generated, 16-bit adapters']} MiB are kept" in text
     assert f"PEFT keeps {kept['peft']}." in text
@@ -531,8 +553,8 @@ def test_the_other_shape_of_the_readme_s_table() -> None:
     pairs = [" and ".join(over_frozen(each, m) for m in modes) for each in (axolotl, peft)]
     compiled, narrow = ours["compiled"]["over_frozen"], row["results"]["ours, 16-bit adapters"]
     assert (
-        f"Compiled it takes {compiled['median']:.2f} (least {compiled['min']:.2f}, most {compiled['max']:.2f}: the "
-        f"host jitters), with 16-bit adapters {over_frozen(narrow, 'compiled')}." in said
+        f"Compiled it takes {compiled['median']:.2f} (least {compiled['min']:.2f}; one of {row['rounds']} rounds "
+        f"{compiled['max']:.2f}: the host jitters), with 16-bit adapters {over_frozen(narrow, 'compiled')}." in said
     )
     assert (
         f'"ours" takes {over_frozen(ours, "eager")} of the frozen step in eager mode (least {least}, most {most}) and '
@@ -782,10 +804,13 @@ def test_small_and_compiled_models() -> None:
     )
     text = "then took {} of the frozen step with 16-bit adapters, {} with fp32 ones, and PEFT {} with 16-bit ones"
     assert text.format(*eager) in said
-    assert "ours took {} of the compiled frozen one, PEFT's {} (their spreads overlap)".format(*compiled) in said
+    text = "ours took {} of the compiled frozen one, PEFT's {} a day before (their spreads overlap)"
+    assert text.format(*compiled) in said
     (row,) = results("model_1b_h200.json")["rows"]
     peaks = [mib(row["results"][name]["eager"]) for name in (ours, graphs, peft, "frozen")]
-    assert "takes {} in eager mode, on modules for graphs {}, and PEFT {}; ".format(*later) in said
+    wide_s = over("model_1b_h200.json", "1b", "ours", "eager")
+    text = "takes {} in eager mode ({} with fp32 ones), on modules for graphs {}, and PEFT {}; "
+    assert text.format(later[0], wide_s, *later[1:]) in said
     assert "; peaks are {}, {} and {} MiB, the frozen step's {} (".format(*peaks) in said
     gain = row["results"]["frozen"]["compiled"]["over_frozen_eager"]["median"]
     assert f"compiled it takes {gain:.2f} of the eager one" in said

@@ -27,6 +27,9 @@ from runlora_gen.search.candidates import forwards_for, setting_of
 from runlora_gen.search.choose import decide
 from runlora_gen.search.ranges import Range, decide_model
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .packages import proves
 
@@ -124,6 +127,57 @@ def test_compiles_without_a_break(place: Path, layout: str) -> None:
 
     compiled: Any = torch.compile(outputs, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(gradients(compiled(x), x, given), gradients(plain(x, given), x, given))
+
+
+def mixed() -> tuple[Tensor, dict[str, Any]]:
+    """Operands in float32, five of six factors in float64."""
+    x, given = operands((4, 2, 4), (128, 24, 128))
+    given |= {key: [t if t is None else t.detach().float() for t in given[key]] for key in ("weights", "biases")}
+    given["lora_As"][1] = given["lora_As"][1].detach().float().requires_grad_()
+    return x.detach().float(), given
+
+
+class Ran(TorchDispatchMode):
+    """Notes what runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
+def test_adapters_are_cast_in_one_launch(place: Path) -> None:
+    """As they are priced; those that have x's dtype already are read as they are."""
+    module = load("standalone", QKV)
+    x, given = mixed()
+    with Ran() as ran:
+        outputs = list(module.lora_qkv(x, **given))
+    assert [len(args[0]) for func, args in ran.calls if func is torch.ops.aten._foreach_copy_.default] == [5]
+    assert not [func for func, _ in ran.calls if func is torch.ops.aten._to_copy.default]
+    assert {output.dtype for output in outputs} == {torch.float32}
+    cast = given | {key: [factor.float() for factor in given[key]] for key in ("lora_As", "lora_Bs")}
+    torch.testing.assert_close(outputs, plain(x, cast), rtol=1e-4, atol=1e-3)  # sums of 128 in float32
+
+
+def test_torch_compile_sees_one_cast_of_adapters(place: Path) -> None:
+    module = load("standalone", QKV)
+    x, given = mixed()
+    graphs: list[str] = []
+
+    def noted(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph.print_readable(print_output=False))
+        return make_boxed_func(graph.forward)
+
+    def outputs(x: Tensor) -> list[Tensor]:
+        return list(module.lora_qkv(x, **given))
+
+    compiled: Any = torch.compile(outputs, fullgraph=True, backend=aot_autograd(fw_compiler=noted))
+    torch.testing.assert_close(compiled(x), outputs(x))
+    forward, *_ = graphs
+    assert forward.count("aten._foreach_copy") == 1 and "_to_copy" not in forward
 
 
 def test_an_input_changed_in_place_is_noticed(place: Path) -> None:

@@ -31,7 +31,7 @@ class Phase:
     keeps: tuple[Symbol, ...]
     ways: tuple[Way, ...]
 
-    @property
+    @cached_property
     def is_forward(self) -> bool:
         """Whether it computes outputs."""
         return any(output in self.goals for output in self.derivation.outputs)
