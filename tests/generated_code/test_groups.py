@@ -15,6 +15,7 @@ import pytest
 import torch
 from runlora_gen.algebra.enumerate import Phase
 from runlora_gen.cost.passes import Times
+from runlora_gen.cost.vector import PhaseCost
 from runlora_gen.emit.nodes import module_node
 from runlora_gen.emit.package import build_package
 from runlora_gen.measure.modules import one_choice, render_module
@@ -160,6 +161,20 @@ def test_adapters_are_cast_in_one_launch(place: Path) -> None:
     assert {output.dtype for output in outputs} == {torch.float32}
     cast = given | {key: [factor.float() for factor in given[key]] for key in ("lora_As", "lora_Bs")}
     torch.testing.assert_close(outputs, plain(x, cast), rtol=1e-4, atol=1e-3)  # sums of 128 in float32
+
+
+@pytest.mark.parametrize("group", groups(load_architecture("llama-9m")), ids=lambda group: group.kind)
+def test_casts_of_adapters_are_priced_as_one_launch(group: Group) -> None:
+    def forwards(workload: Workload) -> dict[str, PhaseCost]:
+        candidates = decide(workload, setting_of(workload, group, 4, 65536)).candidates
+        return {candidate.program.forward.name: candidate.cost.forward for candidate in candidates}
+
+    narrow, wide = forwards(WORKLOAD), forwards(replace(WORKLOAD, adapter_dtype="fp32"))
+    assert narrow.keys() == wide.keys()
+    for name, cost in narrow.items():
+        assert wide[name].launches == cost.launches + 1
+        assert wide[name].bytes_moved > cost.bytes_moved
+        assert wide[name].host_s > cost.host_s
 
 
 def test_torch_compile_sees_one_cast_of_adapters(place: Path) -> None:
