@@ -103,7 +103,8 @@ def accelerated(model: Any, out: Path, **options: Any) -> Any:
         warnings.simplefilter("error", UserWarning)
         report = runlora_gen.accelerate(model, folder, strict=True, **OPTIONS, **options)
     assert len(report.accelerated) == 7 * layers and not report.left
-    assert report.groups == 2 * layers and report.grouped == 5 * layers, "q, k, v and gate, up of each layer"
+    assert report.groups + report.mlps == 2 * layers, "q, k, v, and gate, up or the whole MLP, of each layer"
+    assert report.grouped == 5 * layers - 2 * report.mlps
     return model
 
 
@@ -348,7 +349,8 @@ def plain_name(name: str) -> str:
 def injected(model: Any, out: Path, base: str, **options: Any) -> Any:
     report = runlora_gen.inject_lora(model, RANK, 8, output=out / f"injected_{base}", **OPTIONS, **options)
     layers = len(model.model.layers)
-    assert len(report.accelerated) == 7 * layers and report.groups == 2 * layers and set(report.left) == {"lm_head"}
+    assert len(report.accelerated) == 7 * layers and report.groups + report.mlps == 2 * layers
+    assert set(report.left) == {"lm_head"}
     return filled(model)
 
 

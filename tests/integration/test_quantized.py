@@ -91,7 +91,8 @@ def accelerated(model: Any, out: Path, **options: Any) -> Any:
         report = runlora_gen.accelerate(model, folder, strict=True, **OPTIONS, **options)
     layers = len(model.get_submodule("base_model.model.model.layers"))
     assert len(report.accelerated) == 7 * layers and not report.left
-    assert report.groups == 2 * layers and report.grouped == 5 * layers, "q, k, v and gate, up of each layer"
+    assert report.groups + report.mlps == 2 * layers, "q, k, v, and gate, up or the whole MLP, of each layer"
+    assert report.grouped == 5 * layers - 2 * report.mlps
     return model
 
 
@@ -319,7 +320,7 @@ def plain_name(name: str) -> str:
 def injected(saved: Path, out: Path, **options: Any) -> Any:
     model = quantized(saved, **options)
     report = runlora_gen.inject_lora(model, RANK, 8, output=out / "injected", **OPTIONS)
-    assert len(report.accelerated) == ALL and report.groups == 4 and set(report.left) == {"lm_head"}
+    assert len(report.accelerated) == ALL and report.groups + report.mlps == 4 and set(report.left) == {"lm_head"}
     return filled(model)
 
 
