@@ -33,12 +33,15 @@ def price_operation(operation: Operation, setting: Setting) -> OperationCost:
 
 
 def price_in(operation: Operation, setting: Setting, *, forward: bool) -> OperationCost:
-    """Price an operation where it runs: in the forward of several linears one launch makes all casts of adapters."""
+    """Price an operation where it runs: in the forward of several linears one launch makes all casts of adapters.
+
+    The first cast has the launch, the others their bytes alone.
+    """
     cost = price_operation(operation, setting)
     if not forward or operation.outputs[0] not in setting.casts_together[1:]:
         return cost
     launched_s = cost.launches * setting.device.launch_s
-    return replace(cost, launches=0, device_s=max(0.0, cost.device_s - launched_s), host_s=0.0)
+    return replace(cost, launches=0, device_s=cost.device_s - launched_s, host_s=0.0)
 
 
 @lru_cache(maxsize=65536)
@@ -67,9 +70,8 @@ def phase_times(phase: Phase, setting: Setting, kernels: tuple[Fused, ...] = ())
 
 def _costs(phase: Phase, setting: Setting, kernels: tuple[Fused, ...]) -> list[OperationCost]:
     taken: dict[Operation, Operation] = {kernel.parts[0]: kernel for kernel in kernels}
-    forward = phase.is_forward
     return [
-        price_in(taken.get(operation, operation), setting, forward=forward)
+        price_in(taken.get(operation, operation), setting, forward=phase.is_forward)
         for operation in wanted_operations(phase, setting.gradients)
     ]
 
