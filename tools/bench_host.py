@@ -32,6 +32,7 @@ import triton
 from runlora_gen.measure.clock import repeated
 from runlora_gen.measure.machine import machine_name
 from runlora_gen.measure.modules import module_of_everything
+from runlora_gen.measure.problem import Nothing
 from runlora_gen.measure.tune import host_figures
 from runlora_gen.request.workload import Workload
 from torch import Tensor, nn
@@ -98,28 +99,12 @@ def launches(module: ModuleType, X: Tensor, W: Tensor, A: Tensor, B: Tensor) -> 
     return {name: repeated(call, CALLS) for name, call in calls.items()}
 
 
-class Nothing(torch.autograd.Function):
-    """What autograd needs of a custom function that has a linear's arguments."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, out: Tensor) -> Tensor:
-        """A tensor that is there."""
-        ctx.save_for_backward(x, weight, lora_A, lora_B)
-        return out.view_as(out)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        """The gradient as it comes."""
-        _ = ctx.saved_tensors
-        return grads[0], None, None, None, None
-
-
 def chains(module: ModuleType, X: Tensor, weights: list[tuple[Tensor, nn.Parameter, nn.Parameter]]) -> dict[str, Step]:
     """Contenders: each maps the input of a chain to its output."""
     apply: Any = Nothing.apply
 
     def nothing(h: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
-        output: Tensor = apply(h, weight, lora_A, lora_B, X)
+        output: Tensor = apply(h, weight, lora_A, lora_B)
         return output
 
     def generated(variant: str, h: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:

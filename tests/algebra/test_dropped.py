@@ -107,7 +107,7 @@ def test_a_kernel_is_told_what_is_wanted_of_it() -> None:
 def test_of_a_group_what_is_left_of_x_is_read_by_its_own_linear() -> None:
     site = group(("q", "k"), dropout=True)
     kernels = {op.kernel for way in site.table for op in way.operations if isinstance(op, Fused)}
-    assert kernels == {"x_at_dropped", "x_ats_dropped", "dx_das", "fused_gemm", "fused_gemms", "p_db"}
+    assert kernels == {"x_at_dropped", "x_ats_dropped", "dx_das", "fused_gemm", "fused_gemms", "p_db", "p_dbs"}
     assert site.evaluated is group(("q", "k")) and DROPPED.evaluated is LINEAR
     assert str(site.way("dX dA_q dA_k", "x", *map(str, _row(site, "dx_das").operations)).operations[0]) == (
         "dx_das: K_q := draw(seed_q); K_k := draw(seed_k); H_q := drop(X, K_q); H_k := drop(X, K_k); "

@@ -66,7 +66,10 @@ def test_exact_counts(goals: tuple[str, ...], count: int, with_casts: int) -> No
 def test_exact_counts_with_kernels(rank: int, count: int, with_casts: int) -> None:
     for casts, expected in ((False, count), (True, with_casts)):
         programs = enumerate_programs(
-            LINEAR, ALL, table=LINEAR.rows(partial(serves, dtype="bf16", rank=rank)), facts=FACTS[casts]
+            LINEAR,
+            ALL,
+            table=LINEAR.rows(partial(serves, dtype="bf16", rank=rank, dims={"T": 4096, "O": 64})),
+            facts=FACTS[casts],
         )
         assert len(programs) == expected
         assert len({program.id for program in programs}) == expected

@@ -23,6 +23,7 @@ def test_rows_are_those_of_the_lone_linear_and_the_kernels_of_several() -> None:
         for way in QKV.table
     ]
     together = {(("S",), "one_pass"), (("Y",), "in_one"), (("dX",), "in_one"), (("dA",), "one_pass")}
+    together |= {(("P", "dB"), "one_launch")}
     assert set(stems) - own == together and len(stems) == len(set(stems))
     # Beside what merges, and whole-weight gradients, a group lacks the kernel that writes dX of one linear.
     left = {key for key in own - set(stems) if not {"M", "D", "G"} & set(key[0])}
@@ -45,6 +46,11 @@ def test_rows_are_those_of_the_lone_linear_and_the_kernels_of_several() -> None:
             ["dX = P_q @ A_q", *(f"dX += P_{j} @ A_{j}" for j in "kv"), *(f"dX += dY_{j} @ W_{j}" for j in "qkv")],
         ),
         ("dA_q", "one_pass", ["pt_xs: dA_q = P_q.T @ X; dA_k = P_k.T @ X; dA_v = P_v.T @ X"]),
+        (
+            "P_q",
+            "one_launch",
+            ["p_dbs: " + "; ".join(f"P_{j} = s_{j} * dY_{j} @ B_{j}; dB_{j} = dY_{j}.T @ S_{j}" for j in "qkv")],
+        ),
     ],
 )
 def test_formulas(target: str, name: str, formulas: list[str]) -> None:

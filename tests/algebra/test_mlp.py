@@ -169,6 +169,8 @@ def test_formulas_parse_back() -> None:
 
 # How many
 
+FEW = dict.fromkeys(("T", *(f"O_{linear}" for linear in LINEARS)), 64)
+
 
 @pytest.mark.parametrize(
     ("table", "count"),
@@ -177,17 +179,20 @@ def test_formulas_parse_back() -> None:
         (TORCH, 2 * 2),
         # Of a forward S and Y of gate and up have two ways, S and Y of down too: 16. Where Y_gate and Y_up are made
         # again they have two ways, kept one: 3. P and dB of down are one pass or not, dX of down has 2 ways, that of X,
-        # and dA of gate and up: 16. With that all in one pass, or P and dB of gate and up likewise 2, X_down kept or
-        # made again: 5.
-        (MLP.table, 16 * 3 * 16 * 5),
-        (MLP.rows(partial(serves, dtype="bf16", rank=64)), 1152),
+        # and dA of gate and up: 16. With that all in one pass, or P and dB of gate and up likewise 2 and, of few rows,
+        # those of both in one launch, X_down kept or made again: 7.
+        (MLP.table, 16 * 3 * 16 * 7),
+        (MLP.rows(partial(serves, dtype="bf16", rank=32, dims=FEW)), 16 * 3 * 16 * 7),
+        (MLP.rows(partial(serves, dtype="bf16", rank=32, dims={**FEW, "T": 2049})), 16 * 3 * 16 * 5),
+        (MLP.rows(partial(serves, dtype="bf16", rank=32, dims={**FEW, "O_up": 8193})), 16 * 3 * 16 * 5),
+        (MLP.rows(partial(serves, dtype="bf16", rank=64, dims=FEW)), 1152),
         # Above 64 neither what is in one pass over X or dY, nor all in one.
-        (MLP.rows(partial(serves, dtype="bf16", rank=65)), 192),
-        (MLP.rows(partial(serves, dtype="bf16", rank=129)), 96),
+        (MLP.rows(partial(serves, dtype="bf16", rank=65, dims=FEW)), 192),
+        (MLP.rows(partial(serves, dtype="bf16", rank=129, dims=FEW)), 96),
         # No kernel multiplies matrices of float32.
-        (MLP.rows(partial(serves, dtype="fp32", rank=8)), 48),
+        (MLP.rows(partial(serves, dtype="fp32", rank=8, dims=FEW)), 48),
     ],
-    ids=["torch", "kernels", "rank 64", "rank 65", "rank 129", "fp32"],
+    ids=["torch", "kernels", "few rows", "rows", "columns", "rank 64", "rank 65", "rank 129", "fp32"],
 )
 @pytest.mark.parametrize("facts", [NO_FACTS, WIDE], ids=["", "casts"])
 def test_exact_counts(table: Sequence[Way], count: int, facts: Facts) -> None:
@@ -198,7 +203,7 @@ def test_exact_counts(table: Sequence[Way], count: int, facts: Facts) -> None:
 
 
 def test_exact_counts_of_phases() -> None:
-    assert len(enumerate_backwards(MLP, GOALS)) == 3 * 16 * 5
+    assert len(enumerate_backwards(MLP, GOALS)) == 3 * 16 * 7
     assert len(enumerate_forwards(MLP)) == 16
     # Whatever of Y and X_down a backward takes, each forward makes it anyway.
     assert len({program.forward for program in programs()}) == 16 * 4
@@ -250,7 +255,7 @@ def test_rows_are_those_of_a_group_and_of_the_lone_linear() -> None:
     ]
     for way in MLP.table:
         kernels = {op.kernel for op in way.operations if isinstance(op, Fused)}
-        assert (way.name in ("fused", "with_gradients")) == bool(kernels), way.name
+        assert (way.name in ("fused", "one_launch", "with_gradients")) == bool(kernels), way.name
 
 
 def test_what_is_in_one_pass() -> None:

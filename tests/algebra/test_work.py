@@ -219,6 +219,8 @@ OF_MLPS = {
         "fused_gemm_sum: TR1,R1I->TI; TR2,R2I->TI accumulated; TO1,O1I->TI accumulated; TO2,O2I->TI accumulated"
     ),
     "pt_xs: dA_gate = P_gate.T @ X; dA_up = P_up.T @ X": "pt_xs: TR1,TI->R1I; TR2,TI->R2I",
+    "p_dbs: P_gate = s_gate * dY_gate @ B_gate; dB_gate = dY_gate.T @ S_gate; P_up = s_up * dY_up @ B_up; "
+    "dB_up = dY_up.T @ S_up": ("p_dbs: TO1,O1R1->TR1 scaled; TO1,TR1->O1R1; TO2,O2R2->TR2 scaled; TO2,TR2->O2R2"),
     "X_down = activate(Y_gate, Y_up)": "TO1,TO2->TI activate",
     "mlp_activate: X_down = activate(Y_gate, Y_up); S_down = s_down * X_down @ A_down.T": (
         "mlp_activate: TO1,TO2->TI activate; TI,RI->TR scaled"

@@ -56,8 +56,11 @@ from .test_kernels import (
 __all__ = ["poison"]
 
 LINEARS = ("q", "k", "v")
+#: Where Triton 3.6 makes wrong code of the gradients of several adapters.
+WRONG_WITHOUT_DESCRIPTORS = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 #: What the operations go by.
 S, DA, Y, DX = "S_q, S_k, S_v", "dA_q, dA_k, dA_v", "Y_q, Y_k, Y_v", "dX"
+P_DB = "P_q, dB_q, P_k, dB_k, P_v, dB_v"
 
 
 def alone(folder: Path, operations_of: Mapping[Derivation, Sequence[Fused]], *, dropout: bool = False) -> ModuleType:
@@ -155,10 +158,10 @@ def doubles(matrices: Sequence[Tensor]) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_x_ats(kernels: ModuleType, launches: Launches, resize: Callable[[int], None], dtype: torch.dtype) -> None:
     @property_test
-    @example(T=5, I=600, R=[5, 1, 33], machine=132, layout="aligned", seed=0)
-    @example(T=5, I=600, R=[16, 8], machine=132, layout="padded", seed=0)
-    @example(T=5, I=600, R=[5, 33], machine=1, layout="aligned", seed=0)
-    @example(T=5, I=600, R=[5, 1, 33], machine=1, layout="padded", seed=0)
+    @example(T=5, I=2100, R=[5, 1, 33], machine=132, layout="aligned", seed=0)
+    @example(T=5, I=2100, R=[16, 8], machine=132, layout="padded", seed=0)
+    @example(T=5, I=2100, R=[5, 33], machine=1, layout="aligned", seed=0)
+    @example(T=5, I=2100, R=[5, 1, 33], machine=1, layout="padded", seed=0)
     @given(T=sizes, I=sizes, R=st.lists(low, **few), machine=machines, layout=layouts, seed=seeds)
     def run(T: int, I: int, R: list[int], machine: int, layout: str, seed: int) -> None:  # noqa: E741
         resize(machine)
@@ -180,9 +183,10 @@ def test_x_ats(kernels: ModuleType, launches: Launches, resize: Callable[[int], 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_pt_xs(kernels: ModuleType, launches: Launches, resize: Callable[[int], None], dtype: torch.dtype) -> None:
     @property_test
-    @example(T=600, I=5, R=[5, 1, 33], machine=132, layout="aligned", wide=False, seed=0)
-    @example(T=600, I=5, R=[16, 8], machine=132, layout="padded", wide=True, seed=0)
+    @example(T=2100, I=5, R=[5, 1, 33], machine=132, layout="aligned", wide=False, seed=0)
+    @example(T=2100, I=5, R=[16, 8], machine=132, layout="padded", wide=True, seed=0)
     @example(T=600, I=5, R=[5, 33], machine=1, layout="aligned", wide=True, seed=0)
+    @example(T=68, I=64, R=[1, 5], machine=132, layout="contiguous", wide=False, seed=0)  # a column, then rows
     @example(T=600, I=5, R=[5, 1, 33], machine=1, layout="padded", wide=False, seed=0)
     @given(T=sizes, I=sizes, R=st.lists(low, **few), machine=machines, layout=layouts, wide=st.booleans(), seed=seeds)
     def run(T: int, I: int, R: list[int], machine: int, layout: str, wide: bool, seed: int) -> None:  # noqa: E741
@@ -190,6 +194,9 @@ def test_pt_xs(kernels: ModuleType, launches: Launches, resize: Callable[[int], 
         X, *P = draw_each(seed, dtype, layout, (T, I), *((T, rank) for rank in R))
         result = torch.float32 if wide else dtype
         found = kernels._launch_pt_xs(P, X, result, DA)
+        if found is None:  # of compute capability 9 without descriptors
+            assert WRONG_WITHOUT_DESCRIPTORS and layout != "aligned"
+            return
         again = kernels._launch_pt_xs(P, X, result, DA)
         x = X.double()
         assert len(found) == len(R)
@@ -198,7 +205,58 @@ def test_pt_xs(kernels: ModuleType, launches: Launches, resize: Callable[[int], 
             assert torch.equal(dA, same)
 
     run()
-    assert launches.paths("pt_xs", "TMA", "WHOLE") == BOTH
+    assert launches.paths("pt_xs", "TMA", "WHOLE") == {
+        path for path in BOTH if path[0] or not WRONG_WITHOUT_DESCRIPTORS
+    }
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("dtype", HALVES)
+def test_p_dbs(kernels: ModuleType, launches: Launches, resize: Callable[[int], None], dtype: torch.dtype) -> None:
+    """Columns, rows and ranks that fill no tile, of each linear its own; nothing of one linear reaches another's."""
+
+    @property_test
+    @example(T=1100, O=[300, 5, 129], R=[5, 1, 32], layout="aligned", wide=False, seed=0)
+    @example(T=33, O=[128, 300], R=[16, 8], layout="padded", wide=True, seed=0)
+    @given(
+        T=sizes,
+        O=st.lists(sizes, min_size=3, max_size=3),
+        R=st.lists(ranks.filter(lambda rank: rank <= 32), **few),
+        layout=layouts,
+        wide=st.booleans(),
+        seed=seeds,
+    )
+    def run(T: int, O: list[int], R: list[int], layout: str, wide: bool, seed: int) -> None:  # noqa: E741
+        shapes = [shape for o, r in zip(O, R, strict=False) for shape in ((T, o), (o, r), (T, r))]
+        operands = draw_each(seed, dtype, layout, *shapes)
+        dY, B, S = (operands[at::3] for at in range(3))
+        scalings = [0.75, -2.0, 0.5][: len(R)]
+        result = torch.float32 if wide else dtype
+        found = kernels._launch_p_dbs(dY, B, S, scalings, result, P_DB)
+        again = kernels._launch_p_dbs(dY, B, S, scalings, result, P_DB)
+        assert len(found) == 2 * len(R) and kernels._tma_serves(*found[::2])
+        for P, dB, dy, b, s, scaling in zip(found[::2], found[1::2], dY, B, S, scalings, strict=True):
+            check(
+                P,
+                scaling * (dy @ b),
+                scaling * dy.double() @ b.double(),
+                abs(scaling) * dy.double().abs() @ b.double().abs(),
+            )
+            exact, magnitude = dy.double().t() @ s.double(), dy.double().t().abs() @ s.double().abs()
+            check(dB, (dy.float().t() @ s.float()).to(result), exact, magnitude)
+        assert all(map(torch.equal, found, again))
+
+    run()
+    assert launches.paths("p_dbs", "LINEARS", "ROWS") >= {(3, 32), (2, 16)}
+
+
+@pytest.mark.usefixtures("launches")
+def test_many_rows_are_left_to_torch(kernels: ModuleType) -> None:
+    dY, B, S = draw_each(0, torch.float16, "aligned", (2049, 8), (8, 4), (2049, 4))
+    assert kernels._launch_p_dbs([dY] * 2, [B] * 2, [S] * 2, [1.0] * 2, torch.float16, P_DB) is None
+    found = kernels._p_dbs([dY] * 2, [B] * 2, [S] * 2, [1.0, 2.0], [torch.float16] * 2, tiles=P_DB)
+    assert [each.shape for each in found] == [(2049, 4), (8, 4)] * 2
+    assert torch.equal(found[2], 2 * found[0]) and torch.equal(found[3], found[1])
 
 
 #: What the GEMMs are given: with descriptors and pointers, last waves that are cut, weights stored the other way.

@@ -18,6 +18,7 @@ def operations(linears: Sequence[str]) -> dict[str, Fused]:
     formulas = {
         "x_ats": each("S_? = s_? * X @ A_?.T"),
         "pt_xs": each("dA_? = P_?.T @ X"),
+        "p_dbs": each("P_? = s_? * dY_? @ B_?", "dB_? = dY_?.T @ S_?"),
         "fused_gemms": each("Y_? = S_? @ B_?.T + b_?", "Y_? += X @ W_?.T"),
         "fused_gemm_sum": "; ".join(f"dX {'+=' if number else '='} {term}" for number, term in enumerate(terms)),
     }

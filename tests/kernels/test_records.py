@@ -110,7 +110,7 @@ def test_what_products_of_float8_take_says_so() -> None:
     assert {name for name, kernel in KERNELS.items() if kernel.largest} == {"x_at_largest", "p_db_largest"}
     for name in ("x_at", "p_db"):
         one, other = KERNELS[name], KERNELS[f"{name}_largest"]
-        assert one.tiles == other.tiles and one.largest_rank == other.largest_rank and not one.float8
+        assert other.tiles.items() <= one.tiles.items() and one.largest_rank == other.largest_rank and not one.float8
     assert not any(KERNELS[name].replaces for name in names), "they are in rows of the table"
 
 
@@ -122,7 +122,10 @@ def test_records_are_whole(name: str) -> None:
     assert kernel.launches > 0 and {"WARPS", *(() if single else ("STAGES",))} <= kernel.tiles.keys()
     assert single == ("STAGES" not in kernel.tiles)
     assert bool(kernel.small_tiles) == ("descriptors" in kernel.helpers)
-    assert kernel.priced_as is None or KERNELS[kernel.priced_as].tiles.keys() <= kernel.tiles.keys()
+    if kernel.priced_as is not None:
+        own, others = kernel.tiles.keys(), KERNELS[kernel.priced_as].tiles.keys()
+        assert others <= own or (name == "p_dbs" and own < others), "of the two ways of the other it has one"
+    assert kernel.alone_to == (0, 0) or kernel.launches > 1
     assert kernel.seeded == ("seed" in kernel.call.split(", "))
     assert {} not in kernel.candidates
 
@@ -147,7 +150,17 @@ def test_every_limit_reaches_the_launch(name: str, monkeypatch: pytest.MonkeyPat
             launch(largest_rank=7)
     else:
         assert "<= 7 and" in launch(largest_rank=7)
-        assert not re.search(r"shape\[.\] <= ", launch(largest_rank=None))
+        assert not re.search(r"shape\[1\] <= |max\(.*\) <= ", launch(largest_rank=None, most_columns=None))
+    if KERNELS[name].most_tokens is None:
+        with pytest.raises(ValueError, match=f"{name} has most tokens, of which its launch says nothing"):
+            launch(most_tokens=7)
+    else:
+        assert "shape[0] <= 7 and" in launch(most_tokens=7)
+        assert not re.search(r"shape\[0\] <= ", launch(most_tokens=None))
+        assert "max(dy.shape[1] for dy in dY) <= 9 and" in launch(most_columns=9)
+    if KERNELS[name].alone_to != (0, 0):
+        assert "if T <= 7 and O <= 9:" in launch(alone_to=(7, 9))
+        assert f"{name}_apart_kernel" not in launch(alone_to=(0, 0))
     assert "(_TILES if tma else _SMALL_TILES)[tiles]" in launch(small_tiles=KERNELS[name].tiles)
     assert "constants = _TILES[tiles]" in launch(small_tiles={})
 
@@ -173,13 +186,18 @@ def test_what_a_record_must_not_hold(changes: dict[str, Any], message: str) -> N
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if KERNELS[name].adapted])
-@given(tokens=st.integers(1, 2**17), rank=st.integers(1, 128), rows=st.sampled_from((16, 64, 128, 256, 512, 1024)))
-def test_what_a_launch_makes_of_constants(name: str, tokens: int, rank: int, rows: int) -> None:
+@given(
+    tokens=st.integers(1, 2**17),
+    features=st.integers(1, 2**15),
+    rank=st.integers(1, 128),
+    rows=st.sampled_from((16, 64, 128, 256, 512, 1024)),
+)
+def test_what_a_launch_makes_of_constants(name: str, tokens: int, features: int, rank: int, rows: int) -> None:
     """The record tells what the emitted expression gives."""
     kernel = KERNELS[name]
     constants = {**kernel.tiles, **dict.fromkeys(kernel.adapted, rows)}
-    scope = {"constants": constants, "T": tokens, "BR": block_rank(rank)}
-    at = kernel.at(constants, tokens, rank)
+    scope = {"constants": constants, "T": tokens, "I": features, "BR": block_rank(rank)}
+    at = kernel.at(constants, tokens, features, rank)
     for constant in kernel.tiles:
         text = KernelNode(name).adapted(constant) if constant in kernel.adapted else f'constants["{constant}"]'
         assert at[constant] == eval(text, dict(scope))
@@ -191,12 +209,16 @@ def test_what_a_launch_makes_of_constants(name: str, tokens: int, rank: int, row
     elif name.removesuffix("_dropped") in ("experts_activate_backward", "mlp_activate_backward"):
         # As many elements of the sums at any rank, if there are that many columns.
         assert at["BI"] == min(rows, 4096 // block_rank(rank)) and at["WARPS"] <= 8
+    elif name == "p_dbs":  # as many elements of dY a tile, in more rows where there are more
+        assert at["DEEP"] * at["COLUMNS"] == rows * rows
+    elif name.startswith("x_at"):  # as many elements a tile, or fewer
+        assert (at["BT"], at["BI"]) in {(rows, rows), (16, 2 * rows)}
     else:
         assert 64 <= at["BT"] <= 512
 
 
 def test_a_kernel_that_adapts_nothing() -> None:
-    assert GEMM.at(GEMM.small_tiles, 100, 8) == GEMM.small_tiles
+    assert GEMM.at(GEMM.small_tiles, 100, 64, 8) == GEMM.small_tiles
 
 
 def test_a_block_of_the_rank_is_the_emitted_one() -> None:
@@ -207,8 +229,14 @@ def test_a_block_of_the_rank_is_the_emitted_one() -> None:
 
 def test_limits_of_dtype_and_rank() -> None:
     kernel = Kernel(launches=1, call="", tiles={}, dtypes=frozenset({"bf16"}), largest_rank=8)
-    assert kernel.takes("bf16", 8) and not kernel.takes("bf16", 9) and not kernel.takes("fp32", 8)
-    assert replace(kernel, largest_rank=None).takes("bf16", 10**6)
+    many = 10**6
+    assert kernel.takes("bf16", 8, many, many)
+    assert not kernel.takes("bf16", 9, 1, 1) and not kernel.takes("fp32", 8, 1, 1)
+    assert replace(kernel, largest_rank=None).takes("bf16", many, 1, 1)
+    few = replace(kernel, most_tokens=64, most_columns=8, launches=2, alone_to=(32, 4))
+    assert few.takes("bf16", 8, 64, 8) and not few.takes("bf16", 8, 65, 8) and not few.takes("bf16", 8, 64, 9)
+    assert few.takes_size(64, 8) and not few.takes_size(65, 8) and not few.takes_size(64, 9)
+    assert [few.launches_at(*size) for size in ((32, 4), (33, 4), (32, 5))] == [1, 2, 2]
 
 
 @given(rows=st.integers(1, 20000), columns=st.integers(1, 20000), processors=st.integers(1, 200))

@@ -291,6 +291,8 @@ def test_calls_for_several_linears_take_tuples() -> None:
     assert [line(operation) for operation in operations(("q", "k")).values()] == [
         'S_q, S_k = _x_ats(X, (A_q, A_k), (scaling_q, scaling_k), tiles="S_q, S_k")',
         'dA_q, dA_k = _pt_xs((P_q, P_k), X, (A_q_dtype, A_k_dtype), tiles="dA_q, dA_k")',
+        "P_q, dB_q, P_k, dB_k = _p_dbs((dY_q, dY_k), (B_q, B_k), (S_q, S_k), (scaling_q, scaling_k), "
+        '(B_q_dtype, B_k_dtype), tiles="P_q, dB_q, P_k, dB_k")',
         'Y_q, Y_k = _fused_gemms(X, (W_q, W_k), (S_q, S_k), (B_q, B_k), (b_q, b_k), tiles="Y_q, Y_k")',
         'dX = _fused_gemm_sum((dY_q, dY_k), (W_q, W_k), (P_q, P_k), (A_q, A_k), tiles="dX")',
     ]

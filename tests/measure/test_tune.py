@@ -50,7 +50,7 @@ def begun() -> Profile:
 
 
 REAL = {name: getattr(tune, name) for name in ("AT_REST", "TOLERANCE", "ROUNDS")}
-REAL_COMPILED = tune._compiled_host_us
+REAL_COMPILED, REAL_EAGER = tune._compiled_host_us, tune._eager_host_us
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -61,8 +61,9 @@ def _any_timing_will_do() -> Iterator[None]:
         patch.setattr(tune, "TOLERANCE", {"cpu": float("inf")})
         patch.setattr(tune, "ROUNDS", 1)
         patch.setattr(tune, "SQUARE", {"cpu": {2: 64, 4: 64}})  # a CPU needs seconds for large ones in 16 bits
-        # It takes a compiler, and seconds; what it does is tested below.
+        # They take seconds, and one a compiler; what they do is tested below.
         patch.setattr(tune, "_compiled_host_us", lambda bench: (2.5, None))
+        patch.setattr(tune, "_eager_host_us", lambda bench: (10.0, 20.0, 15.0 if bench.kernels else None))
         yield
 
 
@@ -231,10 +232,10 @@ def test_kernels_are_measured_with_all_their_constants(tmp_path: Path, monkeypat
         assert constants[0] == {}
         # Once each of what a launch makes of them: p_db takes 256 rows a program at so few tokens, of 512 too.
         ran, possible = (
-            [tuple(kernel.at({**kernel.tiles, **own}, 24, 8).values()) for own in sets]
+            [tuple(kernel.at({**kernel.tiles, **own}, 24, 16, 8).values()) for own in sets]
             for sets in (constants, ({}, *kernel.candidates))
         )
-        assert ran == list(dict.fromkeys(possible)) and (len(ran) < len(possible)) == key.startswith("p_db")
+        assert ran == list(dict.fromkeys(possible)) and (len(ran) < len(possible)) == key.startswith(("p_db", "x_at"))
     tune._write(tmp_path / "x.toml", profile)
     device = load_device(os.fspath(tmp_path / "x.toml"))
     assert device.tiles_for("bf16") == {key: tuple(best.items()) for key, best in profile.tiles["fp16"].items()}
@@ -495,12 +496,70 @@ class TestCompiled:
         with pytest.raises(SpecError, match="when the profile was begun"):
             REAL_COMPILED(bench)
 
-    def test_the_host_alone(self) -> None:
+    def test_the_host_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.importorskip("torch")
-        found = tune.host_figures("cpu", tune.Point(4, 16, 16, 2))
-        assert list(found) == ["host_us", "kernel_host_us", "compiled_host_us", "compiled_kernel_host_us"]
-        assert found["host_us"] > 0 and found["compiled_host_us"] == 2.5
+        monkeypatch.setattr(tune, "_eager_host_us", REAL_EAGER)
+        try:
+            found = tune.host_figures("cpu", tune.Point(4, 16, 16, 2))
+        except SpecError as error:  # beside other tests a short row may take longer than a long one
+            assert "longer rows took no longer" in str(error)
+            pytest.skip(str(error))
+        eager = ["host_us", "function_host_us", "kernel_host_us"]
+        assert list(found) == [*eager, "compiled_host_us", "compiled_kernel_host_us"]
+        assert found["host_us"] > 0 and found["function_host_us"] > 0 and found["compiled_host_us"] == 2.5
         assert found["kernel_host_us"] is found["compiled_kernel_host_us"] is None
+
+
+class TestEager:
+    """What operators, functions and launches cost the host without a compiler: by rows of linears."""
+
+    @pytest.fixture
+    def rows(self, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
+        """Microseconds of a step for each linear, by how many rows were built before: functions, then linears."""
+        pytest.importorskip("torch")
+        each, built = {0: 30.0, 2: 110.0, 4: 180.0}, itertools.count()
+
+        def steps(bench: object, step: object, count: int) -> Callable[[], None]:
+            def run() -> None: ...
+
+            number = next(built)
+            of_linear = each[number // 2 * 2]
+            run.took = count * (700e-6 + of_linear * 1e-6 * tune.ROWS[number % 2])  # type: ignore[attr-defined]
+            return run
+
+        monkeypatch.setattr(tune, "_steps", steps)
+        for module in (clock, tune):
+            monkeypatch.setattr(module, "seconds", lambda run, *_, **__: getattr(run, "took", 10e-3))
+        return each
+
+    def test_the_function_comes_off(self, bench: tune._Workbench, rows: dict[int, float]) -> None:
+        """Of 110 µs a linear 30 are its function's; eight operators take the rest."""
+        assert REAL_EAGER(bench) == (10, 30, None)
+
+    def test_a_launch_is_what_operators_leave(
+        self, bench: tune._Workbench, rows: dict[int, float], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Three kernels take 150 µs with two operators: few rows leave nothing to add up."""
+        monkeypatch.setattr(bench, "kernels", True)
+        monkeypatch.setattr(bench, "module", SimpleNamespace(lora_linear=lambda x, W, A, B, **_: x + A.sum() + B.sum()))
+        monkeypatch.setattr(bench, "launching", tune.Point(8, 8, 8, 8))
+        kernel_us = round((150 - 2 * 10) / 3, 2)
+        assert REAL_EAGER(bench) == (10, 30, kernel_us)
+
+    def test_what_cannot_be_is_an_error(self, bench: tune._Workbench, rows: dict[int, float]) -> None:
+        rows[2] = 20.0  # less than a function that does nothing
+        with pytest.raises(
+            SpecError, match=r"^tune: longer rows took no longer .*; run again on an idle machine; noth"
+        ):
+            REAL_EAGER(bench)
+
+    def test_rows_that_never_agree(
+        self, bench: tune._Workbench, machine: Machine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        figures = itertools.count(1)
+        monkeypatch.setattr(clock, "seconds", lambda *_, **__: 1e-3 * 1.2 ** next(figures))
+        with pytest.raises(SpecError, match=r"^tune: 50 steps of empty functions took .* never agreed; run again"):
+            REAL_EAGER(bench)
 
 
 def test_progress_goes_to_stderr(run, machine: Machine, tmp_path: Path) -> None:

@@ -46,6 +46,7 @@ _TOGETHER: Mapping[tuple[str, str], tuple[str, str]] = {
     ("Y", "fused"): ("in_one", "fused_gemms"),  # one persistent kernel, whose tiles are those of all outputs
     ("dX", "fused"): ("in_one", "fused_gemm_sum"),  # one persistent kernel, whose inner loop goes through all products
     ("dA", "pt_x"): ("one_pass", "pt_xs"),  # one pass over X yields all
+    ("P dB", "one_pass"): ("one_launch", "p_dbs"),  # one launch for all, where there are few rows
     ("dX dA", "seeded"): ("seeded_one_pass", "dx_das"),
 }
 

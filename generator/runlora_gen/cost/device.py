@@ -36,6 +36,7 @@ class DeviceProfile:
         launch_s: time that one launch adds on the device (on a CPU: one operator call).
         host_s: time that the host needs for one operator call from Python; bounds eager mode.
         kernel_host_s: the same for one Triton kernel, descriptors included; None where there are no Triton kernels.
+        function_host_s: that an autograd function takes the host beside what it calls; 0 where that was not measured.
         compiled_host_s, compiled_kernel_host_s: both under torch.compile; None where that was not measured.
         multiprocessors: of a GPU: how many tiles of a kernel run at once; None where that is not known.
         compute_capability: of a GPU of NVIDIA; None where that is not known.
@@ -59,6 +60,7 @@ class DeviceProfile:
     digest: str
     compiled_host_s: float | None = None
     compiled_kernel_host_s: float | None = None
+    function_host_s: float = 0.0
     multiprocessors: int | None = None
     compute_capability: tuple[int, int] | None = None
     strided_bytes_per_s: float | None = None
@@ -159,7 +161,9 @@ def _compiled(device: DeviceProfile) -> DeviceProfile:
             f"--launch: compile is not allowed with --device {shorten(device.name)}, which has no compiled_host_us; "
             "give eager or graph, or let `runlora-gen tune -o FILE.toml` add it on that machine"
         )
-    return replace(device, host_s=device.compiled_host_s, kernel_host_s=device.compiled_kernel_host_s)
+    return replace(
+        device, host_s=device.compiled_host_s, kernel_host_s=device.compiled_kernel_host_s, function_host_s=0.0
+    )
 
 
 def nearest_profile(name: str, capability: tuple[int, int]) -> tuple[str, str]:
@@ -210,6 +214,7 @@ def device_of(name: str, data: Mapping[str, Any]) -> DeviceProfile:
         kernel_host_s=_seconds(profile.kernel_host_us),
         compiled_host_s=_seconds(profile.compiled_host_us),
         compiled_kernel_host_s=_seconds(profile.compiled_kernel_host_us),
+        function_host_s=_seconds(profile.function_host_us) or 0.0,
         multiprocessors=profile.multiprocessors,
         compute_capability=(int(major), int(minor)) if profile.compute_capability is not None else None,
         times={

@@ -22,7 +22,7 @@ def available(setting: Setting) -> tuple[Fused, ...]:
     return tuple(
         kernel
         for kernel in alternatives(setting.derivation, "cheaper")
-        if serves(kernel, dtype=setting.dtype.name, rank=setting.rank)
+        if serves(kernel, dtype=setting.dtype.name, rank=setting.rank, dims=setting.dims)
         and is_priced(kernel, setting.dtype, setting.device)
     )
 

@@ -10,7 +10,8 @@ from ..algebra.enumerate import Phase, Program
 from ..algebra.liveness import saved_activations, wanted_operations
 from ..algebra.operations import Convert, Fused, Map, Operation, Symbol, dimensions
 from ..algebra.schedule import workspace
-from ..kernels.sites import parted, seeded
+from ..kernels.registry import KERNELS
+from ..kernels.sites import columns_of, parted, seeded
 from .measured import correction
 from .passes import Times, passes_apart, passes_of_activation, price_passes
 from .roofline import roofline
@@ -27,9 +28,16 @@ def price_operation(operation: Operation, setting: Setting) -> OperationCost:
     between them it is the mean of the logarithms, weighted by 1 / distance⁴ in the logarithms of the dimensions.
     """
     own, then = parted(operation)
+    if isinstance(own, Fused) and not _takes_size(own, setting):  # its launch leaves it to torch
+        first, *others = (price_operation(part, setting) for part in own.parts)
+        return sum(others, first)
     cost = roofline(own, setting)
     factor = correction(operation, tuple(setting.dims[d] for d in dimensions(operation)), setting.dtype, setting.device)
     return sum((price_operation(part, setting) for part in then), replace(cost, device_s=cost.device_s * factor))
+
+
+def _takes_size(operation: Fused, setting: Setting) -> bool:
+    return KERNELS[operation.kernel].takes_size(setting.dims["T"], columns_of(operation, setting.dims))
 
 
 def price_in(operation: Operation, setting: Setting, *, forward: bool) -> OperationCost:
@@ -62,10 +70,12 @@ def price_phase(phase: Phase, setting: Setting) -> PhaseCost:
 def phase_times(phase: Phase, setting: Setting, kernels: tuple[Fused, ...] = ()) -> Times:
     """The seconds of a phase alone, found sooner than its whole price: no order is sought that needs little memory.
 
-    ``kernels``: those that take the place of the single products that they compute.
+    ``kernels``: those that take the place of the single products that they compute. What the autograd function itself
+    takes the host counts with the backward: without one there is no function.
     """
     costs = _costs(phase, setting, kernels)
-    return Times(sum(cost.device_s for cost in costs), sum(cost.host_s for cost in costs))
+    function_s = 0.0 if phase.is_forward else setting.device.function_host_s
+    return Times(sum(cost.device_s for cost in costs), sum((cost.host_s for cost in costs), function_s))
 
 
 def _costs(phase: Phase, setting: Setting, kernels: tuple[Fused, ...]) -> list[OperationCost]:

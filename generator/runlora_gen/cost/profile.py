@@ -7,8 +7,9 @@
     memory_gb_per_s = 4275.8
     launch_us = 0.84                  # of the device
     host_us = 38.35                   # of one operator call
+    function_host_us = 69.3           # of an autograd function that does nothing, forward and backward; may be absent
     multiprocessors = 132             # of a GPU
-    kernel_host_us = 109.03           # of one Triton kernel; absent where none run
+    kernel_host_us = 41.2             # of one Triton kernel; absent where none run
     compiled_host_us = 25.91          # of one operator call under torch.compile
     compiled_kernel_host_us = 38.96   # of one Triton kernel there; absent where none run
     strided_gb_per_s = 1417           # of passes whose operands are broadcast or strided; may be absent
@@ -32,8 +33,8 @@
     constants = [{}, {BI = 128}]      # of a kernel, in place of its own
     best = '''…'''                    # which of them, counted from 0
 
-The host's figures are of two kinds: of steps that Python runs operator by operator, autograd's share included, and of
-those that the code of torch.compile runs. The latter may be absent: profiles of earlier versions have none, and where
+The host's figures are of two kinds: of steps that Python runs operator by operator, and of those that the code of
+torch.compile runs, where there are no autograd functions. The latter may be absent: profiles of earlier versions have none, and where
 there is no compiler ``tune`` can't measure any. Nothing stands in for them, as no ratio to the eager ones holds from
 one machine to the next: ``--launch compile`` is refused with such a profile, and ``tune`` adds them to its file.
 
@@ -107,6 +108,7 @@ class Profile:
     date: str | None = None
     compute_capability: str | None = None
     multiprocessors: int | None = None
+    function_host_us: float | None = None
     kernel_host_us: float | None = None
     compiled_host_us: float | None = None
     compiled_kernel_host_us: float | None = None
@@ -174,6 +176,7 @@ def _profile(data: Mapping[str, Any]) -> Profile:
         date=str(data["date"]) if "date" in data else None,
         compute_capability=_capability(data["compute_capability"]) if "compute_capability" in data else None,
         multiprocessors=_count(data["multiprocessors"]) if "multiprocessors" in data else None,
+        function_host_us=_optional("function_host_us", data),
         kernel_host_us=_optional("kernel_host_us", data),
         compiled_host_us=_optional("compiled_host_us", data),
         compiled_kernel_host_us=_optional("compiled_kernel_host_us", data),
@@ -352,6 +355,7 @@ def render_profile(profile: Profile) -> str:
         "memory_gb_per_s": profile.memory_gb_per_s,
         "launch_us": profile.launch_us,
         "host_us": profile.host_us,
+        "function_host_us": profile.function_host_us,
         "multiprocessors": profile.multiprocessors,
         "kernel_host_us": profile.kernel_host_us,
         "compiled_host_us": profile.compiled_host_us,

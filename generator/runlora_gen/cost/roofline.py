@@ -18,6 +18,7 @@ from ..algebra.operations import (
     products,
 )
 from ..kernels.registry import KERNELS
+from ..kernels.sites import columns_of
 from .profile import FLOAT8
 from .setting import Setting
 from .vector import OperationCost
@@ -60,7 +61,7 @@ def roofline(operation: Operation, setting: Setting) -> OperationCost:
                 flops += 2 * m * n * k
                 counted_s += 2 * m * n * k / device.flops_per_s[_rate(product, setting)]
             kernel = KERNELS[operation.kernel]
-            launches, host_s = kernel.launches, device.kernel_host_s
+            launches, host_s = kernel.launches_at(dims["T"], columns_of(operation, dims)), device.kernel_host_s
             if kernel.persistent and device.multiprocessors is not None:
                 rows, _, _ = operation.products[0].mnk(dims)
                 columns = sum(dims[out.shape[-1]] for out in operation.outputs)

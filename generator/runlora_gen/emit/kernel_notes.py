@@ -76,20 +76,27 @@ class KernelNode:
     def _constant(self, match: re.Match[str]) -> str:
         return f'constants["{match[0]}"]' if match[0] in self.record.tiles else match[0]
 
-    def takes(self, tensor: str, *others: str, rank: str | None = None) -> str:
-        """The condition that a tensor and a rank, both expressions, are within its limits, and others.
+    def takes(
+        self, tensor: str, *others: str, rank: str | None = None, tokens: str | None = None, columns: str | None = None
+    ) -> str:
+        """The condition that a tensor, a rank, rows and columns, all expressions, are within its limits, and others.
 
         Raises:
             ValueError: it has a limit that this says nothing of.
         """
-        return " and ".join([*self._limits(tensor, rank, "==", "<="), *others])
+        return " and ".join([*self._limits(tensor, (rank, tokens, columns), "==", "<="), *others])
 
     def refuses(self, tensor: str, *others: str, rank: str | None = None) -> str:
         """The condition that they are not, or others; raises likewise."""
-        return " or ".join([*self._limits(tensor, rank, "!=", ">"), *others])
+        return " or ".join([*self._limits(tensor, (rank, None, None), "!=", ">"), *others])
 
-    def _limits(self, tensor: str, rank: str | None, equal: str, within: str) -> list[str]:
-        taken, largest = self.record.dtypes, self.record.largest_rank
+    def _limits(self, tensor: str, sizes: Sequence[str | None], equal: str, within: str) -> list[str]:
+        taken, record = self.record.dtypes, self.record
+        limits = {
+            "a largest rank": record.largest_rank,
+            "most tokens": record.most_tokens,
+            "most columns": record.most_columns,
+        }
         found = []
         if taken != DTYPES.keys():
             (size,) = {DTYPES[dtype].bytes for dtype in taken}
@@ -98,10 +105,11 @@ class KernelNode:
                     f"{self.name} takes some dtypes of {size} bytes, and its launch asks for the size alone"
                 )
             found.append(f"{tensor}.itemsize {equal} {size}")
-        if largest is not None:
-            if rank is None:
-                raise ValueError(f"{self.name} has a largest rank, of which its launch says nothing")
-            found.append(f"{rank} {within} {largest}")
+        for (name, most), given in zip(limits.items(), sizes, strict=True):
+            if most is not None:
+                if given is None:
+                    raise ValueError(f"{self.name} has {name}, of which its launch says nothing")
+                found.append(f"{given} {within} {most}")
         return found
 
 

@@ -56,6 +56,7 @@ class Kernel:
     Attributes:
         launches: of one call. A product that is split because few tokens or features would leave the machine idle
             takes one more, to add up its parts; that is not counted.
+        alone_to: rows and columns of dY up to which one launch does all, whatever it takes beyond.
         call: the arguments of its call in the emitted code, from the parts of the operation: ``left0`` is the left
             operand of the first product as the formula has it, ``left0T`` its transpose; likewise ``right``,
             ``addend``, ``bias`` and ``scaling``; ``seed0`` is what the first mask is drawn from, ``dropped0`` what is
@@ -73,9 +74,10 @@ class Kernel:
         candidates: constants that ``tune`` tries in place of those of ``tiles``.
         bounds: of constants that are neither options of Triton nor sides of tiles.
         adapted: what a launch makes of a constant, whatever was tuned: an expression of Python over the constants, T,
-            and BR, the columns that hold a row of the rank. Shared memory may halve it further (``_fitting``).
+            BR, the columns that hold a row of the rank, and I, where it sums over that. Shared memory may halve it further (``_fitting``).
         dtypes: dtypes that it takes.
         largest_rank: above it the kernel is no candidate.
+        most_tokens, most_columns: likewise, of rows, and of columns of any output.
         helpers: what it uses of the helpers in ``support.jinja`` and ``tiles.jinja``, which kernels share, and ``F``
             for torch.nn.functional.
         replaces: the work, see ``algebra/work.py``, of the single operations whose place it may take, whatever a site
@@ -109,6 +111,9 @@ class Kernel:
     adapted: Mapping[str, str] = field(default_factory=dict)
     dtypes: frozenset[str] = frozenset({"bf16", "fp16", "fp32"})
     largest_rank: int | None = None
+    most_tokens: int | None = None
+    most_columns: int | None = None
+    alone_to: tuple[int, int] = (0, 0)
     helpers: frozenset[str] = frozenset()
     replaces: tuple[str, ...] = ()
     when: When = "cheaper"
@@ -146,14 +151,18 @@ class Kernel:
             if not bounds.allow(value):
                 raise ValueError(f"{name} = {shorten(value)} is not allowed; give {bounds}")
 
-    def at(self, constants: Mapping[str, int], tokens: int, rank: int) -> Mapping[str, int]:
-        """What a launch makes of its constants, for so many tokens and a rank."""
-        known = {**constants, "T": tokens, "BR": block_rank(rank), "min": min, "max": max}
+    def launches_at(self, tokens: int, columns: int) -> int:
+        """Launches of one call, by the rows and the columns of outputs."""
+        return 1 if tokens <= self.alone_to[0] and columns <= self.alone_to[1] else self.launches
+
+    def at(self, constants: Mapping[str, int], tokens: int, features: int, rank: int) -> Mapping[str, int]:
+        """What a launch makes of its constants, for so many tokens, in_features and a rank."""
+        known = {**constants, "T": tokens, "I": features, "BR": block_rank(rank), "min": min, "max": max}
         return {**constants, **{name: eval(text, {"__builtins__": {}}, known) for name, text in self.adapted.items()}}
 
     def parts_bytes(self, constants: Mapping[str, int], tokens: int, features: int, rank: int, size: int) -> int:
         """Bytes of parts of sums, of elements of so many bytes."""
-        known = {**self.at(constants, tokens, rank), "T": tokens, "I": features, "R": rank, "BYTES": size}
+        known = {**self.at(constants, tokens, features, rank), "T": tokens, "I": features, "R": rank, "BYTES": size}
         return int(eval(self.parts, {"__builtins__": {}}, known))
 
     def waves(self, rows: int, columns: int, processors: int, experts: int = 0) -> float:
@@ -168,9 +177,15 @@ class Kernel:
         count, filled = down * math.ceil(columns / across), rows / height / down if experts else 1.0
         return math.ceil(count / processors) * processors / (count * filled)
 
-    def takes(self, dtype: str, rank: int) -> bool:
-        """Whether it takes a dtype and a rank."""
-        return dtype in self.dtypes and (self.largest_rank is None or rank <= self.largest_rank)
+    def takes(self, dtype: str, rank: int, tokens: int, columns: int) -> bool:
+        """Whether it takes a dtype, a rank, and outputs of so many rows and columns."""
+        fits = self.largest_rank is None or rank <= self.largest_rank
+        return dtype in self.dtypes and fits and self.takes_size(tokens, columns)
+
+    def takes_size(self, tokens: int, columns: int) -> bool:
+        """Whether it takes outputs of so many rows and columns."""
+        few = self.most_tokens is None or tokens <= self.most_tokens
+        return few and (self.most_columns is None or columns <= self.most_columns)
 
 
 def block_rank(rank: int) -> int:

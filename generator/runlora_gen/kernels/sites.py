@@ -9,16 +9,21 @@ from typing import TypeVar
 
 from ..algebra.derivation import Derivation
 from ..algebra.enumerate import Phase, Program
-from ..algebra.operations import Contract, Draw, Fused, Map, Operation, Step, dimensions
+from ..algebra.operations import Contract, Dims, Draw, Fused, Map, Operation, Step, dimensions
 from ..algebra.sites import DERIVATIONS
 from ..algebra.work import kind, work
 from .record import When
 from .registry import KERNELS
 
 
-def serves(operation: Fused, *, dtype: str, rank: int) -> bool:
-    """Whether the kernel of an operation takes a dtype and a rank."""
-    return KERNELS[operation.kernel].takes(dtype, rank)
+def serves(operation: Fused, *, dtype: str, rank: int, dims: Dims) -> bool:
+    """Whether the kernel of an operation takes a dtype, a rank and these sizes."""
+    return KERNELS[operation.kernel].takes(dtype, rank, dims["T"], columns_of(operation, dims))
+
+
+def columns_of(operation: Operation, dims: Dims) -> int:
+    """The most that an output has of those linears that an operation is of."""
+    return max((dims[name] for name in dimensions(operation) if name[0] == "O"), default=0)
 
 
 @lru_cache

@@ -105,6 +105,22 @@ def random_float8(quantized: Any, shape: tuple[int, int], device: torch.device, 
     return quantized(codes, scale, (1, shape[1]), 1.0, dtype)
 
 
+class Nothing(torch.autograd.Function):
+    """What autograd needs of a custom function that has a LoRA linear's arguments, x as wide as its output."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        """x itself."""
+        ctx.save_for_backward(x, weight, lora_A, lora_B)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        """The gradient as it comes."""
+        _ = ctx.saved_tensors
+        return grads[0], None, None, None
+
+
 class Problem:
     """Operands of a LoRA linear and an output gradient, all random: zeros are faster than numbers."""
 

@@ -53,7 +53,7 @@ from ..cost.profile import FLOAT8 as FLOAT8_RATE
 from ..cost.profile import MAX_PROFILE_BYTES, Profile, Size, check_title, parse_toml, read_profile, render_profile
 from ..emit.code import line, tiles_key
 from ..kernels.registry import KERNELS
-from ..kernels.sites import draws, operations_of, serves
+from ..kernels.sites import columns_of, draws, operations_of, serves
 from ..request.errors import SpecError, one_line, reason, shorten
 from ..request.files import read_if_there
 from ..request.workload import Workload
@@ -61,7 +61,7 @@ from ..search.candidates import goals
 from .clock import Key, Run, captured, interleaved, repeated, seconds
 from .machine import machine_name
 from .modules import module_of_everything, module_of_experts, module_of_mlp
-from .problem import ACTIVATION, TORCH_DTYPES, Point, Problem, random_codes, random_float8
+from .problem import ACTIVATION, TORCH_DTYPES, Nothing, Point, Problem, random_codes, random_float8
 
 #: Rounds of a batch, whose median is one figure.
 ROUNDS = 3
@@ -410,13 +410,13 @@ class _Workbench:
                 continue
             if not isinstance(operation, Fused):
                 found.append(Trial(operation))
-            elif self.kernels and serves(operation, dtype=dtype, rank=point.rank):
+            elif self.kernels and serves(operation, dtype=dtype, rank=point.rank, dims=point.dims):
                 kernel = KERNELS[operation.kernel]
                 candidates = kernel.candidates if self.takes_large_tiles(dtype, point) else ()
                 # What comes to the same constants is tried once.
                 sets: dict[tuple[int, ...], Mapping[str, int]] = {}
                 for constants in ({}, *candidates):
-                    at = kernel.at({**kernel.tiles, **constants}, point.dims["T"], point.rank)
+                    at = kernel.at({**kernel.tiles, **constants}, point.dims["T"], point.in_features, point.rank)
                     sets.setdefault(tuple(at.values()), constants)
                 found += [Trial(operation, tuple(constants.items())) for constants in sets.values()]
         return found
@@ -670,7 +670,7 @@ def _basics(bench: _Workbench, title: str) -> Profile:
     calls = 500
     run = repeated(lambda: torch.add(tiny, tiny, out=tiny), calls)
     launch_s = _basic(bench, f"{calls} launches", captured(run) if on_gpu else run, device) / calls
-    host_us, kernel_host_us = _eager_host_us(bench)
+    host_us, function_host_us, kernel_host_us = _eager_host_us(bench)
     return Profile(
         title=title,
         source=_source(device),
@@ -679,6 +679,7 @@ def _basics(bench: _Workbench, title: str) -> Profile:
         launch_us=round(launch_s * 1e6, 2),
         host_us=host_us,
         multiprocessors=torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else None,
+        function_host_us=function_host_us,
         kernel_host_us=kernel_host_us,
         tflops=rates,
     )
@@ -712,32 +713,36 @@ def host_figures(device: str, at: Point | None = None) -> dict[str, float | None
     """
     with _Workbench(torch.device(device)) as bench:
         bench.launching = at or bench.launching
-        (eager, eager_kernel), (compiled, compiled_kernel) = _eager_host_us(bench), _compiled_host_us(bench)
+        (eager, function, eager_kernel), (compiled, compiled_kernel) = _eager_host_us(bench), _compiled_host_us(bench)
     return {
         "host_us": eager,
+        "function_host_us": function,
         "kernel_host_us": eager_kernel,
         "compiled_host_us": compiled,
         "compiled_kernel_host_us": compiled_kernel,
     }
 
 
-def _eager_host_us(bench: _Workbench) -> tuple[float, float | None]:
-    """Microseconds that the host needs for one operator, and for one kernel's launch, in an eager step.
+class _Unsettled(RuntimeError):
+    """Timings that contradict each other."""
 
-    Autograd's share is included.
+
+def _eager_host_us(bench: _Workbench) -> tuple[float, float, float | None]:
+    """Microseconds that the host needs for one operator, one autograd function and one kernel's launch, eagerly.
 
     Raises:
         SpecError: that never agreed with itself, or the machine stays busy.
     """
-    problem = Problem(bench.launching, bench.device, bench.launching_dtype)
-
-    def step_seconds(variant: str, steps: int = 50) -> float:
-        def step() -> None:
-            problem.step(bench.module, variant)
-
-        return _basic(bench, f"{steps} steps of {variant}", _steps(bench, step, steps), torch.device("cpu")) / steps
-
-    return _host_us(bench, step_seconds)
+    seconds_of = functools.partial(_seconds_in_a_row, bench, lambda forward: forward, 50)
+    try:
+        function_s = seconds_of(None)
+        operator_us, kernel_us = _host_us(bench, seconds_of, function_s)
+        figures = (operator_us, round(function_s * 1e6, 2), kernel_us)
+        if any(figure is not None and figure <= 0 for figure in figures):
+            raise _Unsettled(f"longer rows took no longer ({figures} µs); run again on an idle machine")
+    except _Unsettled as error:
+        raise SpecError(f"tune: {error}; nothing can be priced without what eager launches cost the host") from None
+    return figures
 
 
 def _compiled_host_us(bench: _Workbench) -> tuple[float | None, float | None]:
@@ -747,7 +752,9 @@ def _compiled_host_us(bench: _Workbench) -> tuple[float | None, float | None]:
         SpecError: the machine stays busy.
     """
     try:
-        found = _host_us(bench, functools.partial(_compiled_seconds, bench))
+        torch.compiler.reset()
+        compiled = functools.partial(torch.compile, fullgraph=True, dynamic=False)
+        found = _host_us(bench, functools.partial(_seconds_in_a_row, bench, compiled, 20))
         if any(figure is not None and figure <= 0 for figure in found):
             raise RuntimeError(f"longer rows took no longer ({found[0]} and {found[1]} µs)")
     except SpecError:
@@ -759,8 +766,23 @@ def _compiled_host_us(bench: _Workbench) -> tuple[float | None, float | None]:
     return found
 
 
-def _compiled_seconds(bench: _Workbench, variant: str, steps: int = 20) -> float:
-    """Host seconds of a linear's forward and backward within a compiled graph."""
+def _seconds_in_a_row(
+    bench: _Workbench, made: Callable[[Callable[..., Any]], Callable[..., Any]], steps: int, variant: str | None
+) -> float:
+    """Host seconds of a linear's forward and backward, of those that several take more than few.
+
+    All forwards come before all backwards, as in a model: else autograd's thread would alternate with this one.
+
+    Args:
+        bench: what is measured with.
+        made: makes what is run of the forwards.
+        steps: in a timing.
+        variant: of the linears; None of functions in their place that do nothing.
+
+    Raises:
+        _Unsettled: a row never agreed with itself.
+    """
+    nothing: Any = Nothing.apply
 
     def row(count: int) -> Run:
         problems = [Problem(bench.launching, bench.device, bench.launching_dtype) for _ in range(count)]
@@ -770,24 +792,25 @@ def _compiled_seconds(bench: _Workbench, variant: str, steps: int = 20) -> float
         def forward(y: torch.Tensor) -> torch.Tensor:
             for each in problems:
                 operands = (y, each.weight, each.lora_A, each.lora_B)
-                y = bench.module.lora_linear(*operands, scaling=0.5, variant=variant)
+                linear = bench.module.lora_linear
+                y = nothing(*operands) if variant is None else linear(*operands, scaling=0.5, variant=variant)
             return y
 
-        compiled = torch.compile(forward, fullgraph=True, dynamic=False)
+        run = made(forward)
 
         def step() -> None:
-            torch.autograd.grad(compiled(x), trained, grad_output)
+            torch.autograd.grad(run(x), trained, grad_output, allow_unused=variant is None)
 
         step()  # compiles
         return _steps(bench, step, steps)
 
-    torch.compiler.reset()
     clock = torch.device("cpu")
     figures = _settled(bench, {count: row(count) for count in ROWS}, clock)
     few, many = (_agreed(figures[count], clock) for count in ROWS)
     if few is None or many is None:
         which = figures[ROWS[0] if few is None else ROWS[1]]
-        raise RuntimeError(f"{steps} steps of {variant} {_disagreement(which)}; run again on an idle machine")
+        what = f"{steps} steps of {variant or 'empty functions'} {_disagreement(which)}"
+        raise _Unsettled(f"{what}; run again on an idle machine")
     return (many - few) / (ROWS[1] - ROWS[0]) / steps
 
 
@@ -801,8 +824,13 @@ def _steps(bench: _Workbench, step: Run, count: int) -> Run:
     return run
 
 
-def _host_us(bench: _Workbench, seconds_of: Callable[[str], float]) -> tuple[float, float | None]:
-    """Microseconds of one operator, and of one kernel's launch, from the seconds of two programs' steps."""
+def _host_us(
+    bench: _Workbench, seconds_of: Callable[[str], float], function_s: float = 0.0
+) -> tuple[float, float | None]:
+    """Microseconds of one operator, and of one kernel's launch, from the seconds of two programs' steps.
+
+    ``function_s``: of these, what the autograd function takes that runs them.
+    """
     programs = enumerate_programs(LINEAR, goals(bench.workload), table=LINEAR.rows(lambda _: bench.kernels))
     wanted = frozenset({"dX", "dA", "dB"})
 
@@ -810,13 +838,15 @@ def _host_us(bench: _Workbench, seconds_of: Callable[[str], float]) -> tuple[flo
         return [op for phase in (program.forward, program.backward) for op in wanted_operations(phase, wanted)]
 
     plain = _PLAIN.among(programs)
-    operator_s = seconds_of(plain.id) / len(running(plain))
+    operator_s = (seconds_of(plain.id) - function_s) / len(running(plain))
     if not bench.kernels:
         return round(operator_s * 1e6, 2), None
     fused = _FUSED.among(programs)
-    launches = [KERNELS[op.kernel].launches for op in running(fused) if isinstance(op, Fused)]
+    dims = bench.launching.dims
+    kernels = [op for op in running(fused) if isinstance(op, Fused)]
+    launches = [KERNELS[op.kernel].launches_at(dims["T"], columns_of(op, dims)) for op in kernels]
     operators = len(running(fused)) - len(launches)
-    kernel_s = (seconds_of(fused.id) - operators * operator_s) / sum(launches)
+    kernel_s = (seconds_of(fused.id) - function_s - operators * operator_s) / sum(launches)
     return round(operator_s * 1e6, 2), round(kernel_s * 1e6, 2)
 
 

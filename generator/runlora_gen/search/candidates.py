@@ -218,7 +218,7 @@ def rows_for(workload: Workload, setting: Setting) -> tuple[Way, ...]:
     dtype, kernels = setting.dtype, _kernels(workload, setting)
 
     def candidate(operation: Fused) -> bool:
-        taken = kernels and serves(operation, dtype=dtype.name, rank=setting.rank)
+        taken = kernels and serves(operation, dtype=dtype.name, rank=setting.rank, dims=setting.dims)
         return taken and is_priced(operation, dtype, setting.device)
 
     rows = setting.derivation.rows(candidate)

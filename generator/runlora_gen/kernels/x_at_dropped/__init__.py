@@ -13,6 +13,7 @@ KERNEL = replace(
     tiles={"BT": 32, "BI": 128, "BESIDE": 4, "WARPS": 4, "STAGES": 4},
     small_tiles={"BT": 32, "BI": 64, "BESIDE": 4, "WARPS": 4, "STAGES": 3},
     candidates=(),
+    adapted={},
     helpers=X_AT.helpers | {"drop"},
     replaces=(),
     priced_as="x_at",

@@ -14,6 +14,7 @@ KERNEL = replace(
     tiles={"BT": 64, "BI": 64, "BESIDE": 4, "WARPS": 4, "STAGES": 3},
     small_tiles=X_AT_DROPPED.small_tiles,
     candidates=(),
+    adapted={},
     helpers=X_ATS.helpers | {"drop"},
     drops=True,
 )
