@@ -383,6 +383,9 @@ CONTENDERS = {
     ),
     "ours-graph": Contender("ours for graphs", _ours("graph", launch="graph")),
     "ours-compile": Contender("ours for torch.compile", _ours("compile", launch="compile")),
+    "ours-compile-bf16": Contender(
+        "ours for torch.compile, 16-bit adapters", _ours("compile_bf16", wide=False, launch="compile")
+    ),
     "ours-graph-bf16": Contender("ours for graphs, 16-bit adapters", _ours("graph_bf16", wide=False, launch="graph")),
     "ours-dropout": Contender(
         "ours for graphs, 16-bit adapters, dropout 0.05",

@@ -34,9 +34,10 @@
     best = '''…'''                    # which of them, counted from 0
 
 The host's figures are of two kinds: of steps that Python runs operator by operator, and of those that the code of
-torch.compile runs, where there are no autograd functions. The latter may be absent: profiles of earlier versions have none, and where
-there is no compiler ``tune`` can't measure any. Nothing stands in for them, as no ratio to the eager ones holds from
-one machine to the next: ``--launch compile`` is refused with such a profile, and ``tune`` adds them to its file.
+torch.compile runs, where there are no autograd functions. The latter may be absent: profiles of earlier versions have
+none, and where there is no compiler ``tune`` can't measure any. Nothing stands in for them, as no ratio to the eager
+ones holds from one machine to the next: ``--launch compile`` is refused with such a profile, and ``tune`` adds them to
+its file.
 
 What a key says is in ``algebra/work.py``. A table has a column for every token count T and rank R, as far as the work
 has them, and a line for every other size, I x O as far as it has them; ``-`` is where nothing was measured.
