@@ -318,6 +318,19 @@ def test_one_pass_for_p_and_db(
     assert launches.paths("p_db_apart", "ROWS") == {(16,)}
 
 
+def test_few_blocks_are_one_program_s(
+    kernels: ModuleType, launches: Launches, resize: Callable[[int], None]
+) -> None:
+    """However idle the machine is: to add up parts takes another launch."""
+    resize(132)
+    X, A, S = draw_all(0, torch.float16, ("contiguous",) * 3, (2048, 16), (4, 16), (2048, 4))
+    kernels._launch_pt_x(S, X, torch.float16, "dA")
+    kernels._launch_x_at(X.reshape(16, 2048), A.reshape(4, 16).repeat(1, 128), 1.0, "S")
+    assert launches.names == ["pt_x", "x_at"]
+    kernels._launch_pt_x(S.repeat(2, 1), X.repeat(2, 1), torch.float16, "dA")
+    assert launches.names[2:] == ["pt_x", "sum_parts"]
+
+
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_x_at(kernels: ModuleType, launches: Launches, resize: Callable[[int], None], dtype: torch.dtype) -> None:
