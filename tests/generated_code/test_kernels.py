@@ -318,9 +318,7 @@ def test_one_pass_for_p_and_db(
     assert launches.paths("p_db_apart", "ROWS") == {(16,)}
 
 
-def test_few_blocks_are_one_program_s(
-    kernels: ModuleType, launches: Launches, resize: Callable[[int], None]
-) -> None:
+def test_few_blocks_are_one_program_s(kernels: ModuleType, launches: Launches, resize: Callable[[int], None]) -> None:
     """However idle the machine is: to add up parts takes another launch."""
     resize(132)
     X, A, S = draw_all(0, torch.float16, ("contiguous",) * 3, (2048, 16), (4, 16), (2048, 4))
