@@ -114,9 +114,10 @@ def test_no_operator_is_left(traced: Any, tokens: str) -> None:
         assert kernels(targets) and not operators(targets), name
 
 
-def test_a_launch_is_one_kernel_and_its_sum(traced: Any) -> None:
+def test_a_launch_is_one_kernel(traced: Any) -> None:
+    """So few rows leave no parts to add up."""
     counts = {name: len(kernels(targets)) for name, targets in traced["static"].items()}
-    assert counts == {"x_at": 2, "fused_gemm": 1, "p_db": 2, "pt_x": 1, "merge": 1}
+    assert counts == {"x_at": 1, "fused_gemm": 1, "p_db": 1, "pt_x": 1, "merge": 1}
     # What is written comes from empty tensors, of which none is copied.
     for targets in traced["static"].values():
         assert not any("clone" in target or "copy" in target for target in targets)
@@ -162,6 +163,7 @@ def test_descriptors_that_a_kernel_makes_give_the_same_bits(
 
     X, W, A, B, S, dY = draw(T, inner), draw(outer, inner), draw(R, inner), draw(outer, R), draw(T, R), draw(T, outer)
     describing: list[bool] = []
+    monkeypatch.setattr(module, "_p_db_in_one", lambda *_: False)  # which needs no descriptors
 
     class Describing(module._Launch):  # type: ignore[name-defined, misc]
         def __init__(self, *args: Any, **constants: Any) -> None:

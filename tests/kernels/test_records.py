@@ -159,7 +159,7 @@ def test_every_limit_reaches_the_launch(name: str, monkeypatch: pytest.MonkeyPat
         assert not re.search(r"shape\[0\] <= ", launch(most_tokens=None))
         assert "max(dy.shape[1] for dy in dY) <= 9 and" in launch(most_columns=9)
     if KERNELS[name].alone_to != (0, 0):
-        assert "if T <= 7 and O <= 9:" in launch(alone_to=(7, 9))
+        assert "return T <= 7 and O <= 9" in launch(alone_to=(7, 9))
         assert f"{name}_apart_kernel" not in launch(alone_to=(0, 0))
     assert "(_TILES if tma else _SMALL_TILES)[tiles]" in launch(small_tiles=KERNELS[name].tiles)
     assert "constants = _TILES[tiles]" in launch(small_tiles={})
