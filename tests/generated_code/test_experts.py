@@ -69,7 +69,8 @@ def test_a_package_proves_its_experts(place: Path, layout: str) -> None:
     # The kernels in one of the layouts: their text is the same, and the interpreter slow.
     which = "not kernels" if layout == FOLDER else "not kernels or own"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    proves(place / f"in_{layout}" / PACKAGE, "test_experts.py", which, environment, examples=2)
+    examples = 2 if layout == FOLDER else 1
+    proves(place / f"in_{layout}" / PACKAGE, "test_experts.py", which, environment, examples=examples)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -153,7 +154,8 @@ def test_every_kernel_is_proved(tmp_path: Path, site: str) -> None:
     launched = {name for name in KERNELS if hasattr(module, f"_launch_{name}")}
     assert launched == {op.kernel for op in operations_of(setting.derivation) if isinstance(op, Fused)}
     (path,) = (path for path in (tmp_path / site).iterdir() if path.suffix == ".py")
-    assert proved(path, proof.KERNELS, 3, covering) == 4
+    # One drawn case beside the fixed ones: more are the catalogue of mutants', and the interpreter slow.
+    assert proved(path, proof.KERNELS, 1, covering) == 4
 
 
 @pytest.mark.skipif(not os.environ.get("RUNLORA_LONG"), reason="takes minutes: set RUNLORA_LONG=1")

@@ -222,7 +222,7 @@ def test_a_package_proves_its_mlps(place: Path, layout: str) -> None:
     """The torch path and, in the interpreter, the kernels; its linears and groups as without any MLP."""
     # The kernels in one of the layouts: their text is the same, and the interpreter slow.
     which = "(mlps or plain_lora) and not kernels" if layout == FOLDER else "mlps"
-    proves(place / f"in_{layout}" / PACKAGE, "test_equivalence.py", which)
+    proves(place / f"in_{layout}" / PACKAGE, "test_equivalence.py", which, examples=2)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
