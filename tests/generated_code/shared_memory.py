@@ -28,7 +28,7 @@ DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", tor
 #: Ranks of the lone linear, and of three in a group: the largest, and such as fill what their sum of tiles may take.
 RANKS = (128, 64, 32)
 RANKS_OF_GROUPS = ((64, 64, 64), (64, 64, 16), (64, 32, 16), (32, 32, 32))
-TOKENS, FEATURES = 512, 256
+TOKENS, MANY, FEATURES = 512, 4096, 256
 EXPERTS, TOP_K, ACTIVATION = 8, 2, "silu_gated"
 
 
@@ -93,9 +93,11 @@ def launch_all(kernels: Any, dtype: torch.dtype) -> None:
     )
     for rank in RANKS:
         A, B, S = draw(rank, FEATURES), draw(FEATURES, rank), draw(TOKENS, rank)
-        kernels._launch_x_at(X, A, 0.5, "S")
+        many, low = draw(MANY, FEATURES), draw(MANY, rank)  # few rows have tiles of their own
+        for x, s in ((X, S), (many, low)):
+            kernels._launch_x_at(x, A, 0.5, "S")
+            kernels._launch_p_db(x, B, s, 0.5, dtype, "P, dB")
         kernels._launch_pt_x(S, X, dtype, "dA")
-        kernels._launch_p_db(dY, B, S, 0.5, dtype, "P, dB")
         kernels._launch_x_at_dropped(X, A, 0.5, seed, 0.1, "S seeded")
         kernels._launch_dx_da(S, A, X, dY, W, seed, 0.1, dtype, "dA, dX seeded")
     launch_experts(kernels, dtype)
@@ -103,6 +105,17 @@ def launch_all(kernels: Any, dtype: torch.dtype) -> None:
     for ranks in RANKS_OF_GROUPS:
         As, Ss, half = [draw(rank, FEATURES) for rank in ranks], [draw(TOKENS, rank) for rank in ranks], [0.5] * 3
         kernels._launch_x_ats(X, As, half, "S_q, S_k, S_v")
+        kernels._launch_x_ats(draw(MANY, FEATURES), As, half, "S_q, S_k, S_v")
+        Bs = [draw(FEATURES, rank) for rank in ranks]
+        for tokens in (TOKENS, 2048):
+            kernels._launch_p_dbs(
+                [draw(tokens, FEATURES)] * 3,
+                Bs,
+                [draw(tokens, rank) for rank in ranks],
+                half,
+                dtype,
+                "P_q, dB_q, P_k, dB_k, P_v, dB_v",
+            )
         kernels._launch_pt_xs(Ss, X, dtype, "dA_q, dA_k, dA_v")
         kernels._launch_x_ats_dropped(X, As, half, [seed] * 3, 0.1, "S_q, S_k, S_v seeded")
         given = (Ss, As, X, [dY] * 3, [W] * 3, [seed] * 3, 0.1, dtype)
@@ -170,12 +183,15 @@ def records(
     kernels._Launch._launch = lambda launch, operands: launches.append((launch, operands))
     kernels._kernels_serve = lambda *matrices: True
     kernels._tma_serves = lambda *matrices: architecture >= 90
+    kernels._pt_xs_needs_descriptors = lambda like: False
     kernels._multiprocessors = lambda device: 132
     launch_all(kernels, dtype)
     fitted = {
         f"_{name}_kernel"
         for name, kernel in KERNELS.items()
-        if "fitting" in kernel.helpers and not kernel.float8 and kernel.takes(DTYPES[dtype], min(RANKS))
+        if "fitting" in kernel.helpers
+        and not kernel.float8
+        and kernel.takes(DTYPES[dtype], min(RANKS), TOKENS, FEATURES)
     }
     assert fitted <= {launch.kernel.__name__ for launch, _ in launches}, "a kernel is not launched here"
     for (name, constants), found in itertools.groupby(

@@ -34,6 +34,8 @@ ROOM = {90: 227 * 1024, 86: 99 * 1024}
 CASES = [(90, "float32", "dx_das")]
 #: Of what the interpreter does not refuse: names that change their type.
 CASES += [(90, "bfloat16", f"experts_{name}_dropped") for name in ("x_at", "pt_x", "activate_backward")]
+#: What loads two matrices a stage, of as many rows as there are columns of the other.
+CASES += [(86, "bfloat16", "p_dbs")]
 #: What holds more sums than others, on the GPUs that have the least.
 CASES += [
     (86, dtype, f"mlp_activate_backward{drops}") for drops in ("", "_dropped") for dtype in ("bfloat16", "float32")
