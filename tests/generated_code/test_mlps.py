@@ -92,7 +92,7 @@ def module(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     programs = list(every_phase(every_program(workload)))
     phases = {phase for program in programs for phase in (program.forward, program.backward)}
     assert phases == {phase for p in every_program(workload) for phase in (p.forward, p.backward)}
-    assert len(phases) == 64 + 240
+    assert len(phases) == 64 + 336
     return rendered(programs, workload, tmp_path_factory.mktemp("mlps") / request.param, "silu_gated")
 
 

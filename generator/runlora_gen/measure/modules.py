@@ -12,7 +12,6 @@ from ..algebra.enumerate import enumerate_programs
 from ..algebra.mlp import LINEARS
 from ..algebra.operations import Operation
 from ..cost.lower import with_kernels
-from ..cost.price import price
 from ..emit.nodes import module_name, module_node
 from ..emit.render import render_module as text_of
 from ..kernels.sites import alternatives
@@ -91,19 +90,16 @@ def module_of_everything(workload: Workload, path: Path) -> ModuleType:
 
 
 def of_everything(workload: Workload, decision: Decision) -> Decision:
-    """The decision with candidates that together have all of that.
+    """The decision with candidates that have all of that: every program, with torch's products and with kernels.
 
-    Also what was never measured, and that no choice is made of for that.
+    Also what was never measured, and that no choice is made of for that; their prices are of no interest.
     """
     setting = decision.setting
     if workload.kernels and setting.device.kernels:
-        known = {operation for c in decision.candidates for operation in c.program.operations}
-        for program in enumerate_programs(setting.derivation, goals(workload, setting.derivation), facts=setting.facts):
-            if not known.issuperset(program.operations):
-                known.update(program.operations)
-                candidate = Priced(program, price(program, setting))
-                decision = replace(decision, candidates=(*decision.candidates, candidate))
+        every = enumerate_programs(setting.derivation, goals(workload, setting.derivation), facts=setting.facts)
         single = alternatives(setting.derivation, "cheaper")
-        programs = [Priced(with_kernels(c.program, single), c.cost) for c in decision.candidates]
-        decision = replace(decision, candidates=(*decision.candidates, *programs))
+        programs = dict.fromkeys(each for program in every for each in (program, with_kernels(program, single)))
+        known = {c.program for c in decision.candidates}
+        added = (Priced(program, decision.chosen.cost) for program in programs if program not in known)
+        decision = replace(decision, candidates=(*decision.candidates, *added))
     return decision
