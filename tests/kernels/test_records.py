@@ -158,6 +158,8 @@ def test_every_limit_reaches_the_launch(name: str, monkeypatch: pytest.MonkeyPat
         assert "shape[0] <= 7 and" in launch(most_tokens=7)
         assert not re.search(r"shape\[0\] <= ", launch(most_tokens=None))
         assert "max(dy.shape[1] for dy in dY) <= 9 and" in launch(most_columns=9)
+    if KERNELS[name].whole > 1:
+        assert "whole=9)" in launch(whole=9) and "whole=" not in launch(whole=1).replace("whole=1)", "")
     if KERNELS[name].alone_to != (0, 0):
         assert "return T <= 7 and O <= 9" in launch(alone_to=(7, 9))
         assert f"{name}_apart_kernel" not in launch(alone_to=(0, 0))
@@ -196,7 +198,7 @@ def test_what_a_launch_makes_of_constants(name: str, tokens: int, features: int,
     """The record tells what the emitted expression gives."""
     kernel = KERNELS[name]
     constants = {**kernel.tiles, **dict.fromkeys(kernel.adapted, rows)}
-    scope = {"constants": constants, "T": tokens, "I": features, "BR": block_rank(rank)}
+    scope = {"constants": constants, "T": tokens, "I": features, "BR": block_rank(rank)}  # WHOLE is a number there
     at = kernel.at(constants, tokens, features, rank)
     for constant in kernel.tiles:
         text = KernelNode(name).adapted(constant) if constant in kernel.adapted else f'constants["{constant}"]'

@@ -6,12 +6,12 @@
     compute_capability = "9.0"        # of a GPU of NVIDIA
     memory_gb_per_s = 4275.8
     launch_us = 0.84                  # of the device
-    host_us = 38.35                   # of one operator call
-    function_host_us = 69.3           # of an autograd function that does nothing, forward and backward; may be absent
+    host_us = 37.03                   # of one operator call
+    function_host_us = 88.58          # of an autograd function that does nothing, forward and backward; may be absent
     multiprocessors = 132             # of a GPU
-    kernel_host_us = 41.2             # of one Triton kernel; absent where none run
-    compiled_host_us = 25.91          # of one operator call under torch.compile
-    compiled_kernel_host_us = 38.96   # of one Triton kernel there; absent where none run
+    kernel_host_us = 57.69            # of one Triton kernel; absent where none run
+    compiled_host_us = 29.75          # of one operator call under torch.compile
+    compiled_kernel_host_us = 42.59   # of one Triton kernel there; absent where none run
     strided_gb_per_s = 1417           # of passes whose operands are broadcast or strided; may be absent
     throttle_from = 0.65              # the share of products in a step's time from which they take longer than alone,
     throttle = 0.5                    # by this times what is above it; both may be absent: no limit of power is known

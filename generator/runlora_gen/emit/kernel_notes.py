@@ -74,6 +74,8 @@ class KernelNode:
         return re.sub(r"\b[A-Z_]+\b", self._constant, self.record.adapted.get(constant, constant))
 
     def _constant(self, match: re.Match[str]) -> str:
+        if match[0] == "WHOLE":
+            return str(self.record.whole)
         return f'constants["{match[0]}"]' if match[0] in self.record.tiles else match[0]
 
     def takes(

@@ -56,6 +56,7 @@ class Kernel:
     Attributes:
         launches: of one call. A product that is split because few tokens or features would leave the machine idle
             takes one more, to add up its parts; that is not counted.
+        whole: blocks that one program sums before parts of their sum, made by several, were added up.
         alone_to: rows and columns of dY up to which one launch does all, whatever it takes beyond.
         call: the arguments of its call in the emitted code, from the parts of the operation: ``left0`` is the left
             operand of the first product as the formula has it, ``left0T`` its transpose; likewise ``right``,
@@ -74,7 +75,7 @@ class Kernel:
         candidates: constants that ``tune`` tries in place of those of ``tiles``.
         bounds: of constants that are neither options of Triton nor sides of tiles.
         adapted: what a launch makes of a constant, whatever was tuned: an expression of Python over the constants, T,
-            BR, the columns that hold a row of the rank, and I, where it sums over that. Shared memory may halve it
+            BR, the columns that hold a row of the rank, WHOLE, and I, where it sums over that. Shared memory may halve it
             further (``_fitting``).
         dtypes: dtypes that it takes.
         largest_rank: above it the kernel is no candidate.
@@ -114,6 +115,7 @@ class Kernel:
     largest_rank: int | None = None
     most_tokens: int | None = None
     most_columns: int | None = None
+    whole: int = 1
     alone_to: tuple[int, int] = (0, 0)
     helpers: frozenset[str] = frozenset()
     replaces: tuple[str, ...] = ()
@@ -158,7 +160,8 @@ class Kernel:
 
     def at(self, constants: Mapping[str, int], tokens: int, features: int, rank: int) -> Mapping[str, int]:
         """What a launch makes of its constants, for so many tokens, in_features and a rank."""
-        known = {**constants, "T": tokens, "I": features, "BR": block_rank(rank), "min": min, "max": max}
+        sizes = {"T": tokens, "I": features, "BR": block_rank(rank), "WHOLE": self.whole}
+        known: dict[str, Any] = {**constants, **sizes, "min": min, "max": max}
         return {**constants, **{name: eval(text, {"__builtins__": {}}, known) for name, text in self.adapted.items()}}
 
     def parts_bytes(self, constants: Mapping[str, int], tokens: int, features: int, rank: int, size: int) -> int:

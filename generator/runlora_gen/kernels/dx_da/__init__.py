@@ -13,6 +13,7 @@ KERNEL = replace(
     tiles={"BT": 64, "BI": 64, "BESIDE": 8, "WARPS": 4, "STAGES": 3},
     small_tiles={"BT": 64, "BI": 64, "BESIDE": 8, "WARPS": 4, "STAGES": 3},
     candidates=(),
+    whole=1,
     helpers=PT_X.helpers | {"drop", "store_sum"},
     replaces=(),
     priced_as="pt_x",

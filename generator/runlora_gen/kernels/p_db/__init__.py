@@ -10,7 +10,7 @@ APART = {"ROWS": 16, "ACROSS": 256, "DEEP": 64, "COLUMNS": 128}
 
 KERNEL = Kernel(
     launches=2,  # the second one adds up the partial sums of the first
-    # To read dY twice takes the device no longer there than to add up parts, and spares the host a launch.
+    # To read dY twice takes the device about as long there as to add up parts, and spares the host a launch.
     alone_to=(1024, 4096),
     call="{left0}, {right0}, {right1}, {scaling0}, {dtypes}",
     tiles={"BT": 512, "BO": 64, "WARPS": 4, "STAGES": 3, **APART},

@@ -10,6 +10,7 @@ KERNEL = Kernel(
     tiles={"BT": 256, "BI": 64, "WARPS": 4, "STAGES": 4},
     small_tiles={"BT": 64, "BI": 64, "WARPS": 4, "STAGES": 3},
     candidates=({"BT": 64, "BI": 128, "STAGES": 5}, {"BT": 128, "BI": 64}),
+    whole=8,
     largest_rank=128,
     helpers=frozenset({"descriptors", "fitting", "multiprocessors", "splits", "sum_parts"}),
     replaces=("TR,TI->RI",),

@@ -12,9 +12,10 @@ KERNEL = Kernel(
     candidates=({"BI": 128}, {"BT": 128, "BI": 128}),
     # Few rows of few features: smaller programs, each of which takes a row's features all, leave no parts to add up.
     adapted={
-        "BT": "16 if T <= 2048 and 8 * BI >= I else BT",
-        "BI": "2 * BI if T <= 2048 and 8 * BI >= I else BI",
+        "BT": "16 if T <= 2048 and WHOLE * BI >= I else BT",
+        "BI": "2 * BI if T <= 2048 and WHOLE * BI >= I else BI",
     },
+    whole=8,
     largest_rank=128,
     helpers=frozenset({"descriptors", "fitting", "multiprocessors", "rank_wide", "splits", "sum_parts"}),
     replaces=("TI,RI->TR scaled",),

@@ -14,6 +14,7 @@ KERNEL = replace(
     small_tiles={"BT": 32, "BI": 64, "BESIDE": 4, "WARPS": 4, "STAGES": 3},
     candidates=(),
     adapted={},
+    whole=1,
     helpers=X_AT.helpers | {"drop"},
     replaces=(),
     priced_as="x_at",

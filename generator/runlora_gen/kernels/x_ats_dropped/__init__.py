@@ -15,6 +15,7 @@ KERNEL = replace(
     small_tiles=X_AT_DROPPED.small_tiles,
     candidates=(),
     adapted={},
+    whole=1,
     helpers=X_ATS.helpers | {"drop"},
     drops=True,
 )
