@@ -75,8 +75,8 @@ class Kernel:
         candidates: constants that ``tune`` tries in place of those of ``tiles``.
         bounds: of constants that are neither options of Triton nor sides of tiles.
         adapted: what a launch makes of a constant, whatever was tuned: an expression of Python over the constants, T,
-            BR, the columns that hold a row of the rank, WHOLE, and I, where it sums over that. Shared memory may halve it
-            further (``_fitting``).
+            BR, the columns that hold a row of the rank, WHOLE, which is ``whole``, and I, where it sums over that.
+            Shared memory may halve it further (``_fitting``).
         dtypes: dtypes that it takes.
         largest_rank: above it the kernel is no candidate.
         most_tokens, most_columns: likewise, of rows, and of columns of any output.
