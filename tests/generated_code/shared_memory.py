@@ -183,7 +183,6 @@ def records(
     kernels._Launch._launch = lambda launch, operands: launches.append((launch, operands))
     kernels._kernels_serve = lambda *matrices: True
     kernels._tma_serves = lambda *matrices: architecture >= 90
-    kernels._pt_xs_needs_descriptors = lambda like: False
     kernels._multiprocessors = lambda device: 132
     launch_all(kernels, dtype)
     fitted = {

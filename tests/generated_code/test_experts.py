@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -9,8 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch
 from runlora_gen.algebra.operations import Fused
 from runlora_gen.emit.package import build_package
 from runlora_gen.kernels.registry import KERNELS
@@ -143,6 +146,43 @@ def test_every_variant_is_proved(tmp_path: Path, site: str, adapter_dtype: str) 
     # What hands over has fewer programs.
     least = 30 if site == "hands over" else 80
     assert proved(path, proof.TORCH, 1, list if adapter_dtype == "bf16" else covering) > least
+
+
+@pytest.fixture(scope="module")
+def merging(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """In plain torch, with a variant of all ways."""
+    workload = replace(WORKLOAD, kernels=False)
+    (choice,) = decide_model(workload, (SITES["gathers"],), 8)
+    return render_module(choice, 8, workload, tmp_path_factory.mktemp("merging") / "made", all_variants=True)
+
+
+def test_torch_multiplies_by_groups_what_does_not_stop_it(merging: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that are columns in memory, as those of a transposed matrix, do: on the GPU, by an assertion."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    with FakeTensorMode():
+
+        def rows(*shape: int, dtype: torch.dtype = torch.bfloat16, apart: int = 1) -> torch.Tensor:
+            strides = (shape[1] * apart, apart) if apart > 1 else torch.empty(shape, device="meta").stride()
+            return torch.empty_strided(shape, strides, device="cuda", dtype=dtype)
+
+        takes = merging._is_grouped
+        assert takes(rows(64, 32), stack=rows(4, 32, 16)) and takes(rows(64, 32), rows(64, 16))
+        assert takes(rows(64, 32), stack=rows(4, 16, 32).mT), "of a stack both ways"
+        assert not takes(rows(32, 64).t(), stack=rows(4, 32, 16))
+        assert not takes(rows(32, 64).t(), rows(64, 16)) and not takes(rows(64, 16), rows(32, 64).t())
+        assert not takes(rows(64, 1, apart=8), rows(64, 16))
+        assert not takes(rows(64, 33), rows(64, 16)) and not takes(rows(0, 32), rows(0, 16))
+        assert not takes(rows(64, 32, dtype=torch.float32), rows(64, 16, dtype=torch.float32))
+
+
+def test_a_factor_of_zero_hides_no_nan_of_a_stack(merging: Any) -> None:
+    """As torch's product does on a GPU, and for large matrices on the CPU."""
+    W, B, A = torch.ones(2, 8, 8), torch.ones(2, 8, 4), torch.full((2, 4, 8), math.nan)
+    with mock.patch.object(torch, "baddbmm", lambda W, B, A, *, alpha: W if alpha == 0 else W + alpha * B @ A):
+        assert merging._scaled_baddbmm(W, B, A, 0.0).isnan().all()
+        assert torch.equal(merging._scaled_baddbmm(W, B, torch.ones(2, 4, 8), 0.5), W + 2)
 
 
 @pytest.mark.parametrize("site", SITES)

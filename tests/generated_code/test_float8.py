@@ -162,6 +162,13 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
     assert not [name for name, tensor in first.items() if not torch.equal(tensor, second[name])]
 
 
+def close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Equal but for the order in which products were added up: to a place of the largest, in what P and S are in."""
+    for name, tensor in found.items():
+        places = expected[name].abs().max().item() * max(torch.finfo(t.dtype).eps for t in (tensor, found["Y"]))
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-2, atol=places)
+
+
 def off(found: Tensor, exact: Tensor) -> float:
     """The relative root mean square of an error."""
     return float((found.double() - exact).norm() / exact.norm())
@@ -227,8 +234,12 @@ def test_each_gradient_is_what_it_is_beside_all(
 ) -> None:
     """One kernel of three results where all three are wanted; else each by itself, and each only where it is read."""
     problem = Problem(module, 5, 3, adapter=adapter)
-    every = problem.run()
-    same(problem.run(wish), {name: every[name] for name in ("Y", *wish)})
+    every, found = problem.run(), problem.run(wish)
+    assert found.keys() == {"Y", *wish}
+    if GPU:  # by kernels there: one of three results adds up in another order than one of one
+        close(found, every)
+    else:
+        same(found, {name: every[name] for name in found})
 
 
 @pytest.mark.parametrize("wish", WISHES, ids="+".join)
@@ -236,8 +247,7 @@ def test_each_gradient_beside_the_kernel_s(module: ModuleType, wish: tuple[str, 
     problem = Problem(module, 33, dtype=HALF)
     every, found = problem.run(), problem.run(wish)
     assert found.keys() == {"Y", *wish}
-    for name, tensor in found.items():
-        torch.testing.assert_close(tensor, every[name], rtol=1e-2, atol=1e-2)
+    close(found, every)
 
 
 def test_nothing_is_computed_that_is_not_wanted(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,9 +335,8 @@ def test_other_layouts_are_the_same(modules: dict[str, ModuleType], path: str, l
     expected = problem.run()
     problem.dY = lay(problem.dY, layout)
     found = problem.run(x=lay(problem.leaves["x"], layout))
-    for name, tensor in expected.items():
-        # Products of 16 bits may be added up in another order for another layout: codes are the same.
-        torch.testing.assert_close(found[name], tensor, rtol=2e-2, atol=2e-2)
+    # Products of 16 bits may be added up in another order for another layout: codes are the same.
+    close(found, expected)
 
 
 @pytest.mark.parametrize(("sides", "rank"), [((65, 33), 3), ((130, 7), 1), ((16, 16), 33), ((96, 80), 70)], ids=str)

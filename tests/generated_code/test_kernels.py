@@ -211,6 +211,9 @@ def launches(kernels: ModuleType, stochastic: ModuleType, monkeypatch: pytest.Mo
         for name, value in list(vars(module).items()):
             if name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, Spy(name[1:].removesuffix("_kernel"), value, noted))
+    # What is put into a graph is the kernel itself, noted as well.
+    wrap = torch.library.wrap_triton
+    monkeypatch.setattr(torch.library, "wrap_triton", lambda spy: Spy(spy.name, wrap(spy.kernel), noted))
     return noted
 
 

@@ -441,7 +441,6 @@ def test_what_has_rows_apart_stays(kernels: ModuleType) -> None:
     assert all(tensor.is_contiguous() for tensor in found[1:3])
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 @pytest.mark.parametrize("layout", ["contiguous", "padded"])
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("name", ["mlp_activate_backward", "mlp_activate_backward_dropped"])

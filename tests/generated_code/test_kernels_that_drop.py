@@ -70,7 +70,7 @@ def test_the_reference_is_philox(counter: tuple[int, int, int], words: tuple[int
 def test_masks_are_of_philox(kernels: ModuleType, rate: float) -> None:
     seed = seed_of(3)
     high, low_half = divmod(int(seed), 2**32)
-    kept = kernels._kept(seed, torch.empty(40, 70), rate)
+    kept = kernels._kept(seed, torch.empty(40, 70, device=DEVICE), rate)
     for row in range(40):
         drawn = {}
         for four in range(20):
@@ -83,7 +83,7 @@ def test_masks_are_of_philox(kernels: ModuleType, rate: float) -> None:
 
 def test_masks_have_their_rate_and_are_independent(kernels: ModuleType) -> None:
     """Over rows, columns, the four that share a counter, and seeds."""
-    like = torch.empty(512, 1024)
+    like = torch.empty(512, 1024, device=DEVICE)
     for rate in (0.05, 0.5, 0.9):
         one, other = (kernels._kept(seed_of(number), like, rate).double() for number in (1, 2))
         sigma = (rate * (1 - rate) / one.numel()) ** 0.5
@@ -100,7 +100,8 @@ def test_masks_have_their_rate_and_are_independent(kernels: ModuleType) -> None:
 
 
 def test_no_mask_comes_again(kernels: ModuleType) -> None:
-    masks = {kernels._kept(seed_of(number), torch.empty(8, 64), 0.5).numpy().tobytes() for number in range(1000)}
+    like = torch.empty(8, 64, device=DEVICE)
+    masks = {kernels._kept(seed_of(number), like, 0.5).cpu().numpy().tobytes() for number in range(1000)}
     assert len(masks) == 1000
 
 
@@ -108,7 +109,7 @@ def test_no_mask_comes_again(kernels: ModuleType) -> None:
 def test_rates_are_of_16_bits(kernels: ModuleType, rate: float, cut: int) -> None:
     assert kernels._cut(rate) == cut
     if not rate:
-        assert kernels._kept(seed_of(0), torch.empty(64, 64), rate).all()
+        assert kernels._kept(seed_of(0), torch.empty(64, 64, device=DEVICE), rate).all()
 
 
 # Kernels

@@ -183,7 +183,7 @@ def test_export_whole(layer: Any, grad: bool, strict: bool) -> None:
 
 
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="needs a C++ compiler")
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning", "ignore:.*LeafSpec:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
 def test_a_package_of_inductor(layer: Any, tmp_path: Path) -> None:
     """Compiled ahead and loaded again it is right: as it was not where a sum had a factor, the scaling."""
     x = torch.randn(6, 64)

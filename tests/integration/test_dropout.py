@@ -179,7 +179,7 @@ def windows(package: Any, make: Make, rate: float) -> Any:
         "aot_eager",
         pytest.param(
             "inductor",
-            marks=[takes_long, pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")],
+            marks=[takes_long],
         ),
     ],
 )

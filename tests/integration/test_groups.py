@@ -774,7 +774,6 @@ def test_warmup_runs_one_group_of_each_kind(package: Any, calls: Callable[[], in
 
 @takes_long
 @pytest.mark.parametrize("checkpoints", [False, True], ids=["", "checkpointed"])
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
 def test_compiled_by_inductor(package: Any, tokens: Tensor, checkpoints: bool) -> None:
     model = peft_model(package).train()
     wanted = gradients(model, tokens)

@@ -955,7 +955,6 @@ def test_compiled_alone_it_runs_what_it_would(package: Any) -> None:
 
 @takes_long
 @pytest.mark.parametrize("checkpoints", [False, True], ids=["", "checkpointed"])
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
 def test_compiled_by_inductor(package: Any, tokens: Tensor, checkpoints: bool) -> None:
     model = peft_model(package).train()
     wanted = gradients(model, tokens)

@@ -291,7 +291,6 @@ def test_what_is_patched_is_tried_anew(package: Any, monkeypatch: pytest.MonkeyP
     assert package.norms.count(model) == 0
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 def test_where_it_runs_as_it_did(package: Any) -> None:
     norm: Any = Plain().to(HALF).requires_grad_(False)
     model = nn.Sequential(norm)

@@ -115,7 +115,6 @@ def test_it_is_tried_within_a_checkpoint(package: Any, tokens: Tensor, monkeypat
 
 
 @pytest.mark.parametrize("long", [True, False])
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
 def test_compiled(
     package: Any, tokens: Tensor, launches: list[bool], monkeypatch: pytest.MonkeyPatch, long: bool
 ) -> None:
@@ -361,7 +360,6 @@ def test_second_derivatives(attention: Any, launches: list[bool]) -> None:
     assert len(launches) > 2
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 def test_where_it_runs_as_it_did(attention: Any, launches: list[bool]) -> None:
     """Each is what the function gives, or raises, by the function itself."""
     q, k, cos, sin = operands()

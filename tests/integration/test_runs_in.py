@@ -59,7 +59,6 @@ def test_compiled_whole(package: Any, tokens: Tensor, make: Callable[[Any], Any]
 
 
 @takes_long
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
 def test_compiled_by_inductor_with_checkpointing(package: Any, tokens: Tensor) -> None:
     model = peft_model(package, num_hidden_layers=1).train()
     wanted = gradients(model, tokens)

@@ -184,7 +184,7 @@ def test_calls_of_experts() -> None:
         "S = s * X @ A[e].T": "S = _by_expert(X, A.mT, routing, scaling)",
         "Yr = X @ W[e].T + b[e]": "Yr = _by_expert(X, W.mT, routing, bias=b)",
         "Yr += S @ B[e].T": "Yr = _by_expert(S, B.mT, routing, onto=Yr)",
-        "M[e] = W + s * B[e] @ A[e]": "M = torch.baddbmm(W, B, A, alpha=scaling)",
+        "M[e] = W + s * B[e] @ A[e]": "M = _scaled_baddbmm(W, B, A, scaling)",
         "dA[e] = Pg.T @ X": "dA = _sum_by_expert(Pg, X, routing, A_dtype)",
         "dYr = gather(dY)": "dYr = _gathered(dY, routing)",
         "Y = combine(Yr, g)": "Y = _combined(Yr, g, routing)",

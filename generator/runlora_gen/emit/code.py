@@ -64,7 +64,7 @@ def helpers_of(operation: Operation) -> frozenset[str]:
 def _helpers(step: Step) -> frozenset[str]:
     match step:
         case Contract(stacked=True, right=Operand(stacked=True)):
-            return frozenset()
+            return frozenset({"scaled_baddbmm"})
         case Contract(right=Operand(stacked=True)):
             return frozenset({"by_expert"})
         case Contract(stacked=True):
@@ -173,7 +173,7 @@ def _applied_to(step: Reduce | Convert | Map | Draw | Route) -> str:
 def _product(product: Contract) -> str:
     left, right = _operand(product.left), _operand(product.right)
     if product.stacked and product.right.stacked:
-        return f"torch.baddbmm({product.addend}, {left}, {right}, alpha={_scaling(product)})"
+        return f"_scaled_baddbmm({product.addend}, {left}, {right}, {_scaling(product)})"
     if product.stacked:
         # Of rows, not of their transpose: it is summed over them.
         return f"_sum_by_expert({product.left.symbol}, {right}, routing, {dtype_of(product.out)})"
