@@ -16,9 +16,9 @@ and versions is kept, with its date if that is another one, so that a long measu
 ``--base fp8``: generated modules on linears of float8; the others, and the frozen step, on the same weights in bf16, as
 the kernels of Transformers' linears of float8 come from a hub.
 
-``--alone``: also what host and device need of a step by themselves (the host: until everything is launched; the device:
-the replay of a CUDA graph), and the same of the frozen linears alone, whose difference to the frozen step is what the
-model does beside its linears.
+``--alone``: also what host and device need of a step by themselves, eager and compiled (the host: until everything is
+launched; the device: the replay of a CUDA graph), and the same of the frozen linears alone, whose difference to the
+frozen step is what the model does beside its linears.
 
 Needs transformers and peft (the bench extra), and a GPU but for the tiny shape. A contender is added in
 tools/contenders.py, a shape or a mode here.
@@ -436,6 +436,8 @@ class Bench:
                 **({"over_frozen_eager": ratios(times[title], times[_PLAIN])} if plain else {}),
                 **self.results[title][name],
             }
+            if self.options.alone and mode.compiled:
+                self.results[title][name] |= self._alone(runs[title])
         self.row["rounds"] = self.options.rounds
         if mode.compiled:
             torch._dynamo.reset()
@@ -448,21 +450,23 @@ class Bench:
         step.forget()
         return {"peak_bytes": peak, "peak_total_bytes": peak + step.own_bytes()}
 
+    def _alone(self, run: Run) -> dict[str, float]:
+        return {
+            "host_ms": round(host_seconds(run) * 1e3, 3),
+            "device_ms": round(device_seconds(run, self.device) * 1e3, 3),
+        }
+
     def alone(self) -> None:
-        """Host and device by themselves."""
+        """Host and device by themselves, of eager steps; of compiled ones their mode has them."""
         runs = {title: step.run(MODES["eager"], "") for title, step in self.steps.items()}
         for title, run in runs.items():
             repeated(run, 3)()
-            self.results[title]["host_ms"] = round(host_seconds(run) * 1e3, 3)
-            self.results[title]["device_ms"] = round(device_seconds(run, self.device) * 1e3, 3)
+            self.results[title] |= self._alone(run)
             if "eager" in self.results[title]:
                 self.results[title]["peak_bytes"] = self.results[title]["eager"]["peak_bytes"]
         alone = linears_alone(self._plain.layers, self.shape, self.device, self.dtype)
         repeated(alone, 3)()
-        linears = {
-            "host_ms": round(host_seconds(alone) * 1e3, 3),
-            "device_ms": round(device_seconds(alone, self.device) * 1e3, 3),
-        }
+        linears = self._alone(alone)
         rest = {
             kind: round((self.results[FROZEN][f"{kind}_ms"] - linears[f"{kind}_ms"]) / linears[f"{kind}_ms"], 3)
             for kind in ("host", "device")
@@ -494,8 +498,9 @@ def print_row(row: dict[str, Any]) -> None:
             elif mode in result:
                 print(f"  {title:<40} failed: {result[mode]['failed'][:30]}")
     for title, result in row["results"].items():
-        if "device_ms" in result:
-            print(f"  {title:<40} host {result['host_ms']:.2f} ms, device {result['device_ms']:.2f} ms")
+        for mode, alone in (("eager", result), *((mode, result.get(mode, {})) for mode in modes)):
+            if "device_ms" in alone:
+                print(f"  {title:<40} {mode}: host {alone['host_ms']:.2f} ms, device {alone['device_ms']:.2f} ms")
     sys.stdout.flush()
 
 
