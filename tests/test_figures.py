@@ -818,6 +818,13 @@ def test_small_and_compiled_models() -> None:
     assert "; peaks are {} and {} MiB, the frozen step's {} (".format(*peaks) in said
     gain = row["results"]["frozen"]["compiled"]["over_frozen_eager"]["median"]
     assert f"compiled it takes {gain:.2f} of the eager one" in said
+    frozen, own = row["results"]["frozen"]["compiled"], row["results"][compiled_ours]
+    alone = [own["compiled"]["device_ms"] / frozen["device_ms"], own["device_ms"] / frozen["device_ms"]]
+    text = (
+        "take {:.2f} of the compiled frozen step where they are compiled and {:.2f} where they are not: the host needs "
+    )
+    launched = "{:.1f} ms to launch the compiled step, and {:.1f} ms for the frozen one"
+    assert text.format(*alone) + launched.format(own["compiled"]["host_ms"], frozen["host_ms"]) in said
     large = (over("model_graph_h200.json", s, narrow, m) for s in ("13b", "8b") for m in ("eager", "compiled"))
     text = "layers on modules for graphs took {} in eager mode and {} compiled, 8B-shaped ones {} and {} "
     assert text.format(*large) in said

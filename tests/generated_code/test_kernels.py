@@ -152,6 +152,17 @@ class Spy:
         return launch
 
 
+class Shown(Spy):
+    """The same where it is put into a graph: of tensors that are none Triton compiles nothing yet."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+        def launch(*args: Any, **constants: Any) -> Any:
+            self.launches.append((self.name, constants))
+            return self.kernel[grid](*args, **constants)
+
+        return launch
+
+
 class Compiled:
     """What Triton compiled for some arguments, launched again."""
 
@@ -213,7 +224,7 @@ def launches(kernels: ModuleType, stochastic: ModuleType, monkeypatch: pytest.Mo
                 monkeypatch.setattr(module, name, Spy(name[1:].removesuffix("_kernel"), value, noted))
     # What is put into a graph is the kernel itself, noted as well.
     wrap = torch.library.wrap_triton
-    monkeypatch.setattr(torch.library, "wrap_triton", lambda spy: Spy(spy.name, wrap(spy.kernel), noted))
+    monkeypatch.setattr(torch.library, "wrap_triton", lambda spy: Shown(spy.name, wrap(spy.kernel), noted))
     return noted
 
 
