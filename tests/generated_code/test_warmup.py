@@ -223,8 +223,9 @@ def test_layers_of_peft(package: Any) -> None:
         (given,), (other,) = (case.operands for case in cases)
         assert [given.scaling, other.scaling] == [2.0, 2.0]
         base = model[0].base_layer
-        assert given.weight.data_ptr() == base.weight.data_ptr() and given.bias.data_ptr() == base.bias.data_ptr()
-        assert given.lora_A.is_leaf and given.lora_A.requires_grad and not given.weight.requires_grad
+        weight, bias = warming.weight_of(given), warming.bias_of(given)
+        assert weight.data_ptr() == base.weight.data_ptr() and bias.data_ptr() == base.bias.data_ptr()
+        assert given.lora_A.is_leaf and given.lora_A.requires_grad and not weight.requires_grad
         base.register_forward_hook(lambda *_: None)
         assert len(warming._cases(wrapped)) == 1
 
