@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 import shlex
@@ -33,19 +32,6 @@ from runlora_gen.request.mlps import Mlp
 from runlora_gen.request.workload import Workload
 from runlora_gen.search.candidates import setting_for, setting_of
 from runlora_gen.search.ranges import decide_model
-
-
-@pytest.mark.parametrize("name", ["shapes", "with_peft", "groups", "mlps"])
-def test_named_tuples_of_what_is_compiled_have_no_properties(name: str) -> None:
-    """Which torch.compile does not know before torch 2.11: it would break the graph at every layer."""
-    tree = ast.parse((Path(__file__).parents[2] / "generated" / "llama_13b_r8" / f"{name}.py").read_text())
-    classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
-    tuples = [node for node in classes if "NamedTuple" in map(ast.unparse, node.bases)]
-    assert tuples or name == "with_peft"
-    for node in tuples:
-        decorated = [each.name for each in node.body if isinstance(each, ast.FunctionDef) and each.decorator_list]
-        assert not decorated, f"{node.name}: {decorated}"
-
 
 #: One module with kernels, whose text has strings in both quotes, trailing commas and long lines; few programs.
 SPEC = ("--arch", "llama-9m", "--target-modules", "q_proj", "--rank", "4", "--launch", "graph", "--tokens", "65536")

@@ -177,10 +177,7 @@ def windows(package: Any, make: Make, rate: float) -> Any:
     [
         "eager",
         "aot_eager",
-        pytest.param(
-            "inductor",
-            marks=[takes_long],
-        ),
+        pytest.param("inductor", marks=takes_long),
     ],
 )
 def test_compiled_it_drops_at_its_rate_and_goes_back_through_the_same_mask(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -196,3 +198,15 @@ def test_losses_of_a_training_are_peft_s(package: Any, dtype: torch.dtype, wide_
     off = curve(accelerated) - theirs
     assert off.square().mean().sqrt() <= 2 * noise.square().mean(dim=1).sqrt().max()
     assert off[-8:].mean().abs() <= 2 * noise.abs().max()
+
+
+@pytest.mark.parametrize("name", ["shapes", "with_peft", "groups", "mlps"])
+def test_named_tuples_of_what_is_compiled_have_no_properties(name: str) -> None:
+    """Which torch.compile does not know before torch 2.11: it would break the graph at every layer."""
+    tree = ast.parse((Path(__file__).parents[2] / "generated" / "llama_13b_r8" / f"{name}.py").read_text("utf-8"))
+    classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    tuples = [node for node in classes if "NamedTuple" in map(ast.unparse, node.bases)]
+    assert tuples or name == "with_peft"
+    for node in tuples:
+        decorated = [each.name for each in node.body if isinstance(each, ast.FunctionDef) and each.decorator_list]
+        assert not decorated, f"{node.name}: {decorated}"
