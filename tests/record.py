@@ -38,6 +38,7 @@ def chosen(case: Case) -> list[dict[str, Any]]:
     workload = Workload(launch=launch, criterion=criterion)
     table = []
     for choice in decide_model(workload, layers(load_architecture(name)), rank):
+        decided = choice.with_all(workload).ranges[-1].decision
         table.append(
             {
                 "layer": choice.layer.name,
@@ -46,8 +47,8 @@ def chosen(case: Case) -> list[dict[str, Any]]:
                     [part.last_tokens, part.decision.chosen.name, part.decision.fallback.name]
                     for part in choice.forwards
                 ],
-                "candidates": len(choice.ranges[-1].decision.candidates),
-                "prices": _digest(choice.ranges[-1].decision),
+                "candidates": choice.ranges[-1].decision.programs,
+                "prices": _digest(decided),
             }
         )
     return table

@@ -310,7 +310,7 @@ def explain(variants: bool, show_all: bool, as_json: bool, **options: Any) -> No
     from .emit.report import SCHEMA_VERSION, adapted, explain_table, gain_data, gain_lines, gain_table, site_data
     from .forecast.gain import gain
     from .search.grouped import alone, decide_groups_of_step
-    from .search.ranges import decide_step, rest_of_step
+    from .search.ranges import decide_step, rest_of_step, with_all
 
     request = _read_spec(options)
     architecture, workload = request.architecture, request.workload
@@ -328,6 +328,10 @@ def explain(variants: bool, show_all: bool, as_json: bool, **options: Any) -> No
     stacked = list(zip(stacks, decisions[len(sites) :], strict=True))
     rest = rest_of_step(workload, every, rank, tokens)
     found = gain(architecture, sites, decisions[: len(sites)], rest, grouped, stacked)
+    if as_json or variants or show_all:
+        decisions = [with_all(workload, decision) for decision in decisions]
+        grouped = tuple((site, with_all(workload, decision)) for site, decision in grouped)
+        stacked = list(zip(stacks, decisions[len(sites) :], strict=True))
     decided = dict(zip(sites, decisions, strict=False))
     if as_json:
         data = {

@@ -71,6 +71,6 @@ def test_why_the_runner_up_lost(decision: Decision, difference: Difference | Non
 
 
 def test_without_a_runner_up(decision: Decision) -> None:
-    alone = replace(decision, candidates=(decision.chosen,), runner_up=None, difference=None)
+    alone = replace(decision, candidates=(decision.chosen,), programs=1, runner_up=None, difference=None)
     assert show_reason(alone) == "there is no other program"
-    assert show_reason(replace(alone, candidates=())) == ""  # the winners alone were sought
+    assert show_reason(replace(alone, candidates=(), programs=0)) == ""  # the winners alone were sought

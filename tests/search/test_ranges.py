@@ -36,6 +36,7 @@ from runlora_gen.search.ranges import (
     Range,
     decide_model,
     decide_step,
+    with_all,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -106,7 +107,8 @@ def at(ranges: Sequence[Range], tokens: int) -> Range:
 
 
 def allowed(workload: Workload, decision: Decision) -> list[Priced]:
-    return [c for c in decision.candidates if workload.dtype == "fp32" or not c.program.lossy_in_16_bit]
+    candidates = with_all(workload, decision).candidates
+    return [c for c in candidates if workload.dtype == "fp32" or not c.program.lossy_in_16_bit]
 
 
 def test_what_a_model_does_beside_its_linears_was_measured() -> None:

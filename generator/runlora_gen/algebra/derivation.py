@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TypeAlias
 
 from ..request.bases import Form
-from .operations import Convert, Fused, Operation, Symbol, biases, parse
+from .operations import Convert, Fused, Once, Operation, Symbol, biases, parse
 
 #: The name of the ways that take what the forward saved, in place of computing it.
 SAVED = "saved"
@@ -29,8 +29,8 @@ def holds(when: tuple[str, ...], facts: Facts) -> bool:
     return all((name.removeprefix("not ") in facts) is not name.startswith("not ") for name in when)
 
 
-@dataclass(frozen=True)
-class Way:
+@dataclass(frozen=True, eq=False)
+class Way(Once):
     """One row: a way to obtain its targets, as operations in order. No operations: the forward saved them."""
 
     targets: tuple[Symbol, ...]

@@ -27,7 +27,7 @@ def dependents(phase: Phase) -> Mapping[Symbol, frozenset[Symbol]]:
     changed = True
     while changed:
         changed = False
-        for outputs, touched in steps:
+        for outputs, touched in reversed(steps):
             goals = 0
             for out in outputs:
                 goals |= needed.get(out, 0)

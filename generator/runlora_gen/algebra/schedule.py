@@ -65,6 +65,13 @@ def workspace(phase: Phase, size: Size) -> int:
     return held + _least_peak(flow, tuple(sizes.values()))
 
 
+def workspace_at_least(phase: Phase, size: Size) -> int:
+    """What no order can do without: all that one operation touches lives while it runs."""
+    flow, sizes, held = _flow_of(phase, size)
+    numels = tuple(sizes.values())
+    return held + max((sum(numels[n] for n in touched) for touched in flow.touched), default=0)
+
+
 def independent_peaks(
     operations: Sequence[Operation], persistent: Iterable[Symbol], size: Size
 ) -> Iterator[tuple[tuple[Operation, ...], int]]:

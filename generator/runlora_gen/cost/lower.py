@@ -100,5 +100,14 @@ def _with_kernels(program: Program, kernels: tuple[Fused, ...]) -> Program:
 def phase_with_kernels(phase: Phase, kernels: tuple[Fused, ...]) -> Phase:
     """The phase with kernels in place of the products that they compute."""
     taken: Mapping[Operation, Operation] = {kernel.parts[0]: kernel for kernel in kernels}
-    ways = tuple(replace(way, operations=tuple(taken.get(op, op) for op in way.operations)) for way in phase.ways)
-    return phase if ways == phase.ways else phase_of(phase.derivation, phase.goals, phase.keeps, ways)
+    if taken.keys().isdisjoint(phase.operations):
+        return phase
+    ways = tuple(
+        (
+            way
+            if taken.keys().isdisjoint(way.operations)
+            else replace(way, operations=tuple(taken.get(op, op) for op in way.operations))
+        )
+        for way in phase.ways
+    )
+    return phase_of(phase.derivation, phase.goals, phase.keeps, ways)

@@ -40,7 +40,8 @@ def _takes_size(operation: Fused, setting: Setting) -> bool:
     return KERNELS[operation.kernel].takes_size(setting.dims["T"], columns_of(operation, setting.dims))
 
 
-def price_in(operation: Operation, setting: Setting, *, forward: bool) -> OperationCost:
+@lru_cache(maxsize=65536)
+def price_in(operation: Operation, setting: Setting, forward: bool) -> OperationCost:
     """Price an operation where it runs: in the forward of several linears one launch makes all casts of adapters.
 
     The first cast has the launch, the others their bytes alone.
@@ -55,12 +56,18 @@ def price_in(operation: Operation, setting: Setting, *, forward: bool) -> Operat
 @lru_cache(maxsize=65536)
 def price_phase(phase: Phase, setting: Setting) -> PhaseCost:
     """Price a forward, or the part of a backward that the wanted gradients need."""
+    return replace(sum_phase(phase, setting), workspace_bytes=workspace(phase, setting.bytes_of))
+
+
+@lru_cache(maxsize=65536)
+def sum_phase(phase: Phase, setting: Setting) -> PhaseCost:
+    """The same without its workspace, found sooner: no order is sought that needs little memory."""
     costs, times = _costs(phase, setting, ()), phase_times(phase, setting)
     return PhaseCost(
         flops=sum(cost.flops for cost in costs),
         bytes_moved=sum(cost.bytes_moved for cost in costs),
         launches=sum(cost.launches for cost in costs),
-        workspace_bytes=workspace(phase, setting.bytes_of),
+        workspace_bytes=0,
         device_s=times.device_s,
         host_s=times.host_s,
     )
@@ -68,7 +75,7 @@ def price_phase(phase: Phase, setting: Setting) -> PhaseCost:
 
 @lru_cache(maxsize=65536)
 def phase_times(phase: Phase, setting: Setting, kernels: tuple[Fused, ...] = ()) -> Times:
-    """The seconds of a phase alone, found sooner than its whole price: no order is sought that needs little memory.
+    """The seconds of a phase alone, found sooner than its whole price.
 
     ``kernels``: those that take the place of the single products that they compute. What the autograd function itself
     takes the host counts with the backward: without one there is no function.
@@ -81,7 +88,7 @@ def phase_times(phase: Phase, setting: Setting, kernels: tuple[Fused, ...] = ())
 def _costs(phase: Phase, setting: Setting, kernels: tuple[Fused, ...]) -> list[OperationCost]:
     taken: dict[Operation, Operation] = {kernel.parts[0]: kernel for kernel in kernels}
     return [
-        price_in(taken.get(operation, operation), setting, forward=phase.is_forward)
+        price_in(taken.get(operation, operation), setting, phase.is_forward)
         for operation in wanted_operations(phase, setting.gradients)
     ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import assert_never
 
 from ..algebra.operations import (
@@ -50,7 +51,7 @@ def roofline(operation: Operation, setting: Setting) -> OperationCost:
     is busy for whole waves of them, however few the last one has.
     """
     dims, device = setting.dims, setting.device
-    moved = sum(setting.bytes_of(symbol) for symbol in (*_read_whole(operation), *operation.outputs))
+    moved = sum(map(setting.bytes_of, _moved(operation)))
     launches, flops, counted_s, host_s, idle = 1, 0, 0.0, device.host_s, 1.0
     match operation:
         case Fused():
@@ -96,15 +97,16 @@ def roofline(operation: Operation, setting: Setting) -> OperationCost:
     return OperationCost(flops, moved, launches, busy + launches * device.launch_s, launches * host_s)
 
 
-def _read_whole(operation: Operation) -> tuple[Symbol, ...]:
-    """What an operation reads, but for codes of which it reads the scales alone."""
+@lru_cache(maxsize=4096)
+def _moved(operation: Operation) -> tuple[Symbol, ...]:
+    """What an operation reads and writes, but for codes of which it reads the scales alone."""
     whole = {
         symbol
         for step in products(operation)
         for place, symbol in enumerate(step.reads)
         if isinstance(step, Contract) or place == 0 or not symbol.coded
     }
-    return tuple(symbol for symbol in operation.reads if symbol in whole)
+    return (*(symbol for symbol in operation.reads if symbol in whole), *operation.outputs)
 
 
 def _rate(product: Contract, setting: Setting) -> str:

@@ -81,7 +81,7 @@ def _price_table(title: str, phase: Phase, total: PhaseCost, setting: Setting) -
     wanted = wanted_operations(phase, setting.gradients)
     ordered: list[Operation] = [s.operation for s in schedule(phase, setting.bytes_of).steps if s.operation in wanted]
     prices: list[tuple[str, OperationCost | PhaseCost]] = [
-        (operation.formula, price_in(operation, setting, forward=phase.is_forward)) for operation in ordered
+        (operation.formula, price_in(operation, setting, phase.is_forward)) for operation in ordered
     ]
     # What yields several results has a line for each, and its price on the last.
     columns = max(len(line) for formula, _ in prices for line in _lines(formula))

@@ -81,7 +81,7 @@ def _range_data(part: Range[Decision]) -> dict[str, Any]:
         "on_16_bit_weights": decision.fallback.program.id,
         "runner_up": None if decision.runner_up is None else decision.runner_up.program.id,
         "reason": show_reason(decision),
-        "programs": len(decision.candidates),
+        "programs": decision.programs,
         "pareto": len(decision.front),
         "variants": [variant_data(candidate, decision) for candidate in listed.values()],
     }

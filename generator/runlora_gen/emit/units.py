@@ -76,7 +76,7 @@ QUANTITIES: Mapping[str, Quantity] = {
 
 def show_reason(decision: Decision) -> str:
     """One line on why the runner-up lost; empty where none was sought."""
-    if not decision.candidates:
+    if not decision.programs:
         return ""
     if decision.runner_up is None:
         return "there is no other program"

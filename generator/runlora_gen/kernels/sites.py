@@ -37,10 +37,12 @@ def alternatives(derivation: Derivation, when: When) -> tuple[Fused, ...]:
     """
     rows = (operation for row in derivation.table for operation in row.operations)
     products = [operation for operation in dict.fromkeys(rows) if not isinstance(operation, Fused)]
+    replacing = [(name, kernel.replaces) for name, kernel in KERNELS.items() if kernel.when == when]
     found: dict[Step, Fused] = {}
     for product in sorted(products, key=lambda product: "T" not in dimensions(product)):
-        for name, kernel in KERNELS.items():
-            if kernel.when == when and work(product) in kernel.replaces:
+        done = work(product)
+        for name, replaced in replacing:
+            if done in replaced:
                 if product in found:
                     raise ValueError(f"{found[product].kernel} and {name} both take the place of {product}")
                 found[product] = Fused(name, (product,))

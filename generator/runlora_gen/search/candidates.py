@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import TypeAlias
 
@@ -180,6 +180,18 @@ def paired_phases(workload: Workload, setting: Setting) -> Iterable[tuple[tuple[
         setting.facts,
         stochastic_for(workload, setting),
     )
+
+
+def positions_of(workload: Workload, setting: Setting) -> Mapping[Phase, int]:
+    """Where each of those backwards stands among all: they are listed by what is kept."""
+    found = enumerate_backwards(
+        setting.derivation,
+        goals(workload, setting.derivation),
+        table=rows_for(workload, setting),
+        facts=setting.facts,
+    )
+    replaced = stochastic_for(workload, setting)
+    return {phase_with_kernels(phase, replaced): place for place, phase in enumerate(found)}
 
 
 def cheaper_for(workload: Workload, setting: Setting, host_share: float) -> tuple[Fused, ...]:

@@ -15,6 +15,7 @@ from ..cost.setting import Setting
 from ..cost.vector import DEVICE_BOUND, rounded, weighted
 from ..request.workload import Workload
 from .candidates import cheaper_for, forwards_for, paired_phases, programs_for
+from .contenders import contenders
 from .criterion import Difference, Priced, difference, pareto_front, ranked
 from .limits import within
 
@@ -26,8 +27,9 @@ class Decision:
     Attributes:
         setting: the circumstances.
         host_share: how much of the time is the host's: see :func:`~.cost.vector.weighted`.
-        candidates: every program with its price, in the order of the enumeration; none where the winners alone were
-            sought.
+        candidates: every program with its price, in the order of the enumeration, or those that matter; none where the
+            winners alone were sought.
+        programs: how many there are; 0 where the winners alone were sought.
         front: ids of those on the Pareto front.
         chosen: the winner under the criterion and the constraints.
         fallback: the winner among programs that merge nothing; differs from ``chosen`` where that would lose small
@@ -39,6 +41,7 @@ class Decision:
     setting: Setting
     host_share: float
     candidates: tuple[Priced, ...]
+    programs: int
     front: frozenset[str]
     chosen: Priced
     fallback: Priced
@@ -47,13 +50,22 @@ class Decision:
 
 
 @lru_cache(maxsize=256)  # a linear is asked for by itself, and where it is held against a group
-def decide(workload: Workload, setting: Setting, host_share: float = DEVICE_BOUND) -> Decision:
-    """Price every program and choose.
+def decide(workload: Workload, setting: Setting, host_share: float = DEVICE_BOUND, *, every: bool = True) -> Decision:
+    """Price programs and choose.
+
+    Args:
+        workload, setting, host_share: what to choose for.
+        every: price all, and have them all in the decision; else those alone that matter, in half the time.
 
     Raises:
         SpecError: no program meets ``max_saved_bytes``; the message names the closest feasible value.
     """
-    candidates = tuple(Priced(p, price(p, setting, host_share)) for p in programs_for(workload, setting, host_share))
+    if every:
+        programs = programs_for(workload, setting, host_share)
+        candidates, count = tuple(Priced(p, price(p, setting, host_share)) for p in programs), len(programs)
+    else:
+        candidates = contenders(workload, setting, host_share)
+        count = sum(len(before) * len(after) for before, after in paired_phases(workload, setting))
     front = pareto_front(candidates)
     lossless = [c for c in candidates if not c.program.lossy_in_16_bit]
     allowed = lossless if setting.dtype.half and not workload.allow_lossy_merge else candidates
@@ -66,6 +78,7 @@ def decide(workload: Workload, setting: Setting, host_share: float = DEVICE_BOUN
         setting=setting,
         host_share=host_share,
         candidates=candidates,
+        programs=count,
         front=front,
         chosen=order[0],
         fallback=fallback,

@@ -403,7 +403,7 @@ class _Search:
     def _cost(self, operation: Operation, forward: bool) -> tuple[int, ...]:
         """What adds up: ticks that count, of the device and of the host; FLOPs, bytes moved and launches."""
         if (operation, forward) not in self.costs:
-            cost = price_in(operation, self.setting, forward=forward)
+            cost = price_in(operation, self.setting, forward)
             times = (weighted(cost.device_s, cost.host_s, self.host_share), cost.device_s, cost.host_s)
             self.costs[operation, forward] = (
                 *(round(time * _TICKS) for time in times),

@@ -61,6 +61,11 @@ class Range(Generic[Choice]):
     last_tokens: int | None
 
 
+def with_all(workload: Workload, decision: Decision) -> Decision:
+    """A decision with every program among its candidates."""
+    return decide(workload, decision.setting, decision.host_share)
+
+
 @dataclass(frozen=True)
 class LayerChoice:
     """What was chosen for a layer shape, or for a group.
@@ -77,9 +82,16 @@ class LayerChoice:
     forwards: tuple[Range[ForwardDecision], ...]
     least: Decision | None = None
 
+    def with_all(self, workload: Workload) -> LayerChoice:
+        """The same with every program among the candidates of its last range."""
+        *others, last = self.ranges
+        return replace(self, ranges=(*others, replace(last, decision=with_all(workload, last.decision))))
+
 
 def decide_step(workload: Workload, sites: Sequence[Site], rank: int, tokens: int) -> list[Decision]:
     """The decision of every layer shape at one token count, under what bounds the whole step.
+
+    Of their candidates they hold those that matter; :func:`with_all` gives the others.
 
     Raises:
         SpecError: no program of some layer meets ``max_saved_bytes``.
@@ -270,7 +282,7 @@ class _Training(_Contest[Decision, Program]):
     def decide(self, tokens: int) -> list[Decision]:
         settings = self.settings(tokens)
         share = self._share(settings)
-        return [decide(self.workload, setting, share) for setting in settings]
+        return [decide(self.workload, setting, share, every=False) for setting in settings]
 
     def decide_below(self, tokens: int) -> list[Decision]:
         settings = self.settings(tokens)
@@ -280,11 +292,11 @@ class _Training(_Contest[Decision, Program]):
     def _decision(self, setting: Setting, share: float) -> Decision:
         """The winners alone, where time alone decides."""
         if not self.by_time:
-            return decide(self.workload, setting, share)
+            return decide(self.workload, setting, share, every=False)
         lossy = self.workload.allow_lossy_merge
         fallback = fastest(self.workload, setting, share, merging=lossy)
         chosen = fallback if lossy or setting.dtype.half else fastest(self.workload, setting, share, merging=True)
-        return Decision(setting, share, (), frozenset(), chosen, fallback, None, None)
+        return Decision(setting, share, (), 0, frozenset(), chosen, fallback, None, None)
 
     def _share(self, settings: Sequence[Setting]) -> float:
         def choose(i: int, share: float) -> Program:
