@@ -16,9 +16,11 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The names of the templates that are compiled."""
     names: list[str] = []
     real = jinja2.Environment._compile  # of what a cache holds the code, nothing is compiled
-    spied = lambda self, source, filename: names.append(Path(filename).name) or real(
-        self, source, filename
-    )  # noqa: E731
+
+    def spied(environment: jinja2.Environment, source: str, filename: str) -> object:
+        names.append(Path(filename).name)
+        return real(environment, source, filename)
+
     monkeypatch.setattr(jinja2.Environment, "_compile", spied)
     yield names
     render._environment.cache_clear()

@@ -41,6 +41,41 @@ for number in (3, 2**15, 2**16, -(2**16), 2**31 - 1, -(2**31)):
         kernel[(2,)](source, out, factor, N=4)
         print(number, factor, out.tolist())
         assert tl.load is before
+
+@triton.jit
+def shaped(source, out, M: tl.constexpr, N: tl.constexpr, WIDE: tl.constexpr):
+    rows, columns = tl.arange(0, M), tl.arange(0, N)
+    at = source + rows[:, None] * N + columns[None, :]
+    x = tl.load(at, mask=(rows < M - 1)[:, None] & (columns[None, :] >= 1), other=0.5)
+    y = tl.trans(tl.reshape(x, (N, M))).to(WIDE) + columns.to(WIDE)
+    z = tl.dot(y.to(x.dtype), tl.trans(x)) + tl.where(rows[:, None] > rows[None, :], rows, 7)
+    total = tl.sum(z, axis=1) + tl.max(y, axis=1)
+    tl.store(out + rows, tl.where(total != total, 0.0, total) * (2 ** 3) + tl.sum(rows) // M)
+
+for M, N in ((16, 16), (16, 32), (32, 16)):
+    for dtype in (torch.float16, torch.float32):
+        for wide in (tl.float32, tl.float64):
+            source = torch.arange(M * N).reshape(M, N).to(dtype) / (M * N)
+            out = torch.zeros(M, dtype=torch.float32)
+            shaped[(1,)](source, out, M, N, wide)
+            print(M, N, dtype, wide, out.tolist())
+
+@triton.jit
+def refused(out, M: tl.constexpr, N: tl.constexpr):
+    tl.store(out + tl.arange(0, 2), tl.sum(tl.zeros((M, 2), tl.float32) + tl.zeros((N, 2), tl.float32), axis=0))
+
+for M, N in ((2, 2), (1, 2), (2, 4), (2, 2), (3, 3), (3, 1)):
+    try:
+        refused[(1,)](out, M, N)
+        print("taken", M, N)
+    except Exception as error:
+        print(M, N, type(error).__name__, str(error.__cause__ or error).splitlines()[-1])
+
+block = tl.block_type(tl.float32, [2, 4])
+print(block, block.numel, block.shape, bool(block == tl.block_type(tl.float32, [tl.constexpr(2), 4])))
+others = tl.block_type(tl.float32, [4, 2]), tl.block_type(tl.int32, [2, 4]), tl.float32
+print(*(bool(block == other) for other in others))
+print(tl.tensor(None, block), tl.tensor(None, tl.float32), tl.tensor(None, block).numel)
 """
 
 
@@ -53,4 +88,33 @@ def test_it_computes_the_same(tmp_path: Path) -> None:
         environment = {**os.environ, "TRITON_INTERPRET": "1"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         said.append(done.stdout)
-    assert said[0] == said[1] and said[0].startswith("3 0 [24, 24]\n") and said[0].count("\n") == 18
+    lines = said[0].splitlines()
+    assert said[0] == said[1] and lines[0] == "3 0 [24, 24]" and len(lines) == 18 + 12 + 6 + 3
+    assert lines[30:32] == ["taken 2 2", "taken 1 2"] and "power of 2" in lines[34]
+    assert lines[36].endswith("True") and lines[37] == "False False False"
+
+
+#: What another version of Triton may be like, and how what is quickened is called.
+OTHER = """
+import os
+import triton.language as tl
+from runlora_gen.measure.interpreter import quicken
+from triton.runtime import interpreter
+
+real = tl.block_type.__init__
+def with_more(self, *arguments):
+    real(self, *arguments)
+    self.layout = None
+
+tl.core.block_type.__init__ = with_more
+before = tl.tensor.__init__, interpreter._get_np_dtype
+quicken()
+assert (tl.tensor.__init__, interpreter._get_np_dtype) == before
+assert not hasattr(interpreter._patch_lang, "_runlora_gen_quick") and tl.core.block_type.__init__ is with_more
+"""
+
+
+def test_other_internals_are_left_alone(tmp_path: Path) -> None:
+    pytest.importorskip("triton", minversion="3.4")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    subprocess.run([sys.executable, "-c", OTHER], env=environment, check=True)
