@@ -13,5 +13,5 @@ KERNEL = Kernel(
     candidates=({"GROUP_M": 16}, {"BN": 128, "SUBTILES": 1}),
     dtypes=frozenset({"bf16", "fp16"}),  # its tiles fill the shared memory with 16-bit operands
     persistent=True,
-    helpers=frozenset({"F", "descriptors", "gemm", "multiprocessors", "rank_wide"}),
+    helpers=frozenset({"F", "descriptors", "few_tiles", "gemm", "multiprocessors", "rank_wide"}),
 )
