@@ -16,6 +16,9 @@ and versions is kept, with its date if that is another one, so that a long measu
 ``--base fp8``: generated modules on linears of float8; the others, and the frozen step, on the same weights in bf16, as
 the kernels of Transformers' linears of float8 come from a hub.
 
+Modes are eager, compiled, ``replayed`` (compiled with ``mode="reduce-overhead"``, which replays CUDA graphs) and both
+of the first with checkpointing.
+
 ``--alone``: also what host and device need of a step by themselves, eager and compiled (the host: until everything is
 launched; the device: the replay of a CUDA graph), and the same of the frozen linears alone, whose difference to the
 frozen step is what the model does beside its linears.
@@ -142,11 +145,13 @@ class Mode:
 
     compiled: bool = False
     checkpointing: bool = False
+    replayed: bool = False
 
 
 MODES = {
     "eager": Mode(),
     "compiled": Mode(compiled=True),
+    "replayed": Mode(compiled=True, replayed=True),
     "checkpointing": Mode(checkpointing=True),
     "compiled-checkpointing": Mode(compiled=True, checkpointing=True),
 }
@@ -240,10 +245,13 @@ class Step:
         call: Any = forward
         if mode.compiled:
             whole = self.title.startswith(OURS)
-            call = torch.compile(_own_code(forward, self.title), backend=backend, fullgraph=whole)
+            how = "reduce-overhead" if mode.replayed else None
+            call = torch.compile(_own_code(forward, self.title), backend=backend, fullgraph=whole, mode=how)
 
         def step() -> None:
             self.forget()
+            if mode.replayed:
+                torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
             with torch.autocast(self._x.device.type, torch.bfloat16, enabled=self._autocast):
                 output = call(self._x)
             torch.autograd.backward(output, self._grad_output)
@@ -436,7 +444,7 @@ class Bench:
                 **({"over_frozen_eager": ratios(times[title], times[_PLAIN])} if plain else {}),
                 **self.results[title][name],
             }
-            if self.options.alone and mode.compiled:
+            if self.options.alone and mode.compiled and not mode.replayed:
                 self.results[title][name] |= self._alone(runs[title])
         self.row["rounds"] = self.options.rounds
         if mode.compiled:

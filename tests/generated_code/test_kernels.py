@@ -786,6 +786,26 @@ def test_compile_goes_through_the_operators(
         torch.testing.assert_close(ours, expected)
 
 
+@pytest.mark.skipif(not GPU, reason="in the interpreter a graph has no kernels")
+@pytest.mark.parametrize("replayed", [False, True])
+def test_what_cuda_graphs_replay_has_operators(
+    kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, replayed: bool
+) -> None:
+    """Their kernels have descriptors of the host's, which it makes once."""
+    shown, wrap = [], torch.library.wrap_triton
+    monkeypatch.setattr(torch.library, "wrap_triton", lambda kernel: (shown.append(kernel), wrap(kernel))[1])
+    torch.compiler.reset()
+    mode = "reduce-overhead" if replayed else None
+    compiled = torch.compile(kernels.lora_linear, fullgraph=True, mode=mode)
+    tensors = problem(64, torch.float16, rank=16, adapter=torch.float16)
+    expected = step(kernels.lora_linear, tensors, variant(kernels, FUSED))
+    for _ in range(3):  # warm up, record, replay
+        torch.compiler.cudagraph_mark_step_begin()
+        found = step(compiled, tensors, variant(kernels, FUSED))
+        torch.testing.assert_close([tensor.clone() for tensor in found], expected)
+    assert bool(shown) != replayed
+
+
 def test_operators_are_well_formed(kernels: ModuleType, stochastic: ModuleType) -> None:
     x, w, s, b, a = (draw(i, *shape, torch.float16) for i, shape in enumerate([(5, 8), (6, 8), (5, 2), (6, 2), (2, 8)]))
     torch.library.opcheck(kernels._fused_gemm_operator, (x, w, s, b, None), {"tiles": "Y"})
