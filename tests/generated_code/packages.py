@@ -28,8 +28,8 @@ def proves(
 
 def types_are_right(package: Path) -> None:
     """Also of operators, which nothing calls but torch.compile on a GPU."""
-    # What is known of torch is read once a process.
-    cache = Path(tempfile.gettempdir()) / f"types-{os.getpid()}"
+    # What is known of torch is read once a run.
+    cache = Path(tempfile.gettempdir()) / f"types-{os.environ.get('PYTEST_XDIST_TESTRUNUID', os.getpid())}"
     options = ["--strict", "--config-file", str(CONFIG), "--cache-dir", str(cache)]
     command = [sys.executable, "-m", "mypy", *options, package.name]
     done = subprocess.run(command, cwd=package.parent, capture_output=True, text=True, check=False)

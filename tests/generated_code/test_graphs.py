@@ -25,6 +25,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import torch._inductor.config
 import triton
 from runlora_gen.measure.modules import module_of_everything
 from runlora_gen.request.workload import Workload
@@ -75,6 +76,8 @@ def traced(module, tokens, rank, width=512, dynamic=False):
         return found
 
 
+with torch._inductor.config.patch({"triton.cudagraphs": True}):  # as with mode="reduce-overhead"
+    replayed = traced(module, 256, 16)
 print(json.dumps({
     "known": str(known) >= "2.11",
     "static": traced(module, 256, 16),
@@ -82,6 +85,7 @@ print(json.dumps({
     "rank of 5": traced(module, 256, 5),
     "large": traced(module, 2**17, 16),
     "older torch": traced(older, 256, 16),
+    "replayed": replayed,
 }))
 """
 
@@ -134,6 +138,12 @@ def test_large_operands_stay_operators(traced: Any) -> None:
     """Descriptors that a kernel makes cost it time, and the launches of kernels that take long are hidden."""
     for name, targets in traced["large"].items():
         assert bool(operators(targets)) == (name != "merge"), name
+
+
+def test_what_cuda_graphs_replay_stays_operators(traced: Any) -> None:
+    """Launches cost the host nothing there, and descriptors of the host's the kernels nothing."""
+    for name, targets in traced["replayed"].items():
+        assert operators(targets) and not kernels(targets), name
 
 
 def test_an_older_torch_keeps_operators(traced: Any) -> None:

@@ -5,6 +5,7 @@ Without a GPU they run in Triton's interpreter, whose products take float16 and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import ModuleType
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from runlora_gen.algebra.linear import LINEAR
 from runlora_gen.cost.device import DeviceProfile
 from runlora_gen.cost.lower import with_kernels
+from runlora_gen.kernels.fused_gemm import KERNEL as FUSED_GEMM
 from runlora_gen.kernels.sites import alternatives
 from runlora_gen.request.workload import Workload
 from runlora_gen.search import candidates
@@ -252,6 +254,34 @@ property_test = settings(max_examples=15 if GPU else 6, deadline=None)
 
 ALIGNED, PADDED = ("aligned",) * 4, ("padded",) * 4
 BOTH = {(tma, whole) for tma in {DESCRIPTORS, False} for whole in (True, False)}
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "sides", "warps"),
+    [
+        (1024, [2048], (128, 128), 4),
+        (1024, [512, 512, 1024], (128, 128), 4),
+        (512, [2048], (64, 128), 4),
+        (1, [4096], (64, 128), 4),
+        (1024, [2176], (128, 256), 8),  # 136 halves
+        (4096, [4096], (128, 256), 8),
+    ],
+)
+def test_few_tiles_are_small(
+    kernels: ModuleType, resize: Callable[[int], None], rows: int, columns: list[int], sides: tuple[int, int], warps: int
+) -> None:
+    """So small that all processors of an H200 have some; but only where even halves of large ones leave some idle."""
+    resize(132)
+    for changes in ({}, {"BN": 128, "SUBTILES": 1}):  # both that are tuned
+        tiles = {**FUSED_GEMM.tiles, **changes}
+        chosen = kernels._of_few_tiles(tiles, rows, columns, DEVICE)
+        if warps == 8:
+            assert chosen == tiles
+            continue
+        assert (chosen["BM"], chosen["BN"]) == sides and chosen["WARPS"] == warps
+        assert (chosen["PARTS"], chosen["SUBTILES"], chosen["STAGES"]) == (1, 1, tiles["STAGES"] + 1)
+        count = math.ceil(rows / chosen["BM"]) * sum(math.ceil(each / chosen["BN"]) for each in columns)
+        assert count <= 132
 
 
 @pytest.mark.usefixtures("poison")
@@ -788,6 +818,7 @@ def test_compile_goes_through_the_operators(
 
 @pytest.mark.skipif(not GPU, reason="in the interpreter a graph has no kernels")
 @pytest.mark.parametrize("replayed", [False, True])
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")  # torch's own, as it begins
 def test_what_cuda_graphs_replay_has_operators(
     kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, replayed: bool
 ) -> None:

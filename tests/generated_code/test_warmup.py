@@ -137,7 +137,7 @@ def test_one_kernel_has_one_key_in_all_modules(place: Path) -> None:
     """Also where it stands at other lines; and another one where its source differs."""
     changed = place / "changed" / PACKAGE
     changed.mkdir(parents=True)
-    for path in (place / "standalone" / PACKAGE).iterdir():
+    for path in (place / "standalone" / PACKAGE).glob("*.*"):
         text = path.read_text(encoding="utf-8")
         if path.name == "linear_128x128_r4.py":
             head, kernel, tail = text.partition("def _p_db_kernel")

@@ -89,6 +89,7 @@ def test_a_dynamic_sequence_is_compiled_once(package: Any) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 @both
+@pytest.mark.filterwarnings("ignore:TensorFloat32:UserWarning", "ignore:The CUDA Graph is empty:UserWarning")
 def test_reduce_overhead(package: Any, tokens: Tensor, make: Callable[[Any], Any]) -> None:
     model, tokens = make(package).cuda(), tokens.cuda()
     wanted = gradients(model, tokens)

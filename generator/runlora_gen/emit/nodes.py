@@ -270,7 +270,7 @@ def module_node(
     linears = site.linears if isinstance(site, Group | Mlp) else ()
     folder = layout == FOLDER
     owner = site.name if folder else ""
-    variants = _variants(choice, all_variants)
+    variants = _variants(choice.with_all(workload) if all_variants else choice, all_variants)
     alone = len(variants) == 1
     programs = {
         f"_LoRA{_kind(site).title()}Function" if alone else _class_name(v.program, site, number): v.program

@@ -159,10 +159,6 @@ def build_package(
         plan, steps = plan_for(architecture if whole else replace(architecture, gated=()), rank, workload)
         if plan.ways.remade and steps.remade is not None:
             whole = tuple(replace(choice, least=steps.remade.decision) for choice in whole)
-    if all_variants:
-        decided, together, whole, routed = (
-            tuple(choice.with_all(workload) for choice in choices) for choices in (decided, together, whole, routed)
-        )
     nodes, groups, mlps, stacks = (
         [
             module_node(choice, rank, workload, width=style.line_length, all_variants=all_variants, layout=layout)

@@ -27,8 +27,9 @@ class Decision:
     Attributes:
         setting: the circumstances.
         host_share: how much of the time is the host's: see :func:`~.cost.vector.weighted`.
-        candidates: every program with its price, in the order of the enumeration, or those that matter; none where the
-            winners alone were sought.
+        candidates: programs with their prices, in the order of the enumeration: all, or those that matter; none where
+            the winners alone were sought.
+        whole: whether they are all.
         programs: how many there are; 0 where the winners alone were sought.
         front: ids of those on the Pareto front.
         chosen: the winner under the criterion and the constraints.
@@ -41,6 +42,7 @@ class Decision:
     setting: Setting
     host_share: float
     candidates: tuple[Priced, ...]
+    whole: bool
     programs: int
     front: frozenset[str]
     chosen: Priced
@@ -78,6 +80,7 @@ def decide(workload: Workload, setting: Setting, host_share: float = DEVICE_BOUN
         setting=setting,
         host_share=host_share,
         candidates=candidates,
+        whole=every,
         programs=count,
         front=front,
         chosen=order[0],

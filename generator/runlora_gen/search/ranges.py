@@ -63,7 +63,7 @@ class Range(Generic[Choice]):
 
 def with_all(workload: Workload, decision: Decision) -> Decision:
     """A decision with every program among its candidates."""
-    return decide(workload, decision.setting, decision.host_share)
+    return decision if decision.whole else decide(workload, decision.setting, decision.host_share)
 
 
 @dataclass(frozen=True)
@@ -296,7 +296,7 @@ class _Training(_Contest[Decision, Program]):
         lossy = self.workload.allow_lossy_merge
         fallback = fastest(self.workload, setting, share, merging=lossy)
         chosen = fallback if lossy or setting.dtype.half else fastest(self.workload, setting, share, merging=True)
-        return Decision(setting, share, (), 0, frozenset(), chosen, fallback, None, None)
+        return Decision(setting, share, (), False, 0, frozenset(), chosen, fallback, None, None)
 
     def _share(self, settings: Sequence[Setting]) -> float:
         def choose(i: int, share: float) -> Program:
