@@ -809,11 +809,18 @@ def test_small_and_compiled_models() -> None:
     assert text.format(*eager) in said
     text = "took {} of the compiled frozen one ({} with fp32 adapters), those for eager mode {}, PEFT's {} a day before"
     assert text.format(*compiled) in said
+    replayed = [over("model_1b_h200.json", "1b", name, "replayed") for name in (compiled_ours, wide_compiled, peft)]
+    text = "which replays CUDA graphs: {} of the frozen step so ({} with fp32 adapters), PEFT {}"
+    assert text.format(*replayed) in said
+    document = " ".join((ROOT / "docs" / "with-peft.md").read_text(encoding="utf-8").split())
+    assert (
+        "A 1B-shaped Llama of 1024 tokens took {} of the frozen step so, PEFT {} (".format(*replayed[::2]) in document
+    )
     (row,) = results("model_1b_h200.json")["rows"]
     spreads = [row["results"][name]["compiled"]["over_frozen"] for name in (compiled_ours, wide_compiled, ours, peft)]
     assert max(s["min"] for s in spreads) < min(s["max"] for s in spreads) and "(all spreads overlap)" in said
     peaks = [mib(row["results"][name]["eager"]) for name in (ours, peft, "frozen")]
-    text = "takes {} in eager mode ({} with fp32 ones), and PEFT took {} a day before; "
+    text = "takes {} in eager mode ({} with fp32 ones), and PEFT {}; "
     assert text.format(*later) in said
     assert "; peaks are {} and {} MiB, the frozen step's {} (".format(*peaks) in said
     gain = row["results"]["frozen"]["compiled"]["over_frozen_eager"]["median"]

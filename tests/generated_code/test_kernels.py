@@ -268,7 +268,12 @@ BOTH = {(tma, whole) for tma in {DESCRIPTORS, False} for whole in (True, False)}
     ],
 )
 def test_few_tiles_are_small(
-    kernels: ModuleType, resize: Callable[[int], None], rows: int, columns: list[int], sides: tuple[int, int], warps: int
+    kernels: ModuleType,
+    resize: Callable[[int], None],
+    rows: int,
+    columns: list[int],
+    sides: tuple[int, int],
+    warps: int,
 ) -> None:
     """So small that all processors of an H200 have some; but only where even halves of large ones leave some idle."""
     resize(132)

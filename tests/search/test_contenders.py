@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -107,3 +108,29 @@ def test_whoever_asks_for_all_gets_all() -> None:
     setting = setting_of(WORKLOADS[0], SITES[0], 8, 64)
     some, every = (choose.decide(WORKLOADS[0], setting, every=every) for every in (False, True))
     assert len(some.candidates) < len(every.candidates) == some.programs
+
+
+def rated(**changes: Any) -> contenders._Rated:
+    phase = next(
+        phase for pair in paired_phases(WORKLOADS[0], setting_of(WORKLOADS[0], SITES[0], 8, 64)) for phase in pair[1]
+    )
+    known = contenders._Rated(phase, 0, (2.0, 2.0, 1.0), (5, 6, 7, 8), (False, False, False))
+    return replace(known, **changes)
+
+
+def test_what_beats_another() -> None:
+    """In everything that counts; of times that may be equal with the rest, also in what decides then."""
+    tie = 1e-6
+    faster = rated(times=(1.0, 1.0, 9.0))
+    assert faster.beats(rated(), tie) and not rated().beats(faster, tie)
+    for counts in ((6, 6, 7, 8), (5, 7, 7, 8)):  # more is kept, more is computed
+        assert not rated(times=(1.0, 1.0, 1.0), counts=counts).beats(rated(), tie)
+    assert rated(times=(1.0, 1.0, 1.0), counts=(5, 6, 9, 9)).beats(rated(), tie)  # what only decides of equals
+    for losses in ((True, False, False), (False, True, False), (False, False, True)):
+        assert not replace(faster, losses=losses).beats(rated(), tie)
+        assert faster.beats(rated(losses=losses), tie)
+        assert replace(faster, losses=losses).beats(rated(losses=losses), tie)
+    assert not rated().beats(rated(), tie), "all may be equal: their names decide"
+    assert not rated(times=(2.0 - tie / 2, 2.0, 1.0)).beats(rated(), tie)
+    assert rated(counts=(5, 6, 6, 8)).beats(rated(), tie)
+    assert not rated(times=(2.0, 2.0, 2.0), counts=(5, 6, 6, 8)).beats(rated(), tie)
