@@ -325,13 +325,12 @@ def explain(variants: bool, show_all: bool, as_json: bool, **options: Any) -> No
     every: list[Site] = [*sites, *stacks]
     decisions = decide_step(workload, every, rank, tokens)
     grouped = decide_groups_of_step(workload, architecture, rank, tokens)
-    stacked = list(zip(stacks, decisions[len(sites) :], strict=True))
-    rest = rest_of_step(workload, every, rank, tokens)
-    found = gain(architecture, sites, decisions[: len(sites)], rest, grouped, stacked)
     if as_json or variants or show_all:
         decisions = [with_all(workload, decision) for decision in decisions]
         grouped = tuple((site, with_all(workload, decision)) for site, decision in grouped)
-        stacked = list(zip(stacks, decisions[len(sites) :], strict=True))
+    stacked = list(zip(stacks, decisions[len(sites) :], strict=True))
+    rest = rest_of_step(workload, every, rank, tokens)
+    found = gain(architecture, sites, decisions[: len(sites)], rest, grouped, stacked)
     decided = dict(zip(sites, decisions, strict=False))
     if as_json:
         data = {

@@ -68,8 +68,7 @@ def workspace(phase: Phase, size: Size) -> int:
 def workspace_at_least(phase: Phase, size: Size) -> int:
     """What no order can do without: all that one operation touches lives while it runs."""
     flow, sizes, held = _flow_of(phase, size)
-    numels = tuple(sizes.values())
-    return held + max((sum(numels[n] for n in touched) for touched in flow.touched), default=0)
+    return held + flow.most(flow.touched, tuple(sizes.values()))
 
 
 def independent_peaks(
@@ -106,6 +105,11 @@ class _Flow:
     readers: tuple[int, ...]
     order: tuple[int, ...]
     touched: tuple[tuple[int, ...], ...]
+
+    @staticmethod
+    def most(together: Iterable[Iterable[int]], numels: Sequence[int]) -> int:
+        """The largest size of temporaries that are there together, by their numbers."""
+        return max((sum(numels[n] for n in numbers) for numbers in together), default=0)
 
     def alive(self, done: int, running: int) -> tuple[int, ...]:
         """Temporaries that live while ``running`` runs after ``done``."""
@@ -271,12 +275,8 @@ def _flow(
 @lru_cache(maxsize=65536)
 def _best_order(flow: _Flow, numels: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
     """The smallest peak, and the first order that has it; ``numels`` are the sizes of the flow's temporaries."""
-
-    def size(numbers: Iterable[int]) -> int:
-        return sum(numels[number] for number in numbers)
-
-    peak = max(map(size, flow.live), default=0)
-    if peak == max(map(size, flow.touched), default=0):
+    peak = flow.most(flow.live, numels)
+    if peak == flow.most(flow.touched, numels):
         return peak, flow.order
     if len(flow.before) <= _FEW:
         return _by_finished_sets(flow, numels)
@@ -291,8 +291,8 @@ def _best_order(flow: _Flow, numels: tuple[int, ...]) -> tuple[int, tuple[int, .
 @lru_cache(maxsize=65536)
 def _least_peak(flow: _Flow, numels: tuple[int, ...]) -> int:
     """The smallest peak alone, found sooner where ties are of no matter."""
-    peak = max((sum(numels[n] for n in live) for live in flow.live), default=0)
-    if peak == max((sum(numels[n] for n in touched) for touched in flow.touched), default=0):
+    peak = flow.most(flow.live, numels)
+    if peak == flow.most(flow.touched, numels):
         return peak
     if len(flow.parts) == 1:
         return _by_peaks(flow, numels)[0]

@@ -103,10 +103,15 @@ def price(program: Program, setting: Setting, host_share: float = DEVICE_BOUND) 
     return Cost(
         forward=price_phase(program.forward, setting),
         backward=price_phase(program.backward, setting),
-        saved_bytes=sum(map(setting.bytes_of, saved_activations(program, setting.gradients))),
+        saved_bytes=saved_bytes(program, setting),
         update_error=update_error(program.made, setting, stochastic=seeded(program)),
         host_share=host_share,
     )
+
+
+def saved_bytes(program: Program, setting: Setting) -> int:
+    """Bytes that a program keeps for its backward, which says what."""
+    return sum(map(setting.bytes_of, saved_activations(program, setting.gradients)))
 
 
 def price_of_model(operation: Operation, setting: Setting) -> Times:

@@ -12,7 +12,7 @@ _QUICK, _SIZED = "_runlora_gen_quick", "_runlora_gen_sized"
 
 
 def quicken() -> None:
-    """Let Triton's interpreter take a third of its time for small tiles; it computes the same.
+    """Let Triton's interpreter take less than half of its time for small tiles; it computes the same.
 
     Nothing happens where Triton does not interpret, or has other internals.
     """

@@ -3,7 +3,8 @@
 A program is a forward with a backward that takes what it keeps. Of both every quantity adds up, or is the larger of
 two, as the peak of temporaries and the update error are. So of the forwards that keep the same, one that two others
 beat in everything is in no program that is first or second: both others make better ones with the same backward. It is
-so with the backwards that take the same; and with what may be traded one against another, a front.
+so with the backwards that take the same; and with what may be traded one against another, a front. Where a site has
+too many of both to list, ``fronts.py`` finds the front alone.
 """
 
 from __future__ import annotations
@@ -14,10 +15,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ..algebra.enumerate import Phase, Program, pair
-from ..algebra.liveness import saved_activations
 from ..algebra.schedule import workspace, workspace_at_least
 from ..cost.lower import phase_with_kernels, with_kernels
-from ..cost.price import price, sum_phase
+from ..cost.price import price, saved_bytes, sum_phase
 from ..cost.setting import Setting
 from ..cost.vector import DEVICE_BOUND, weighted
 from ..kernels.sites import seeded
@@ -42,12 +42,14 @@ def contenders(workload: Workload, setting: Setting, host_share: float = DEVICE_
     for forwards, backwards in paired_phases(workload, setting):
         if not forwards:
             continue
-        saved = [saved_bytes(pair(forwards[0], backward), setting) for backward in backwards]
         rates = [
-            [_Rated.of(phase_with_kernels(phase, kernels), i, bytes_, setting, host_share) for i, phase, bytes_ in row]
-            for row in (
-                zip(range(len(forwards)), forwards, itertools.repeat(0)),
-                zip(range(len(backwards)), backwards, saved, strict=True),
+            [
+                _Rated.of(phase_with_kernels(phase, kernels), place, saved, setting, host_share)
+                for place, (phase, saved) in enumerate(phases)
+            ]
+            for phases in (
+                [(forward, 0) for forward in forwards],
+                [(backward, saved_bytes(pair(forwards[0], backward), setting)) for backward in backwards],
             )
         ]
         # What is less by so much is less in every program.
@@ -59,11 +61,6 @@ def contenders(workload: Workload, setting: Setting, host_share: float = DEVICE_
         ]
     programs = (with_kernels(program, kernels) for *_, program in sorted(found, key=lambda entry: entry[:2]))
     return tuple(Priced(program, price(program, setting, host_share)) for program in programs)
-
-
-def saved_bytes(program: Program, setting: Setting) -> int:
-    """Bytes that a program keeps: it is the backward that says which."""
-    return sum(map(setting.bytes_of, saved_activations(program, setting.gradients)))
 
 
 @dataclass(frozen=True)

@@ -296,7 +296,18 @@ class _Training(_Contest[Decision, Program]):
         lossy = self.workload.allow_lossy_merge
         fallback = fastest(self.workload, setting, share, merging=lossy)
         chosen = fallback if lossy or setting.dtype.half else fastest(self.workload, setting, share, merging=True)
-        return Decision(setting, share, (), False, 0, frozenset(), chosen, fallback, None, None)
+        return Decision(
+            setting=setting,
+            host_share=share,
+            candidates=(),
+            whole=False,
+            programs=0,
+            front=frozenset(),
+            chosen=chosen,
+            fallback=fallback,
+            runner_up=None,
+            difference=None,
+        )
 
     def _share(self, settings: Sequence[Setting]) -> float:
         def choose(i: int, share: float) -> Program:
