@@ -94,6 +94,82 @@ def test_it_computes_the_same(tmp_path: Path) -> None:
     assert lines[36].endswith("True") and lines[37] == "False False False"
 
 
+#: How many programs ran of launches that are, or are not, as one before them.
+AGAIN = """
+import torch
+import triton
+import triton.language as tl
+from runlora_gen.measure.interpreter import quicken
+from triton.runtime import interpreter
+
+ran = []
+real = interpreter.interpreter_builder.set_grid_idx
+interpreter.interpreter_builder.set_grid_idx = lambda *at: (ran.append(at), real(*at))[1]
+quicken()
+
+@triton.jit
+def deeper(x):
+    return x * 2
+
+@triton.jit
+def inner(x):
+    return deeper(x) + 1
+
+@triton.jit
+def kernel(source, out, factor, wanted, N: tl.constexpr):
+    at = tl.program_id(0) * N + tl.arange(0, N)
+    tl.store(out + at, inner(tl.load(source + at)) * factor, mask=at < wanted)
+
+def programs(source, out, *rest, grid=(2,), N=4):
+    ran.clear()
+    kernel[grid](source, out, *rest, N=N)
+    return len(ran)
+
+def given(value=1.0, empty=-7.0):
+    return torch.full((9,), value), torch.full((9,), empty)
+
+first = given()
+assert programs(*first, 3, 7) == 2 and first[1].tolist() == [9.0] * 7 + [-7.0] * 2
+again = given()
+assert programs(*again, 3, 7) == 0 and again[1].tolist() == first[1].tolist() and again[0].tolist() == [1.0] * 9
+assert programs(*again, 3, 7) == 2, "what is written is other than before"
+assert programs(*given(2.0), 3, 7) == 2 and programs(*given(empty=-8.0), 3, 7) == 2, "other numbers"
+assert programs(*given(), 4, 7) == 2 and programs(*given(), 3, 6) == 2 and programs(*given(), 3.0, 7) == 2, "arguments"
+assert programs(*given(), 3, 7, N=2) == 2 and programs(*given(), 3, 7, grid=(1,)) == 1, "constants, the grid"
+source, out = given()
+assert programs(source[1:], out[1:], 3, 7) == 2, "another place in the same memory"
+shared = torch.full((18,), 1.0)
+shared[9:] = -7.0
+assert programs(shared[:9], shared[9:], 3, 7) == 2, "the same numbers in one memory"
+source, out = given()
+assert programs(source.double(), out, 3, 7) == 2, "dtypes"
+assert programs(*given(), 3, 7) == 0
+real_deeper = deeper
+
+@triton.jit
+def deeper(x):
+    return x * 5
+
+out = given()[1]
+assert programs(given()[0], out, 3, 7) == 2 and out.tolist()[0] == 18.0, "what is called by what is called"
+deeper = real_deeper
+assert programs(*given(), 3, 7) == 0
+for bad in range(2):  # what failed is tried again
+    try:
+        kernel[(1,)](given()[0], None, 3, 7, N=4)
+    except Exception:
+        print("failed")
+"""
+
+
+def test_a_launch_that_it_has_seen_is_not_run_again(tmp_path: Path) -> None:
+    pytest.importorskip("triton", minversion="3.4")
+    (tmp_path / "script.py").write_text(AGAIN)
+    command, environment = [sys.executable, str(tmp_path / "script.py")], {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout == "failed\n" * 2, done.stderr
+
+
 #: What another version of Triton may be like, and how what is quickened is called.
 OTHER = """
 import os
