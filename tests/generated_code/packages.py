@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -28,8 +27,8 @@ def proves(
 
 def types_are_right(package: Path) -> None:
     """Also of operators, which nothing calls but torch.compile on a GPU."""
-    # What is known of torch is read once a run.
-    cache = Path(tempfile.gettempdir()) / f"types-{os.environ.get('PYTEST_XDIST_TESTRUNUID', os.getpid())}"
+    # What is known of torch is read once, for the repository's own types too.
+    cache = CONFIG.with_name(".mypy_cache")
     options = ["--strict", "--config-file", str(CONFIG), "--cache-dir", str(cache)]
     command = [sys.executable, "-m", "mypy", *options, package.name]
     done = subprocess.run(command, cwd=package.parent, capture_output=True, text=True, check=False)

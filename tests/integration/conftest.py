@@ -38,7 +38,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="package", autouse=True)
 def _new_memory_is_nan() -> Iterator[None]:
-    """What a kernel does not write shows; and a launch given the same as one before is known, and not interpreted again."""
+    """What a kernel does not write shows, and a launch with the operands of one before is not interpreted again."""
 
     def filled(empty: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def new(*arguments: Any, **options: Any) -> Tensor:

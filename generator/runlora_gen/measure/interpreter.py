@@ -187,7 +187,7 @@ class _Given:
         storage = tensor.untyped_storage()
         at = storage.data_ptr()
         if at not in self.memory:
-            self.memory[at] = ctypes.string_at(at, storage.nbytes()) if at else b""
+            self.memory[at] = ctypes.string_at(at, storage.nbytes())
         number = list(self.memory).index(at)
         self.name.append((number, at % 16, tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset()))
 
@@ -200,9 +200,9 @@ class _Given:
         return hashed.digest()
 
 
-def _called(function: Any) -> list[object]:
+def _called(function: Any) -> list[Any]:
     """A function of a kernel and, in turn, what it finds by its names in its module."""
-    found: list[object] = [function]
+    found = [function]
     known = {id(function)}
     for each in found:
         code = getattr(each, "fn", each)  # of what it calls Triton holds the function as it is written
@@ -239,8 +239,9 @@ def _seen_once(launch: Callable[..., Any]) -> Callable[..., Any]:
         places = list(given.memory)
         if key not in written:
             result = launch(executor, *arguments, **options)
-            after = [(at, ctypes.string_at(place, len(given.memory[place]))) for at, place in enumerate(places) if place]
-            changes = [(at, block) for at, block in after if block != given.memory[places[at]]]
+            after = [ctypes.string_at(place, len(before)) for place, before in given.memory.items()]
+            same = [block == before for block, before in zip(after, given.memory.values(), strict=True)]
+            changes = [(at, block) for at, block in enumerate(after) if not same[at]]
             kept += sum(len(block) for _, block in changes)
             if kept > _KEPT_BYTES:
                 written.clear()
