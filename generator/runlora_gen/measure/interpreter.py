@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-
 #: Set on what was already quickened, and on shapes what follows from them.
 _QUICK, _SIZED = "_runlora_gen_quick", "_runlora_gen_sized"
 #: Bytes of results of launches that are kept.
@@ -164,6 +162,8 @@ class _Given:
 
     def add(self, value: object) -> None:
         """Raises _Unknown."""
+        import torch  # here: where nothing is launched nothing else needs it
+
         if type(value) in (torch.Tensor, torch.nn.Parameter):
             self._add_tensor(value)
         elif isinstance(value, (tuple, list)):
@@ -182,7 +182,7 @@ class _Given:
             self.add(value)
 
     def _add_tensor(self, tensor: Any) -> None:
-        if tensor.device.type != "cpu" or tensor.layout != torch.strided:
+        if tensor.device.type != "cpu" or str(tensor.layout) != "torch.strided":
             raise _Unknown
         storage = tensor.untyped_storage()
         at = storage.data_ptr()
