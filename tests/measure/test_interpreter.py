@@ -143,6 +143,17 @@ shared[9:] = -7.0
 assert programs(shared[:9], shared[9:], 3, 7) == 2, "the same numbers in one memory"
 source, out = given()
 assert programs(source.double(), out, 3, 7) == 2, "dtypes"
+
+@triton.jit
+def second(first, source, out, N: tl.constexpr):
+    tl.store(out + tl.arange(0, N), tl.load(source + tl.arange(0, N)))
+
+def of(number):
+    memory = torch.zeros(8), torch.ones(8)
+    second[(1,)](memory[0][:4], memory[number][:4], memory[1][4:], N=4)
+    return memory[1][4:].tolist()
+
+assert of(0) == [0.0] * 4 and of(1) == [1.0] * 4, "in which memory it is"
 assert programs(*given(), 3, 7) == 0
 real_deeper = deeper
 
