@@ -725,6 +725,21 @@ def test_losses_on_an_h200() -> None:
     assert f"differ by {apart:.4f} in the mean (" in said and f"a step took {share:.2f} of the time of PEFT's" in said
 
 
+def test_losses_of_experts() -> None:
+    said = " ".join((ROOT / "docs" / "with-peft.md").read_text(encoding="utf-8").split())
+    for name, digits, text in (
+        ("train_experts_h200", 4, "differ by {} in the mean, at {} of PEFT's tokens a second and {} of its peak"),
+        ("train_experts_fp32_h200", 5, "differ by {}, at {peak} of the peak, but **{share} of PEFT's tokens a second"),
+    ):
+        runs = results(f"{name}.json")["runs"]
+        theirs, ours = runs["peft"], runs["ours"]
+        pairs = list(zip(theirs["losses"], ours["losses"], strict=True))
+        assert len(pairs) == 200
+        apart = f"{statistics.fmean(abs(a - b) for a, b in pairs):.{digits}f}"
+        share, peak = (f"{ours[what] / theirs[what]:.2f}" for what in ("tokens_per_s", "peak_bytes"))
+        assert text.format(apart, share, peak, share=share, peak=peak) in said
+
+
 def test_the_model_table() -> None:
     (row,) = (row for row in results("model_h100.json")["rows"] if row["shape"] == "8b")
     for name, result in row["results"].items():
