@@ -307,9 +307,7 @@ def test_the_losses_of_a_training_are_peft_s(saved: Path, out: Path) -> None:
             losses.append(float(loss.detach()))
         curves.append(torch.tensor(losses))
     assert curves[0][-1] < 0.8 * curves[0][0]
-    torch.testing.assert_close(curves[1][:30], curves[0][:30], rtol=1e-3, atol=1e-4)
-    # What is rounded otherwise grows from step to step: 0.0024 at the 47th was seen, in one run of several.
-    torch.testing.assert_close(curves[1], curves[0], rtol=1e-2, atol=1e-4)
+    torch.testing.assert_close(curves[1], curves[0], rtol=1e-3, atol=1e-4)
 
 
 # Without PEFT

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ def quicken() -> None:
     """Let Triton's interpreter take less than half of its time for small tiles; it computes the same.
 
     A launch that it has seen, of the same kernel with the same numbers in all that it is given, it does not run again:
-    proofs of several variants launch what these have in common again and again, half of what experts' launch.
+    proofs of several variants launch what these have in common again and again.
 
     Nothing happens where Triton does not interpret, or has other internals.
     """
@@ -160,30 +160,33 @@ class _Given:
     name: list[object] = field(default_factory=list)
     memory: dict[int, bytes] = field(default_factory=dict)
 
-    def add(self, value: object) -> None:
+    def add(self, value: Any) -> None:
         """Raises _Unknown."""
         import torch  # here: where nothing is launched nothing else needs it
 
         if type(value) in (torch.Tensor, torch.nn.Parameter):
+            if value.device.type != "cpu" or value.layout != torch.strided:
+                raise _Unknown
             self._add_tensor(value)
         elif isinstance(value, (tuple, list)):
             self.name.append((type(value), len(value)))
             self._add_all(value)
         elif type(value).__name__ == "TensorDescriptor":
-            fields = vars(value)
-            self._add_all(item for pair in sorted(fields.items(), key=lambda pair: pair[0]) for item in pair)
+            self.add_named(vars(value))
         elif value is None or isinstance(value, (bool, int, float, str, torch.dtype)):
             self.name.append((type(value), repr(value)))  # as text: -0.0 is no 0.0, and NaN is NaN
         else:
             raise _Unknown
+
+    def add_named(self, values: Mapping[str, object]) -> None:
+        for name in sorted(values):
+            self._add_all((name, values[name]))
 
     def _add_all(self, values: Iterable[object]) -> None:
         for value in values:
             self.add(value)
 
     def _add_tensor(self, tensor: Any) -> None:
-        if tensor.device.type != "cpu" or str(tensor.layout) != "torch.strided":
-            raise _Unknown
         storage = tensor.untyped_storage()
         at = storage.data_ptr()
         if at not in self.memory:
@@ -230,8 +233,8 @@ def _seen_once(launch: Callable[..., Any]) -> Callable[..., Any]:
         try:
             if executor.pre_run_hooks or callable(executor.grid):
                 raise _Unknown
-            for value in (*arguments, *(item for pair in sorted(options.items()) for item in pair)):
-                given.add(value)
+            given.add(arguments)
+            given.add_named(options)
         except _Unknown:
             return launch(executor, *arguments, **options)
         called = _called(executor.fn)
@@ -240,8 +243,8 @@ def _seen_once(launch: Callable[..., Any]) -> Callable[..., Any]:
         if key not in written:
             result = launch(executor, *arguments, **options)
             after = [ctypes.string_at(place, len(before)) for place, before in given.memory.items()]
-            same = [block == before for block, before in zip(after, given.memory.values(), strict=True)]
-            changes = [(at, block) for at, block in enumerate(after) if not same[at]]
+            pairs = enumerate(zip(given.memory.values(), after, strict=True))
+            changes = [(at, block) for at, (before, block) in pairs if block != before]
             kept += sum(len(block) for _, block in changes)
             if kept > _KEPT_BYTES:
                 written.clear()
