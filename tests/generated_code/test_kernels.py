@@ -26,6 +26,8 @@ from runlora_gen.search import candidates
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ..poison import poisoned
+
 pytest.importorskip("triton", minversion="3.4")
 
 GPU = torch.cuda.is_available()
@@ -104,20 +106,9 @@ def check(ours: Tensor, plain: Tensor, exact: Tensor, magnitude: Tensor) -> None
 
 
 @pytest.fixture
-def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """New tensors are full of NaN, also between their rows: what a kernel does not write shows."""
-
-    def poisoned(empty: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def new(*args: Any, **options: Any) -> Tensor:
-            tensor = empty(*args, **options)
-            if tensor.is_floating_point():
-                tensor.as_strided((tensor.untyped_storage().nbytes() // tensor.itemsize,), (1,)).fill_(float("nan"))
-            return tensor
-
-        return new
-
-    for name in ("new_empty", "new_empty_strided"):
-        monkeypatch.setattr(Tensor, name, poisoned(getattr(Tensor, name)))
+def poison() -> Iterator[None]:
+    with poisoned():
+        yield
 
 
 class Launches(list[tuple[str, dict[str, Any]]]):

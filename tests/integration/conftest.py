@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
+import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor
 for name in ("transformers", "peft"):
     pytest.importorskip(name, reason="needs transformers and peft (the test extra)")
 
+from ..poison import poisoned  # noqa: E402
 from .models import MLPS_PAY, RANK, VOCABULARY, llama  # noqa: E402 - needs both
 
 #: What takes more than some seconds runs where it is asked for.
@@ -43,23 +44,9 @@ def _the_same_adapters() -> None:
 
 
 @pytest.fixture(scope="package", autouse=True)
-def _new_memory_is_nan() -> Iterator[None]:
-    """What a kernel does not write shows, and a launch with the operands of one before is not interpreted again."""
-
-    def filled(empty: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def new(*arguments: Any, **options: Any) -> Tensor:
-            tensor = empty(*arguments, **options)
-            traced = torch.compiler.is_compiling() or type(tensor) is not Tensor or tensor.device.type != "cpu"
-            if not traced and tensor.is_floating_point():
-                size = tensor.untyped_storage().nbytes() // tensor.itemsize
-                tensor.as_strided((size,), (1,), 0).fill_(math.nan)
-            return tensor
-
-        return new
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("new_empty", "new_empty_strided"):
-            patch.setattr(Tensor, name, filled(getattr(Tensor, name)))
+def _poison() -> Iterator[None]:
+    """With new memory that is the same each time, a launch with the operands of one before is not interpreted again."""
+    with poisoned() if os.environ.get("TRITON_INTERPRET") == "1" else contextlib.nullcontext():
         yield
 
 
